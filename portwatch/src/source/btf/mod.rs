@@ -1,6 +1,6 @@
 //! Where the kernel keeps its fields: a reader of BTF, the kernel's own description of its types.
 //!
-//! Owns the format and nothing else: bytes in, offsets out. The kernel programs are compiled without any offset; the
+//! Owns BTF and nothing else (the layout is in `format`): bytes in, offsets out. The kernel programs are compiled without any offset; the
 //! loader asks here for each field they read and writes the answer into their constants.
 //!
 //! [`Btf::parse`] walks the type section once and remembers where each record starts; members are read only when
@@ -15,49 +15,17 @@ use std::fs;
 use std::io;
 use std::ops::Range;
 
+use format::{MEMBER_LEN, RECORD_LEN, Record, VERSION, kind, sections, u32_at};
+
+mod format;
+
 /// Where the running kernel shows its types.
 pub const KERNEL_BTF: &str = "/sys/kernel/btf/vmlinux";
-
-const MAGIC: u16 = 0xeb9f;
-const VERSION: u8 = 1;
-/// The header as of version 1. Newer kernels may append to it and say so in its length field.
-const HEADER_LEN: usize = 24;
-/// name_off, info and size (or type): what every type record starts with.
-const RECORD_LEN: usize = 12;
-/// name_off, type, offset.
-const MEMBER_LEN: usize = 12;
-/// The bits of `info` with a meaning: vlen, kind and kind_flag. The kernel refuses any other; so do we, because a
-/// longer vlen than we know of would put all that follows at the wrong place.
-const INFO_MASK: u32 = 0x9f00_ffff;
 
 /// The kernel's own limit on chains of types (`MAX_RESOLVE_DEPTH`).
 const MAX_DEPTH: u32 = 32;
 /// Members looked at for one name, anonymous members included. `task_struct`, the largest, has about 300.
 const MAX_VISITED: u32 = 1 << 17;
-
-/// The kinds of types (`BTF_KIND_*`).
-mod kind {
-    pub(super) const VOID: u8 = 0;
-    pub(super) const INT: u8 = 1;
-    pub(super) const PTR: u8 = 2;
-    pub(super) const ARRAY: u8 = 3;
-    pub(super) const STRUCT: u8 = 4;
-    pub(super) const UNION: u8 = 5;
-    pub(super) const ENUM: u8 = 6;
-    pub(super) const FWD: u8 = 7;
-    pub(super) const TYPEDEF: u8 = 8;
-    pub(super) const VOLATILE: u8 = 9;
-    pub(super) const CONST: u8 = 10;
-    pub(super) const RESTRICT: u8 = 11;
-    pub(super) const FUNC: u8 = 12;
-    pub(super) const FUNC_PROTO: u8 = 13;
-    pub(super) const VAR: u8 = 14;
-    pub(super) const DATASEC: u8 = 15;
-    pub(super) const FLOAT: u8 = 16;
-    pub(super) const DECL_TAG: u8 = 17;
-    pub(super) const TYPE_TAG: u8 = 18;
-    pub(super) const ENUM64: u8 = 19;
-}
 
 /// Where a field is inside its struct.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -438,59 +406,6 @@ impl<'a> Btf<'a> {
     }
 }
 
-/// What every type starts with.
-#[derive(Clone, Copy)]
-struct Record {
-    /// Offset into the strings.
-    name: u32,
-    kind: u8,
-    /// In a struct or union: the offsets of its members hold the widths of bitfields too.
-    flag: bool,
-    /// How many members, arguments or the like follow.
-    vlen: usize,
-    /// The size in bytes, or the id of the type that this one refers to, depending on the kind.
-    value: u32,
-    /// Where in the type section that which follows starts.
-    tail: usize,
-}
-
-impl Record {
-    const VOID: Record = Record { name: 0, kind: kind::VOID, flag: false, vlen: 0, value: 0, tail: 0 };
-
-    fn read(section: &[u8], at: usize) -> Result<Record, BtfError> {
-        let info = u32_at(section, at + 4)?;
-        if info & !INFO_MASK != 0 {
-            return Err(malformed("a type uses bits that have no meaning"));
-        }
-        Ok(Record {
-            name: u32_at(section, at)?,
-            kind: (info >> 24 & 0x1f) as u8,
-            flag: info >> 31 != 0,
-            vlen: (info & 0xffff) as usize,
-            value: u32_at(section, at + 8)?,
-            tail: at + RECORD_LEN,
-        })
-    }
-
-    fn has_members(&self) -> bool {
-        matches!(self.kind, kind::STRUCT | kind::UNION)
-    }
-
-    /// The bytes between this record and the next.
-    fn tail_len(&self, type_id: usize) -> Result<usize, BtfError> {
-        Ok(match self.kind {
-            kind::PTR | kind::FWD | kind::TYPEDEF | kind::VOLATILE | kind::CONST | kind::RESTRICT => 0,
-            kind::FUNC | kind::FLOAT | kind::TYPE_TAG => 0,
-            kind::INT | kind::VAR | kind::DECL_TAG => 4,
-            kind::ARRAY => 12,
-            kind::ENUM | kind::FUNC_PROTO => self.vlen * 8,
-            kind::STRUCT | kind::UNION => self.vlen * MEMBER_LEN,
-            kind::DATASEC | kind::ENUM64 => self.vlen * 12,
-            kind => return Err(BtfError::UnknownKind { kind, type_id }),
-        })
-    }
-}
-
 /// A member as its struct lists it.
 struct RawMember {
     name: u32,
@@ -513,49 +428,6 @@ enum Found {
     None,
     One(Place),
     Several,
-}
-
-/// Where the types and the strings are, from the header.
-fn sections(data: &[u8]) -> Result<(Range<usize>, Range<usize>), BtfError> {
-    let magic = data.first_chunk().map(|magic| u16::from_ne_bytes(*magic)).ok_or(BtfError::NotBtf)?;
-    if magic == MAGIC.swap_bytes() {
-        return Err(BtfError::ForeignByteOrder);
-    }
-    if magic != MAGIC {
-        return Err(BtfError::NotBtf);
-    }
-    match data.get(2) {
-        Some(&VERSION) => {}
-        Some(&version) => return Err(BtfError::UnsupportedVersion { version }),
-        None => return Err(malformed("the header is cut short")),
-    }
-    let header_len = u32_at(data, 4)? as usize;
-    if header_len < HEADER_LEN || header_len > data.len() {
-        return Err(malformed("the header is cut short"));
-    }
-    let section = |at| -> Result<Range<usize>, BtfError> {
-        let start = header_len.checked_add(u32_at(data, at)? as usize);
-        let end = start.zip(Some(u32_at(data, at + 4)? as usize)).and_then(|(start, len)| start.checked_add(len));
-        start
-            .zip(end)
-            .filter(|&(_, end)| end <= data.len())
-            .map(|(start, end)| start..end)
-            .ok_or(malformed("a section reaches beyond the end"))
-    };
-    let (types, strings) = (section(8)?, section(16)?);
-    let bytes = &data[strings.clone()];
-    if bytes.first() != Some(&0) || bytes.last() != Some(&0) {
-        return Err(malformed("the strings do not start and end with a NUL"));
-    }
-    Ok((types, strings))
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> Result<u32, BtfError> {
-    bytes
-        .get(at..)
-        .and_then(|rest| rest.first_chunk())
-        .map(|chunk| u32::from_ne_bytes(*chunk))
-        .ok_or(malformed("a section ends too early"))
 }
 
 fn u32_of(index: usize) -> Result<u32, BtfError> {

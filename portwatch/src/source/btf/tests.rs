@@ -1,3 +1,4 @@
+use super::format::{HEADER_LEN, MAGIC};
 use super::*;
 
 /// Writes BTF, type by type, in this machine's byte order.
