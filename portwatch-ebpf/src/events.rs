@@ -199,8 +199,9 @@ fn udp_unhash(ctx: ProbeContext) -> u32 {
 fn enter(function: u64, sk: Option<u64>, number: u16) -> u32 {
     let call = Call { thread: bpf_get_current_pid_tgid(), function };
     let args = Args { sk: sk.unwrap_or(0), number: u64::from(number) };
-    count(|c| &raw mut c.entered);
-    if CALLS.insert(call, args, u64::from(BPF_ANY)).is_err() {
+    if CALLS.insert(call, args, u64::from(BPF_ANY)).is_ok() {
+        count(|c| &raw mut c.entered);
+    } else {
         // Its return will find nothing: a call of which nothing is known.
         count(|c| &raw mut c.produced);
         count(|c| &raw mut c.dropped);
@@ -210,10 +211,10 @@ fn enter(function: u64, sk: Option<u64>, number: u16) -> u32 {
 
 #[inline(always)]
 fn leave(function: u64) -> Option<(Object, u16)> {
-    count(|c| &raw mut c.left);
     let call = Call { thread: bpf_get_current_pid_tgid(), function };
     // SAFETY: the entry belongs to this thread, which is in this program.
     let args = unsafe { CALLS.get(call) }.copied()?;
+    count(|c| &raw mut c.left);
     let _ = CALLS.remove(call);
     Some((args.sk as Object, args.number as u16))
 }
