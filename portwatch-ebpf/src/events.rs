@@ -15,11 +15,10 @@ use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use aya_ebpf::{
     EbpfContext,
     bindings::{BPF_ANY, BPF_F_MMAPABLE, BPF_NOEXIST, BPF_SOCK_OPS_TCP_LISTEN_CB},
+    helpers::bpf_get_current_pid_tgid,
     helpers::generated::{
-        bpf_get_current_cgroup_id, bpf_get_current_task, bpf_get_smp_processor_id, bpf_get_socket_cookie,
-        bpf_ktime_get_boot_ns,
+        bpf_get_current_task, bpf_get_smp_processor_id, bpf_get_socket_cookie, bpf_ktime_get_boot_ns,
     },
-    helpers::{bpf_get_current_pid_tgid, bpf_get_current_uid_gid},
     macros::{btf_tracepoint, cgroup_sock, fexit, kprobe, kretprobe, map, sock_ops},
     maps::{Array, HashMap, LruHashMap, RingBuf},
     programs::{BtfTracePointContext, FExitContext, ProbeContext, RetProbeContext, SockContext, SockOpsContext},
@@ -228,7 +227,7 @@ fn state_changed(ctx: BtfTracePointContext) -> i32 {
     if old == i32::from(TCP_LISTEN) && new != i32::from(TCP_LISTEN) {
         let sk: Object = ctx.arg(0);
         let cookie = cookie_typed(sk);
-        emit(&ctx, || socket_record(kind::CLOSED, sk, cookie));
+        emit(&ctx, socket_record(kind::CLOSED, sk, cookie));
     } else if config!(listen_by_state) && new == i32::from(TCP_LISTEN) {
         let sk: Object = ctx.arg(0);
         let cookie = cookie_typed(sk);
@@ -240,8 +239,8 @@ fn state_changed(ctx: BtfTracePointContext) -> i32 {
             }
         } else {
             // The state is announced before the port is chosen; a snapshot will tell.
-            hold(&ctx, (bpf_get_current_pid_tgid() >> 32) as u32);
-            emit(&ctx, || socket_record(kind::UNSURE, sk, cookie));
+            hold(&ctx, current_tgid());
+            emit(&ctx, socket_record(kind::UNSURE, sk, cookie));
         }
     }
     0
@@ -259,11 +258,11 @@ fn listen_succeeded(ctx: SockOpsContext) -> u32 {
                 hold(&ctx, record.tgid);
                 record.port = ctx.local_port() as u16;
                 record.at = now();
-                emit(&ctx, || record);
+                emit(&ctx, record);
             }
             None => {
                 debug!(&ctx, "listen callback without a state change, cookie {}", cookie);
-                emit(&ctx, || task_record(kind::UNSURE));
+                emit(&ctx, task_record(kind::UNSURE));
             }
         }
     }
@@ -301,26 +300,24 @@ fn post_bind(ctx: &SockContext, family: u16, words: [u32; 4]) -> i32 {
             count(|c| &raw mut c.produced);
             count(|c| &raw mut c.dropped);
         }
-        hold(ctx, (bpf_get_current_pid_tgid() >> 32) as u32);
-        emit(ctx, || {
-            let mut record = task_record(kind::OPENED);
-            record.cookie = cookie;
-            record.uid = record.task_uid;
-            record.netns = current_netns();
-            record.protocol = IPPROTO_UDP;
-            record.family = family;
-            record.port = port;
-            record.flags = flag::BOUND;
-            let mut i = 0;
-            while i < 4 {
-                record.address[i * 4] = address[i][0];
-                record.address[i * 4 + 1] = address[i][1];
-                record.address[i * 4 + 2] = address[i][2];
-                record.address[i * 4 + 3] = address[i][3];
-                i += 1;
-            }
-            record
-        });
+        hold(ctx, current_tgid());
+        let mut record = task_record(kind::OPENED);
+        record.cookie = cookie;
+        record.uid = record.task_uid;
+        record.netns = current_netns();
+        record.protocol = IPPROTO_UDP;
+        record.family = family;
+        record.port = port;
+        record.flags = flag::BOUND;
+        let mut i = 0;
+        while i < 4 {
+            record.address[i * 4] = address[i][0];
+            record.address[i * 4 + 1] = address[i][1];
+            record.address[i * 4 + 2] = address[i][2];
+            record.address[i * 4 + 3] = address[i][3];
+            i += 1;
+        }
+        emit(ctx, record);
     }
     1
 }
@@ -332,12 +329,10 @@ fn udp_release(ctx: SockContext) -> i32 {
         // SAFETY: the helper takes the context of a cgroup sock program.
         let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
         if UDP_BOUND.remove(cookie).is_ok() {
-            emit(&ctx, || {
-                let mut record = task_record(kind::CLOSED);
-                record.cookie = cookie;
-                record.protocol = IPPROTO_UDP;
-                record
-            });
+            let mut record = task_record(kind::CLOSED);
+            record.cookie = cookie;
+            record.protocol = IPPROTO_UDP;
+            emit(&ctx, record);
         }
     }
     1
@@ -354,12 +349,10 @@ fn forked(ctx: BtfTracePointContext) -> i32 {
         let child_tgid: u32 = read(child, offset!(task_tgid));
         if child_tgid != tgid {
             hold(&ctx, child_tgid);
-            emit(&ctx, || {
-                let mut record = task_record(kind::FORKED);
-                record.child = child_tgid;
-                record.child_start = read(child, offset!(task_start_boottime));
-                record
-            });
+            let mut record = task_record(kind::FORKED);
+            record.child = child_tgid;
+            record.child_start = read(child, offset!(task_start_boottime));
+            emit(&ctx, record);
         }
     }
     0
@@ -370,7 +363,7 @@ fn forked(ctx: BtfTracePointContext) -> i32 {
 fn execed(ctx: BtfTracePointContext) -> i32 {
     let task: Object = ctx.arg(0);
     if is_holder(read(task, offset!(task_tgid))) {
-        emit(&ctx, || task_record(kind::EXECED));
+        emit(&ctx, task_record(kind::EXECED));
     }
     0
 }
@@ -382,7 +375,7 @@ fn exited(ctx: BtfTracePointContext) -> i32 {
     let tgid: u32 = read(task, offset!(task_tgid));
     if is_holder(tgid) && read::<u32>(follow(task, offset!(task_signal)), offset!(signal_live)) == 0 {
         let _ = HOLDERS.remove(tgid);
-        emit(&ctx, || task_record(kind::EXITED));
+        emit(&ctx, task_record(kind::EXITED));
     }
     0
 }
@@ -400,8 +393,8 @@ fn listening<C: EbpfContext>(ctx: &C, sk: Object, cookie: u64) {
     if read::<u8>(sk, offset!(skc_state)) != TCP_LISTEN {
         return;
     }
-    hold(ctx, (bpf_get_current_pid_tgid() >> 32) as u32);
-    emit(ctx, || socket_record(kind::OPENED, sk, cookie));
+    hold(ctx, current_tgid());
+    emit(ctx, socket_record(kind::OPENED, sk, cookie));
 }
 
 #[inline(always)]
@@ -412,8 +405,8 @@ fn udp_bound<C: EbpfContext>(ctx: &C, sk: Object, cookie: u64, number: u16) {
     if protocol(sk) != IPPROTO_UDP || (number == 0 && u128::from_ne_bytes(address(sk, family)) == 0) {
         return;
     }
-    hold(ctx, (bpf_get_current_pid_tgid() >> 32) as u32);
-    emit(ctx, || socket_record(kind::OPENED, sk, cookie));
+    hold(ctx, current_tgid());
+    emit(ctx, socket_record(kind::OPENED, sk, cookie));
 }
 
 #[inline(always)]
@@ -422,7 +415,7 @@ fn udp_unbound<C: EbpfContext>(ctx: &C, sk: Object, cookie: u64) {
         && read::<u16>(sk, offset!(skc_num)) != 0
         && flags(sk, IPPROTO_UDP) & flag::BOUND != 0
     {
-        emit(ctx, || socket_record(kind::CLOSED, sk, cookie));
+        emit(ctx, socket_record(kind::CLOSED, sk, cookie));
     }
 }
 
@@ -432,12 +425,10 @@ fn refused<C: EbpfContext>(ctx: &C, sk: Object, number: u16, expected: u16) {
     if number == 0 || (own != expected && own != IPPROTO_MPTCP) {
         return;
     }
-    emit(ctx, || {
-        let mut record = socket_record(kind::REFUSED, sk, 0);
-        record.port = number;
-        record.errno = EADDRINUSE;
-        record
-    });
+    let mut record = socket_record(kind::REFUSED, sk, 0);
+    record.port = number;
+    record.errno = EADDRINUSE;
+    emit(ctx, record);
 }
 
 #[inline(always)]
@@ -460,27 +451,27 @@ fn now() -> u64 {
     unsafe { bpf_ktime_get_boot_ns() }
 }
 
-/// The acting task, nothing of a socket.
+/// The acting task, nothing of a socket. Read from the task itself: sock_ops and cgroup programs lack the helpers that
+/// tell PID, uid and cgroup on many kernels.
 #[inline(always)]
 fn task_record(kind: u8) -> Record {
-    let ids = bpf_get_current_pid_tgid();
-    // SAFETY: no arguments.
-    let (task, cgroup, cpu) =
-        unsafe { (bpf_get_current_task() as Object, bpf_get_current_cgroup_id(), bpf_get_smp_processor_id()) };
+    let task = current();
     let leader = follow(task, offset!(task_group_leader));
+    // SAFETY: no arguments.
+    let cpu = unsafe { bpf_get_smp_processor_id() };
     Record {
         at: now(),
         seq: 0,
         cookie: 0,
         inode: 0,
         start: read(leader, offset!(task_start_boottime)),
-        cgroup,
+        cgroup: cgroup(task),
         child_start: 0,
         netns: 0,
         uid: 0,
-        task_uid: bpf_get_current_uid_gid() as u32,
-        tgid: (ids >> 32) as u32,
-        tid: ids as u32,
+        task_uid: read(follow(task, offset!(task_cred)), offset!(cred_euid)),
+        tgid: read(task, offset!(task_tgid)),
+        tid: read(task, offset!(task_pid)),
         child: 0,
         backlog: 0,
         errno: 0,
@@ -493,6 +484,24 @@ fn task_record(kind: u8) -> Record {
         address: [0; 16],
         comm: read::<[u8; COMM_LEN]>(leader, offset!(task_comm)),
     }
+}
+
+#[inline(always)]
+fn current() -> Object {
+    // SAFETY: no arguments.
+    unsafe { bpf_get_current_task() as Object }
+}
+
+#[inline(always)]
+fn current_tgid() -> u32 {
+    read(current(), offset!(task_tgid))
+}
+
+/// The id of the task's cgroup in the version 2 tree: the inode number of its directory.
+#[inline(always)]
+fn cgroup(task: Object) -> u64 {
+    let group = follow(follow(task, offset!(task_cgroups)), offset!(css_set_dfl_cgrp));
+    read(follow(group, offset!(cgroup_kn)), offset!(kernfs_id))
 }
 
 #[inline(always)]
@@ -520,9 +529,7 @@ fn inode(sk: Object) -> u64 {
 
 #[inline(always)]
 fn current_netns() -> u32 {
-    // SAFETY: no arguments.
-    let task = unsafe { bpf_get_current_task() } as Object;
-    read(follow(follow(task, offset!(task_nsproxy)), offset!(nsproxy_net_ns)), offset!(net_inum))
+    read(follow(follow(current(), offset!(task_nsproxy)), offset!(nsproxy_net_ns)), offset!(net_inum))
 }
 
 #[inline(always)]
@@ -547,20 +554,13 @@ fn count(field: impl Fn(&mut Counters) -> *mut u64) {
 /// Hands a record to userspace, or counts it as dropped. It is counted as produced before the ring is asked, so that
 /// userspace, which compares the counts, can never miss a drop.
 #[inline(always)]
-fn emit<C: EbpfContext>(ctx: &C, record: impl FnOnce() -> Record) {
+fn emit<C: EbpfContext>(ctx: &C, mut record: Record) {
     count(|c| &raw mut c.produced);
-    match EVENTS.reserve::<Record>(0) {
-        Some(mut entry) => {
-            let mut record = record();
-            // SAFETY: as in `count`.
-            record.seq = COUNTERS.get_ptr(slot()).map_or(0, |c| unsafe { (*c).produced });
-            entry.write(record);
-            entry.submit(0);
-        }
-        None => {
-            count(|c| &raw mut c.dropped);
-            debug!(ctx, "the ring is full: an event is lost");
-        }
+    // SAFETY: as in `count`.
+    record.seq = COUNTERS.get_ptr(slot()).map_or(0, |c| unsafe { (*c).produced });
+    if EVENTS.output::<Record>(&record, 0).is_err() {
+        count(|c| &raw mut c.dropped);
+        debug!(ctx, "the ring is full: an event is lost");
     }
 }
 

@@ -168,6 +168,12 @@ pub struct Offsets {
     pub task_nsproxy: u32,
     pub signal_live: u32,
     pub nsproxy_net_ns: u32,
+    pub task_cred: u32,
+    pub cred_euid: u32,
+    pub task_cgroups: u32,
+    pub css_set_dfl_cgrp: u32,
+    pub cgroup_kn: u32,
+    pub kernfs_id: u32,
     pub skc_ipv6only: Bits,
     pub sk_userlocks: Bits,
     pub tcp_is_mptcp: Bits,
@@ -191,5 +197,5 @@ pub struct Config {
 const _: () = assert!(size_of::<Record>() == 128);
 const _: () = assert!(size_of::<Held>() == 72);
 const _: () = assert!(size_of::<Counters>() == 32);
-const _: () = assert!(size_of::<Offsets>() == 28 * 4 + 3 * 8);
+const _: () = assert!(size_of::<Offsets>() == 34 * 4 + 3 * 8);
 const _: () = assert!(size_of::<Config>() == 16);

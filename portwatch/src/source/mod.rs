@@ -127,7 +127,9 @@ impl Scanner {
     /// Reads every listener that `keep` wants and who holds it: held ones of all network namespaces and ghosts of the
     /// caller's own; with `all_netns`, ghosts of every namespace that can be entered, too.
     pub fn scan(&mut self, all_netns: bool, keep: &dyn Fn(&Socket) -> bool) -> anyhow::Result<Snapshot> {
-        self.scan_with(all_netns, keep, &mut |id| Arc::new(process::read_exact(id).unwrap_or_else(|| Process::bare(id, "?"))))
+        self.scan_with(all_netns, keep, &mut |id| {
+            Arc::new(process::read_exact(id).unwrap_or_else(|| Process::bare(id, "?")))
+        })
     }
 
     fn scan_with(
@@ -163,7 +165,16 @@ pub struct Live {
     feed: Feed,
     scanner: Scanner,
     refusals: Vec<Refusal>,
-    started: bool,
+}
+
+/// What a live source tells at once.
+#[derive(Debug, Default)]
+pub struct Batch {
+    pub events: Vec<Event>,
+    /// Records that the kernel could not deliver.
+    pub lost: u64,
+    /// The events do not tell all: a snapshot must be read.
+    pub must_refresh: bool,
 }
 
 enum Feed {
@@ -202,7 +213,7 @@ impl Live {
                         Some(kernel) => Scanner::with_kernel(kernel.as_ref()),
                         None => Scanner::open(Probe::Only(Tier::Poll)),
                     };
-                    return Ok(Live { feed: Feed::Ebpf(Box::new(probes)), scanner, refusals, started: false });
+                    return Ok(Live { feed: Feed::Ebpf(Box::new(probes)), scanner, refusals });
                 }
                 Err(error) => refusals.push(Refusal { tier, reason: format!("{error:#}") }),
             }
@@ -219,7 +230,7 @@ impl Live {
             Some(kernel) => Scanner::with_kernel(kernel.as_ref()),
             None => Scanner::open(Probe::Only(Tier::Poll)),
         };
-        Ok(Live { feed: Feed::Poll(interval), scanner, refusals, started: false })
+        Ok(Live { feed: Feed::Poll(interval), scanner, refusals })
     }
 
     pub fn tier(&self) -> Tier {
@@ -247,29 +258,23 @@ impl Live {
         }
     }
 
-    /// What happened next; the first time the snapshot to begin with. After a loss the last event is a snapshot.
-    /// `holders` are the processes that hold something now, by pid.
-    pub async fn next(&mut self, holders: &HashSet<u32>) -> anyhow::Result<Vec<Event>> {
-        if !self.started {
-            self.started = true;
-            return Ok(vec![self.refresh(holders, 0)?]);
-        }
+    /// What happened next, and how many records were lost before now: more than 0 demands a [`Self::refresh`], as the
+    /// poll tier does always. Cancel safe.
+    pub async fn next(&mut self) -> anyhow::Result<Batch> {
         match &mut self.feed {
             Feed::Ebpf(probes) => {
-                let (mut events, lost) = probes.next().await?;
-                if lost > 0 {
-                    events.push(self.refresh(holders, lost)?);
-                }
-                Ok(events)
+                let (events, lost) = probes.next().await?;
+                Ok(Batch { events, lost, must_refresh: lost > 0 })
             }
             Feed::Poll(interval) => {
                 interval.tick().await;
-                Ok(vec![self.refresh(holders, 0)?])
+                Ok(Batch { events: Vec::new(), lost: 0, must_refresh: true })
             }
         }
     }
 
-    /// Reads a snapshot now.
+    /// Reads a snapshot now. `holders` are the processes that hold something as far as is known, by pid: the kernel
+    /// goes on to report these, and those that the snapshot adds.
     pub fn refresh(&mut self, holders: &HashSet<u32>, lost: u64) -> anyhow::Result<Event> {
         let mut snapshot = match &mut self.feed {
             Feed::Ebpf(probes) => {

@@ -6,14 +6,14 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
-use std::os::fd::{AsFd as _, BorrowedFd};
+use std::os::fd::AsFd as _;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, anyhow};
+use anyhow::{Context as _, anyhow, bail};
 use aya::Ebpf;
-use aya::maps::{Array, HashMap as BpfHashMap, Map, MapData, RingBuf};
+use aya::maps::{HashMap as BpfHashMap, Map, MapData, RingBuf};
 use aya::programs::{
     BtfTracePoint, CgroupAttachMode, CgroupSock, FEntry, FExit, KProbe, Program, ProgramError, SockOps,
 };
@@ -95,14 +95,16 @@ impl Probes {
         let gaps = attach.gaps;
 
         let ring = RingBuf::try_from(take(&mut ebpf, "EVENTS")?)?;
-        let counters = CounterMap::new(&Array::<MapData, [u64; 4]>::try_from(take(&mut ebpf, "COUNTERS")?)?)?;
+        let counters = CounterMap::new(&take(&mut ebpf, "COUNTERS")?)?;
         let holders = BpfHashMap::try_from(take(&mut ebpf, "HOLDERS")?)?;
         let udp_bound = BpfHashMap::try_from(take(&mut ebpf, "UDP_BOUND")?)?;
         let logger = if level > 0 { EbpfLogger::init(&mut ebpf).ok() } else { None };
         Ok(Probes {
             tier,
             gaps,
-            ring: AsyncFd::with_interest(ring, Interest::READABLE).context("cannot poll the event ring")?,
+            // SAFETY: the ring owns its descriptor and always names the same one, open for as long as it lives.
+            ring: unsafe { AsyncFd::register_with_interest(ring, Interest::READABLE) }
+                .context("cannot poll the event ring")?,
             counters,
             holders,
             udp_bound,
@@ -246,10 +248,8 @@ impl Probes {
         if let Some(process) = self.processes.get(&id) {
             return Arc::clone(process);
         }
-        let process = process::read_exact(id).unwrap_or_else(|| Process {
-            uid: Some(record.task_uid),
-            ..Process::bare(id, record::name(&record.comm))
-        });
+        let process = process::read_exact(id)
+            .unwrap_or_else(|| Process { uid: Some(record.task_uid), ..Process::bare(id, record::name(&record.comm)) });
         self.remember(Arc::new(process))
     }
 
@@ -317,7 +317,10 @@ impl Attach<'_> {
         let udp = self.exit_of("udp_get_port_exit", "udp_lib_get_port").and_then(|()| {
             let btf = &self.kernel.btf;
             let program: &mut FEntry = typed(self.ebpf, "udp_unhash_entry")?;
-            program.load("udp_lib_unhash", btf).and_then(|()| program.attach()).map_err(|e| refused("fentry/udp_lib_unhash", &e))?;
+            program
+                .load("udp_lib_unhash", btf)
+                .and_then(|()| program.attach())
+                .map_err(|e| refused("fentry/udp_lib_unhash", &e))?;
             Ok(())
         });
         self.gap("UDP", udp);
@@ -368,7 +371,8 @@ impl Attach<'_> {
 
     fn tracepoint(&mut self, cgroup: Option<&File>) -> anyhow::Result<()> {
         let Some(cgroup) = cgroup else {
-            let reason = "no cgroup2 tree is mounted: ports of new listeners are read back, UDP is seen by snapshots only";
+            let reason =
+                "no cgroup2 tree is mounted: ports of new listeners are read back, UDP is seen by snapshots only";
             self.gaps.push(Refusal { tier: self.tier, reason: reason.into() });
             return Ok(());
         };
@@ -389,10 +393,8 @@ impl Attach<'_> {
             });
         }
         self.gap("UDP", udp);
-        self.gaps.push(Refusal {
-            tier: self.tier,
-            reason: "failed binds are not seen without fexit or kprobes".into(),
-        });
+        self.gaps
+            .push(Refusal { tier: self.tier, reason: "failed binds are not seen without fexit or kprobes".into() });
         Ok(())
     }
 
@@ -458,8 +460,8 @@ unsafe impl Send for CounterMap {}
 impl CounterMap {
     const BYTES: usize = COUNTER_SLOTS as usize * size_of::<Counters>();
 
-    fn new(map: &Array<MapData, [u64; 4]>) -> anyhow::Result<CounterMap> {
-        let fd: BorrowedFd<'_> = map.fd().as_fd();
+    fn new(map: &Map) -> anyhow::Result<CounterMap> {
+        let Map::Array(map) = map else { bail!("the probes' counters are no array") };
         // SAFETY: a fresh mapping at an address that the kernel chooses.
         let address = unsafe {
             rustix::mm::mmap(
@@ -467,7 +469,7 @@ impl CounterMap {
                 Self::BYTES,
                 rustix::mm::ProtFlags::READ,
                 rustix::mm::MapFlags::SHARED,
-                fd,
+                map.fd().as_fd(),
                 0,
             )
         }

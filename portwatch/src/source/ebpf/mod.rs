@@ -20,7 +20,7 @@ use portwatch_ebpf::{Config, Offsets};
 use super::btf::Btf;
 
 pub(super) use events::Probes;
-pub(super) use walk::{Walk, Walked};
+pub(super) use walk::Walk;
 
 /// Makes an ABI type one that aya passes to the kernel: `repr(C)`, without padding, any bits valid.
 macro_rules! pod {

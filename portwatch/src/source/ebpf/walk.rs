@@ -49,7 +49,8 @@ impl Walk {
 
     /// Reads every socket that `keep` wants, and who holds it.
     pub(crate) fn read(&mut self, keep: &dyn Fn(&Socket) -> bool) -> anyhow::Result<Walked> {
-        let program: &mut Iter = self.ebpf.program_mut(PROGRAM).context("the iterator's object lacks it")?.try_into()?;
+        let program: &mut Iter =
+            self.ebpf.program_mut(PROGRAM).context("the iterator's object lacks it")?.try_into()?;
         let link = program.attach().context("cannot attach iter/task_file")?;
         let mut file = program.take_link(link)?.into_file().context("cannot open iter/task_file")?;
 
