@@ -138,8 +138,9 @@ fn play(seed: u64) -> usize {
     // (when it is delivered, event)
     let mut delivery: Vec<(BootNs, Event)> = Vec::new();
     let mut truth: Vec<(BootNs, World)> = Vec::new();
-    const STEPS: u64 = 200;
-    for step in 1..=STEPS {
+    // Short ones often end with a table that asks nothing, long ones tangle more.
+    let steps = if seed.is_multiple_of(50) { 200 } else { 3 + random.below(25) };
+    for step in 1..=steps {
         let at = step * 10;
         for event in world.step(at, &mut random) {
             for _ in 0..=random.below(4) / 3 {
@@ -149,9 +150,11 @@ fn play(seed: u64) -> usize {
         truth.push((at, world.clone()));
     }
     let world_at = |at: BootNs| truth.iter().rev().find(|(when, _)| *when < at).map(|(_, world)| world);
-    // Snapshots: one in the first third, some more, and one at the end. Each socket is read at its own moment.
-    let mut starts: Vec<BootNs> = (0..4).map(|_| 15 + random.below(STEPS * 10)).collect();
-    starts.push(STEPS * 10 + 5);
+    // Each socket is read at its own moment. The last snapshot may be delivered among late events too.
+    let mut starts: Vec<BootNs> = (0..1 + random.below(4)).map(|_| 5 + random.below(steps * 10)).collect();
+    if random.below(4) > 0 {
+        starts.push(steps * 10 + 5);
+    }
     for at in starts {
         let ends = at + random.below(50);
         let cookies: BTreeSet<u64> = truth
@@ -164,7 +167,8 @@ fn play(seed: u64) -> usize {
         // Two moments can show two sockets with one inode: the source joins by inode, and shows one of them.
         let mut inodes = BTreeSet::new();
         let listeners = listeners.into_iter().filter(|listener| inodes.insert(listener.socket.id.inode)).collect();
-        delivery.push((ends, Event::Snapshot(Snapshot { at, listeners, complete: vec![1], lost: 0 })));
+        delivery
+            .push((ends + random.below(40), Event::Snapshot(Snapshot { at, listeners, complete: vec![1], lost: 0 })));
     }
     delivery.sort_by_key(|(when, _)| *when);
 
@@ -197,7 +201,7 @@ fn play(seed: u64) -> usize {
         table.rows.assert_consistent();
     }
     // A driver reads again while the table asks for it; once is enough when nothing happens any more.
-    let end = STEPS * 10 + 1000;
+    let end = steps * 10 + 1000;
     let last = world_at(end).expect("a world");
     let expect: Vec<Listener> = last.sockets.keys().filter_map(|&cookie| last.listener(cookie)).collect();
     let settled = usize::from(!table.is_stale());
@@ -224,8 +228,8 @@ fn play(seed: u64) -> usize {
 
 #[test]
 fn random_histories_end_in_the_truth() {
-    let settled: usize = (1..=100).map(play).sum();
-    assert!(settled > 20, "only {settled} histories were not stale at their end");
+    let settled: usize = (1..=2000).map(play).sum();
+    assert!(settled > 400, "only {settled} histories were not stale at their end");
 }
 
 fn id(pid: u32) -> ProcessId {
