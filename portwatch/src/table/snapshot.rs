@@ -35,8 +35,8 @@ impl Table {
                     seen.insert(row);
                     self.refresh(row, at, listener, out);
                 }
-                // Opened while the snapshot was read, with the inode of what the snapshot saw before.
-                Found::Reused(_) => self.mark_unread(at),
+                // The snapshot saw it before it made room, while the rest was read, for the row that has its inode now.
+                Found::Reused(_) => {}
                 Found::Unknown => seen.extend(self.discover(at, before, listener, out)),
             }
         }

@@ -98,6 +98,17 @@ fn a_snapshot_begun_before_a_fork_or_exec_is_not_the_last_word() {
         fork 20 7 8
         snap 15
           c1 i5 tcp 127.0.0.1:80 by 7:3
+        ",
+        "
+        = stale
+        i5 tcp 127.0.0.1:80 by 7*:3
+        ",
+    );
+    check(
+        "
+        fork 20 7 8
+        snap 15
+          c1 i5 tcp 127.0.0.1:80 by 7:3
         snap 25
           c1 i5 tcp 127.0.0.1:80 by 7:3 8:3
         ",

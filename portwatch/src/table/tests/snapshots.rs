@@ -256,3 +256,19 @@ fn unsure_asks_for_a_snapshot_begun_later() {
         ",
     );
 }
+
+#[test]
+fn a_row_opened_while_the_snapshot_was_read_keeps_the_inode() {
+    check(
+        "
+        open 30 c2 i5 tcp 127.0.0.1:81 by 8
+        snap 20
+          c1 i5 tcp 127.0.0.1:80 by 7:3
+        ",
+        "
+        30 opened i5 tcp 127.0.0.1:81 since 30 by 8*
+        = stale
+        i5 tcp 127.0.0.1:81 since 30 by 8*
+        ",
+    );
+}
