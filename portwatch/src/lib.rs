@@ -9,3 +9,4 @@ pub mod render;
 pub mod select;
 pub mod source;
 pub mod table;
+pub mod tracker;
