@@ -74,3 +74,40 @@ pub struct Refusal {
     pub tier: Tier,
     pub reason: String,
 }
+
+// ---- REPLACED AT MERGE: the interface that the verbs are written against, without a source behind it. ----
+
+use crate::model::{Snapshot, Socket};
+
+/// Reads snapshots.
+#[derive(Debug)]
+pub struct Scanner {
+    refusals: Vec<Refusal>,
+}
+
+impl Scanner {
+    pub fn open(_probe: Probe) -> anyhow::Result<Scanner> {
+        Ok(Scanner { refusals: Vec::new() })
+    }
+
+    pub fn refusals(&self) -> &[Refusal] {
+        &self.refusals
+    }
+
+    pub fn scan(&mut self, _all_netns: bool, _keep: &dyn Fn(&Socket) -> bool) -> anyhow::Result<Snapshot> {
+        Ok(Snapshot::default())
+    }
+}
+
+/// What `status` tells of the source.
+#[derive(Clone, Debug)]
+pub struct Availability {
+    pub tier: Tier,
+    pub refusals: Vec<Refusal>,
+    /// How holders are read: "task_file iterator" or "/proc".
+    pub holders: String,
+}
+
+pub fn availability(_probe: Probe) -> Availability {
+    Availability { tier: Tier::Poll, refusals: Vec::new(), holders: "/proc".to_owned() }
+}
