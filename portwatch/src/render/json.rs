@@ -2,6 +2,7 @@
 //!
 //! Unknown is `null`, or `[]` for a command line. Times are UTC with milliseconds.
 
+use std::collections::HashMap;
 use std::io;
 use std::net::IpAddr;
 
@@ -81,6 +82,9 @@ pub struct Ancestor {
     pub name: String,
 }
 
+/// The ancestors of each holder by pid, nearest first.
+pub type Ancestors = HashMap<u32, Vec<Ancestor>>;
+
 /// One line of `watch --json`.
 #[derive(Debug, Serialize)]
 pub struct ChangeOf<'a> {
@@ -101,14 +105,10 @@ pub fn listener<'a>(row: &'a Row, view: &View<'_>) -> Listener<'a> {
 }
 
 /// As [`listener`], with the ancestors of each holder.
-pub fn listener_with_ancestors<'a>(
-    row: &'a Row,
-    view: &View<'_>,
-    ancestors: &'a dyn Fn(u32) -> &'a [Ancestor],
-) -> Listener<'a> {
+pub fn listener_with_ancestors<'a>(row: &'a Row, view: &View<'_>, ancestors: &'a Ancestors) -> Listener<'a> {
     let mut listener = listener(row, view);
     for holder in &mut listener.holders {
-        holder.ancestors = Some(ancestors(holder.identity.pid));
+        holder.ancestors = Some(ancestors.get(&holder.identity.pid).map_or(&[], Vec::as_slice));
     }
     listener
 }

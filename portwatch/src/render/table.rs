@@ -62,13 +62,7 @@ pub fn table(listeners: &[Listener], detail: Detail, view: &View<'_>) -> String 
     lay_out(&columns, &rows, view)
 }
 
-fn row(
-    listener: &Listener,
-    holder: Option<&Holder>,
-    more: usize,
-    several_netns: bool,
-    view: &View<'_>,
-) -> Vec<String> {
+fn row(listener: &Listener, holder: Option<&Holder>, more: usize, several_netns: bool, view: &View<'_>) -> Vec<String> {
     let socket = &listener.socket;
     let proto = if socket.mptcp { format!("{}/mptcp", socket.proto) } else { socket.proto.to_string() };
     let mut row = vec![proto, socket.address.to_string(), socket.port.to_string()];

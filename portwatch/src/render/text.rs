@@ -1,6 +1,6 @@
 //! What `who` and `watch` say to people.
 
-use super::json::Ancestor;
+use super::json::{Ancestor, Ancestors};
 use super::{BOLD, DIM, GREEN, RED, View, YELLOW, age, command_line, cut, escape, span};
 use crate::cgroup;
 use crate::model::{BootNs, Change, Holder, Listener, Process, Socket};
@@ -69,8 +69,7 @@ fn holders(listener: &Listener, view: &View<'_>) -> String {
     if listener.is_ghost() {
         return format!("{endpoint} {}", view.ghost(&listener.socket));
     }
-    let names: Vec<String> =
-        binder_first(listener).take(NAMED_HOLDERS).map(|holder| named(&holder.process)).collect();
+    let names: Vec<String> = binder_first(listener).take(NAMED_HOLDERS).map(|holder| named(&holder.process)).collect();
     let rest = match listener.holders.len().saturating_sub(NAMED_HOLDERS) {
         0 => String::new(),
         rest => format!(" and {rest} more"),
@@ -78,8 +77,8 @@ fn holders(listener: &Listener, view: &View<'_>) -> String {
     format!("{endpoint} {}{rest}", names.join(", "))
 }
 
-/// Everything about one listener, as a block of lines. `ancestors` of a pid: nearest first.
-pub fn who(listener: &Listener, ancestors: &dyn Fn(u32) -> Vec<Ancestor>, view: &View<'_>) -> String {
+/// Everything about one listener, as a block of lines.
+pub fn who(listener: &Listener, ancestors: &Ancestors, view: &View<'_>) -> String {
     let socket = &listener.socket;
     let mut out = format!("{}\n", view.paint(BOLD, &endpoint(socket)));
     let mut field = |name: &str, value: &str| out.push_str(&format!("  {name:<10}{value}\n"));
@@ -100,7 +99,12 @@ pub fn who(listener: &Listener, ancestors: &dyn Fn(u32) -> Vec<Ancestor>, view: 
     let binder = listener.binder();
     for holder in binder_first(listener) {
         let like = binder.filter(|binder| binder.process.id != holder.process.id && alike(binder, holder));
-        out.push_str(&holder_block(holder, like, &ancestors(holder.process.id.pid), view));
+        out.push_str(&holder_block(
+            holder,
+            like,
+            ancestors.get(&holder.process.id.pid).map_or(&[], Vec::as_slice),
+            view,
+        ));
     }
     out
 }

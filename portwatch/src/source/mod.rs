@@ -8,8 +8,8 @@ pub mod btf;
 pub mod diag;
 pub mod join;
 pub mod netns;
-pub mod procfs;
 pub mod process;
+pub mod procfs;
 
 use std::fmt;
 use std::str::FromStr;
@@ -81,17 +81,19 @@ use crate::model::{Snapshot, Socket};
 
 /// Reads snapshots.
 #[derive(Debug)]
-pub struct Scanner {
-    refusals: Vec<Refusal>,
-}
+pub struct Scanner;
 
 impl Scanner {
-    pub fn open(_probe: Probe) -> anyhow::Result<Scanner> {
-        Ok(Scanner { refusals: Vec::new() })
+    pub fn open(_probe: Probe) -> Scanner {
+        Scanner
     }
 
-    pub fn refusals(&self) -> &[Refusal] {
-        &self.refusals
+    pub fn method(&self) -> &'static str {
+        "/proc"
+    }
+
+    pub fn refusal(&self) -> Option<&str> {
+        None
     }
 
     pub fn scan(&mut self, _all_netns: bool, _keep: &dyn Fn(&Socket) -> bool) -> anyhow::Result<Snapshot> {
@@ -99,15 +101,14 @@ impl Scanner {
     }
 }
 
-/// What `status` tells of the source.
-#[derive(Clone, Debug)]
+/// What this machine allows, found by trying.
+#[derive(Clone, Debug, Serialize)]
 pub struct Availability {
     pub tier: Tier,
     pub refusals: Vec<Refusal>,
-    /// How holders are read: "task_file iterator" or "/proc".
     pub holders: String,
 }
 
-pub fn availability(_probe: Probe) -> Availability {
-    Availability { tier: Tier::Poll, refusals: Vec::new(), holders: "/proc".to_owned() }
+pub fn availability(_probe: Probe) -> anyhow::Result<Availability> {
+    Ok(Availability { tier: Tier::Poll, refusals: Vec::new(), holders: "/proc".to_owned() })
 }
