@@ -155,6 +155,12 @@ impl Listener {
         self.holders.iter().find(|h| h.binder).or_else(|| self.holders.first())
     }
 
+    /// When it began to listen; where nobody saw that, when its binder started (it is at most that old). `None` where
+    /// neither is known: a start of 0 is a process that was gone before it could be read.
+    pub fn began(&self) -> Option<BootNs> {
+        self.since.or_else(|| self.binder().map(|binder| binder.process.id.start).filter(|start| *start != 0))
+    }
+
     pub fn holds(&self, id: ProcessId) -> bool {
         self.holders.iter().any(|h| h.process.id.is_same(id))
     }
