@@ -3,6 +3,7 @@
 
 pub(crate) mod list;
 pub(crate) mod status;
+pub(crate) mod watch;
 pub(crate) mod who;
 
 use std::cell::RefCell;

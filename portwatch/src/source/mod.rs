@@ -21,7 +21,7 @@ use std::time::Duration;
 use anyhow::{anyhow, bail};
 use serde::Serialize;
 
-use crate::model::{Event, Process, ProcessId, Snapshot, Socket, SocketId};
+use crate::model::{Event, Process, ProcessId, Snapshot, Socket};
 
 /// How listeners are learnt, best first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -142,21 +142,20 @@ impl Scanner {
         let at = process::boot_ns_now();
         // Sockets first: one that only the walk sees is newer. One that only netlink sees has no visible holder, or
         // was closed in between: hence the second look.
-        let dump = diag::dump_netns(all_netns)?;
+        let others = if all_netns { netns::visible()? } else { netns::Namespaces::default() };
+        let dumped = procfs::dump_all(&others, keep)?;
         let mut walked = walk.read(keep)?;
         let seen: HashSet<u64> = walked.sockets.iter().map(|socket| socket.id.inode).collect();
-        let is_ghost = |socket: &Socket| {
-            !seen.contains(&socket.id.inode) && !walked.others.contains(&socket.id.inode) && keep(socket)
-        };
-        let mut ghosts: Vec<Socket> = dump.sockets.into_iter().filter(is_ghost).collect();
+        let mut ghosts = dumped.sockets;
+        ghosts.retain(|ghost| !seen.contains(&ghost.id.inode) && !walked.others.contains(&ghost.id.inode));
         if !ghosts.is_empty() {
-            let still: HashSet<SocketId> =
-                diag::dump_netns(all_netns)?.sockets.into_iter().map(|socket| socket.id).collect();
-            ghosts.retain(|ghost| still.contains(&ghost.id));
+            let still: HashSet<u64> =
+                procfs::dump_all(&others, keep)?.sockets.iter().map(|socket| socket.id.inode).collect();
+            ghosts.retain(|ghost| still.contains(&ghost.id.inode));
         }
         walked.sockets.extend(ghosts);
         let listeners = join::join(walked.sockets, walked.held, details);
-        Ok(Snapshot { at, listeners, complete: dump.complete, lost: 0 })
+        Ok(Snapshot { at, listeners, complete: dumped.complete, lost: 0 })
     }
 }
 
@@ -165,6 +164,8 @@ pub struct Live {
     feed: Feed,
     scanner: Scanner,
     refusals: Vec<Refusal>,
+    /// Whether the first snapshot has been read.
+    started: bool,
 }
 
 /// What a live source tells at once.
@@ -213,7 +214,7 @@ impl Live {
                         Some(kernel) => Scanner::with_kernel(kernel.as_ref()),
                         None => Scanner::open(Probe::Only(Tier::Poll)),
                     };
-                    return Ok(Live { feed: Feed::Ebpf(Box::new(probes)), scanner, refusals });
+                    return Ok(Live { feed: Feed::Ebpf(Box::new(probes)), scanner, refusals, started: false });
                 }
                 Err(error) => refusals.push(Refusal { tier, reason: format!("{error:#}") }),
             }
@@ -230,7 +231,7 @@ impl Live {
             Some(kernel) => Scanner::with_kernel(kernel.as_ref()),
             None => Scanner::open(Probe::Only(Tier::Poll)),
         };
-        Ok(Live { feed: Feed::Poll(interval), scanner, refusals })
+        Ok(Live { feed: Feed::Poll(interval), scanner, refusals, started: false })
     }
 
     pub fn tier(&self) -> Tier {
@@ -279,7 +280,11 @@ impl Live {
         let mut snapshot = match &mut self.feed {
             Feed::Ebpf(probes) => {
                 probes.forget_all_but(holders);
-                let snapshot = self.scanner.scan_with(true, &|_| true, &mut |id| probes.details(id))?;
+                // Only after a loss does it matter which sockets without holder other namespaces have: of all others
+                // the kernel has told.
+                let all_netns = lost > 0 || !self.started;
+                self.started = true;
+                let snapshot = self.scanner.scan_with(all_netns, &|_| true, &mut |id| probes.details(id))?;
                 probes.follow(&snapshot.listeners);
                 snapshot
             }
