@@ -83,6 +83,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     for &child in &children {
         // Our own unreaped child: the number cannot have passed to another process.
         let _gone = kill(child, Signal::SIGKILL);
+    }
+    for &child in &children {
         let _reaped = waitpid(child, None);
     }
     born.map(drop)
