@@ -262,8 +262,11 @@ fn library(sysroot: &Path) -> Option<PathBuf> {
 fn isolate_llvm(sysroot: &Path, version: &str) -> Result<PathBuf> {
     let major = version.split('.').next().unwrap_or_default();
     let wanted = [format!("libLLVM-{major}"), format!("libLLVM.so.{major}")];
-    let folders =
-        [sysroot.join("lib"), sysroot.join(format!("lib/llvm-{major}/lib")), sysroot.join("lib/x86_64-linux-gnu")];
+    let folders = [
+        sysroot.join("lib"),
+        sysroot.join(format!("lib/llvm-{major}/lib")),
+        sysroot.join(format!("lib/{}-linux-gnu", std::env::consts::ARCH)),
+    ];
     let library = folders
         .iter()
         .filter_map(|folder| fs::read_dir(folder).ok())
