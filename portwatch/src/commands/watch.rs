@@ -14,7 +14,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::{Users, clock, explain, note, refused, selector, view};
 use crate::cli::{Globals, WatchArgs};
 
-pub fn run(args: &WatchArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
+pub(crate) fn run(args: &WatchArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
     let selector = selector(&args.targets, &args.selectors)?;
     tokio::runtime::Builder::new_current_thread()
         .enable_all()

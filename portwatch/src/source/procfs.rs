@@ -140,13 +140,13 @@ pub fn scan_with_notes(all_netns: bool, keep: &dyn Fn(&Socket) -> bool) -> anyho
 }
 
 /// Listeners of several namespaces.
-struct Dumped {
-    sockets: Vec<Socket>,
-    complete: Vec<NetnsId>,
+pub(super) struct Dumped {
+    pub(super) sockets: Vec<Socket>,
+    pub(super) complete: Vec<NetnsId>,
     notes: Vec<String>,
 }
 
-fn dump_all(others: &Namespaces, keep: &dyn Fn(&Socket) -> bool) -> anyhow::Result<Dumped> {
+pub(super) fn dump_all(others: &Namespaces, keep: &dyn Fn(&Socket) -> bool) -> anyhow::Result<Dumped> {
     let own = diag::dump()?;
     let mut all = Dumped { sockets: own.sockets, complete: vec![own.netns], notes: Vec::from_iter(own.fallback) };
     let mut refused = 0;
