@@ -31,7 +31,7 @@ fn run(verb: &Verb, globals: &cli::Globals) -> anyhow::Result<ExitCode> {
         Verb::Who(args) => commands::who::run(args, globals),
         Verb::Status(args) => commands::status::run(args, globals),
         Verb::Watch(args) => commands::watch::run(args, globals),
-        Verb::Kill(_) => anyhow::bail!("not built yet"),
+        Verb::Kill(args) => commands::kill::run(args, globals),
     }
 }
 
