@@ -3,9 +3,11 @@
 //! Data flows one way: a [`source`] turns what the kernel says into [`model::Event`]s, the [`table`] applies them and
 //! says what changed, a [`select::Selector`] picks listeners, [`kill`] acts on them and [`render`] shows them.
 
+pub mod cgroup;
 pub mod kill;
 pub mod model;
 pub mod render;
 pub mod select;
 pub mod source;
 pub mod table;
+pub mod tracker;

@@ -1,1 +1,58 @@
-fn main() {}
+//! The `portwatch` binary: parses, dispatches, prints an error once and decides the exit code.
+
+mod cli;
+mod commands;
+mod exit_codes;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::cli::{Cli, Verb};
+use crate::commands::note;
+
+fn main() -> ExitCode {
+    let Cli { verb, globals } = Cli::parse();
+    if globals.verbose {
+        log_to_stderr();
+    }
+    run(&verb, &globals).unwrap_or_else(|error| match exit_codes::of(&error) {
+        Some(code) => {
+            note(&format!("error: {error:#}"));
+            code
+        }
+        None => ExitCode::SUCCESS,
+    })
+}
+
+fn run(verb: &Verb, globals: &cli::Globals) -> anyhow::Result<ExitCode> {
+    match verb {
+        Verb::List(args) => commands::list::run(args, globals),
+        Verb::Who(args) => commands::who::run(args, globals),
+        Verb::Status(args) => commands::status::run(args, globals),
+        Verb::Watch(args) => commands::watch::run(args, globals),
+        Verb::Kill(_) => anyhow::bail!("not built yet"),
+    }
+}
+
+/// Shows what the library and the kernel programs log.
+fn log_to_stderr() {
+    struct Stderr;
+
+    impl log::Log for Stderr {
+        fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+            true
+        }
+
+        fn log(&self, record: &log::Record<'_>) {
+            note(&format!("{}: {}", record.level().as_str().to_lowercase(), record.args()));
+        }
+
+        fn flush(&self) {}
+    }
+
+    // Fails only where a logger is set already, and none is.
+    if log::set_logger(&Stderr).is_ok() {
+        log::set_max_level(log::LevelFilter::Debug);
+    }
+}

@@ -155,6 +155,12 @@ impl Listener {
         self.holders.iter().find(|h| h.binder).or_else(|| self.holders.first())
     }
 
+    /// When it began to listen; where nobody saw that, when its binder started (it is at most that old). `None` where
+    /// neither is known: a start of 0 is a process that was gone before it could be read.
+    pub fn began(&self) -> Option<BootNs> {
+        self.since.or_else(|| self.binder().map(|binder| binder.process.id.start).filter(|start| *start != 0))
+    }
+
     pub fn holds(&self, id: ProcessId) -> bool {
         self.holders.iter().any(|h| h.process.id.is_same(id))
     }
@@ -177,19 +183,42 @@ pub struct Snapshot {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
     /// `by` called listen (TCP) or bind (UDP), and it succeeded.
-    Opened { at: BootNs, socket: Socket, by: Arc<Process> },
+    Opened {
+        at: BootNs,
+        socket: Socket,
+        by: Arc<Process>,
+    },
     /// The socket stopped listening: closed, shut down or disconnected. `by` did it, where known.
-    Closed { at: BootNs, id: SocketId, by: Option<Arc<Process>> },
+    Closed {
+        at: BootNs,
+        id: SocketId,
+        by: Option<Arc<Process>>,
+    },
     /// A known holder forked; the child holds what the parent held.
-    Forked { at: BootNs, parent: ProcessId, child: Arc<Process> },
+    Forked {
+        at: BootNs,
+        parent: ProcessId,
+        child: Arc<Process>,
+    },
     /// A known holder replaced its program; descriptors marked close-on-exec are gone.
-    Execed { at: BootNs, process: Arc<Process> },
+    Execed {
+        at: BootNs,
+        process: Arc<Process>,
+    },
     /// The last thread of a known holder exits.
-    Exited { at: BootNs, id: ProcessId },
+    Exited {
+        at: BootNs,
+        id: ProcessId,
+    },
     /// A bind or listen failed because the address is in use.
-    Refused { at: BootNs, attempt: Attempt },
+    Refused {
+        at: BootNs,
+        attempt: Attempt,
+    },
     /// Something happened of which the source cannot tell enough: a snapshot must be read.
-    Unsure { at: BootNs },
+    Unsure {
+        at: BootNs,
+    },
     Snapshot(Snapshot),
 }
 
@@ -208,13 +237,30 @@ pub struct Attempt {
 /// What an event did to the table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
-    Opened { at: BootNs, listener: Listener },
+    Opened {
+        at: BootNs,
+        listener: Listener,
+    },
     /// The listener as it was. `by` closed it, else its last holder.
-    Closed { at: BootNs, listener: Listener, by: Option<Arc<Process>> },
+    Closed {
+        at: BootNs,
+        listener: Listener,
+        by: Option<Arc<Process>>,
+    },
     /// The set of holders changed; the listener as it is now.
-    Holders { at: BootNs, listener: Listener },
+    Holders {
+        at: BootNs,
+        listener: Listener,
+    },
     /// A failed bind, with the listener in its way where one is known.
-    Conflict { at: BootNs, attempt: Attempt, held_by: Option<Listener> },
+    Conflict {
+        at: BootNs,
+        attempt: Attempt,
+        held_by: Option<Listener>,
+    },
     /// `lost` events were lost; the table was read anew.
-    Resync { at: BootNs, lost: u64 },
+    Resync {
+        at: BootNs,
+        lost: u64,
+    },
 }

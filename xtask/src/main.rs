@@ -1,1 +1,109 @@
-fn main() {}
+//! The project's own chores: `cargo xtask ci` runs all that CI runs, the other verbs are its parts.
+//!
+//! Each verb is one module; this one parses, dispatches, and holds the few lines that all of them share: where the
+//! workspace is, and how a command is run. Everything that a verb makes or fetches lies under `target/`, but for the
+//! kernel objects, which are committed.
+
+mod bench;
+mod ci;
+mod ebpf;
+mod vm;
+mod world;
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+
+use anyhow::{Context, Result, bail};
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", about = "portwatch's own chores", version)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Build the kernel objects into portwatch/bpf/, reproducibly
+    Ebpf(ebpf::Args),
+    /// Run the scenario tests on other kernels, in QEMU
+    Vm(vm::Args),
+    /// Measure portwatch and its peers side by side, as Markdown
+    Bench(bench::Args),
+    /// Run everything that CI runs, and list every failure
+    Ci,
+    #[command(hide = true)]
+    World(world::Args),
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().verb {
+        Verb::Ebpf(args) => ebpf::run(&args),
+        Verb::Vm(args) => vm::run(&args),
+        Verb::Bench(args) => bench::run(&args),
+        Verb::Ci => ci::run(),
+        Verb::World(args) => world::run(&args),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The workspace's root directory.
+fn root() -> PathBuf {
+    let manifest = env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
+    manifest.parent().map_or_else(|| manifest.clone(), Path::to_path_buf)
+}
+
+/// Everything that is built or fetched lies below this directory.
+fn target() -> PathBuf {
+    root().join("target")
+}
+
+/// The cargo that runs this xtask.
+fn cargo() -> Command {
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(root());
+    command
+}
+
+/// The command as one line, for people.
+fn shown(command: &Command) -> String {
+    let mut line = command.get_program().to_string_lossy().into_owned();
+    for arg in command.get_args() {
+        line.push(' ');
+        line.push_str(&arg.to_string_lossy());
+    }
+    line
+}
+
+/// Runs a command to its end and fails unless it exits 0.
+fn must(command: &mut Command) -> Result<()> {
+    let line = shown(command);
+    let status = command.status().with_context(|| format!("cannot run `{line}`"))?;
+    if !status.success() {
+        bail!("`{line}` failed: {status}");
+    }
+    Ok(())
+}
+
+/// What a command prints on stdout; fails unless it exits 0. Its stderr goes to ours.
+fn output_of(command: &mut Command) -> Result<String> {
+    let line = shown(command);
+    let output = command.stderr(Stdio::inherit()).output().with_context(|| format!("cannot run `{line}`"))?;
+    if !output.status.success() {
+        bail!("`{line}` failed: {}", output.status);
+    }
+    String::from_utf8(output.stdout).with_context(|| format!("`{line}` printed what is not UTF-8"))
+}
+
+/// Whether a program of that name is on the PATH.
+fn installed(program: &str) -> bool {
+    env::var_os("PATH").is_some_and(|path| env::split_paths(&path).any(|folder| folder.join(program).is_file()))
+}

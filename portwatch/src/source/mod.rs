@@ -1,20 +1,27 @@
 //! Where facts come from: kernel programs ([`ebpf`]) where the kernel allows them, `sock_diag` and `/proc` elsewhere.
 //!
-//! Two ways to read: a [`Scanner`] reads one [`crate::model::Snapshot`] (`list`, `who`, `kill`), a `Live` source gives
+//! Two ways to read: a [`Scanner`] reads one [`crate::model::Snapshot`] (`list`, `who`, `kill`), a [`Live`] source gives
 //! events from now on (`watch`). Both try the best first by loading it, keep the reason why it was refused, and
 //! go on with the next.
 
 pub mod btf;
 pub mod diag;
+mod ebpf;
 pub mod join;
 pub mod netns;
-pub mod procfs;
 pub mod process;
+pub mod procfs;
 
+use std::collections::HashSet;
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
 
+use anyhow::{anyhow, bail};
 use serde::Serialize;
+
+use crate::model::{Event, Process, ProcessId, Snapshot, Socket};
 
 /// How listeners are learnt, best first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -73,4 +80,233 @@ impl FromStr for Probe {
 pub struct Refusal {
     pub tier: Tier,
     pub reason: String,
+}
+
+/// Reads snapshots, by the iterator where the kernel lets it be loaded, else from sock_diag and /proc.
+pub struct Scanner {
+    walk: Option<ebpf::Walk>,
+    refusal: Option<String>,
+}
+
+impl fmt::Debug for Scanner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Scanner").field("method", &self.method()).field("refusal", &self.refusal).finish()
+    }
+}
+
+impl Scanner {
+    /// Never fails: what is refused is kept as a reason, and /proc serves.
+    pub fn open(probe: Probe) -> Scanner {
+        if probe == Probe::Only(Tier::Poll) {
+            return Scanner { walk: None, refusal: None };
+        }
+        Scanner::with_kernel(ebpf::Kernel::open().as_ref())
+    }
+
+    fn with_kernel(kernel: Result<&ebpf::Kernel, &anyhow::Error>) -> Scanner {
+        let walk = match kernel {
+            Ok(kernel) => ebpf::Walk::open(kernel).map_err(|error| format!("{error:#}")),
+            Err(error) => Err(format!("{error:#}")),
+        };
+        match walk {
+            Ok(walk) => Scanner { walk: Some(walk), refusal: None },
+            Err(reason) => Scanner { walk: None, refusal: Some(reason) },
+        }
+    }
+
+    /// How holders are found: `task_file iterator` or `/proc`.
+    pub fn method(&self) -> &'static str {
+        if self.walk.is_some() { "task_file iterator" } else { "/proc" }
+    }
+
+    /// Why the iterator is not used, if it was tried.
+    pub fn refusal(&self) -> Option<&str> {
+        self.refusal.as_deref()
+    }
+
+    /// Reads every listener that `keep` wants and who holds it: held ones of all network namespaces and ghosts of the
+    /// caller's own; with `all_netns`, ghosts of every namespace that can be entered, too.
+    pub fn scan(&mut self, all_netns: bool, keep: &dyn Fn(&Socket) -> bool) -> anyhow::Result<Snapshot> {
+        self.scan_with(all_netns, keep, &mut |id| {
+            Arc::new(process::read_exact(id).unwrap_or_else(|| Process::bare(id, "?")))
+        })
+    }
+
+    fn scan_with(
+        &mut self,
+        all_netns: bool,
+        keep: &dyn Fn(&Socket) -> bool,
+        details: &mut dyn FnMut(ProcessId) -> Arc<Process>,
+    ) -> anyhow::Result<Snapshot> {
+        let Some(walk) = &mut self.walk else { return procfs::scan(all_netns, keep) };
+        let at = process::boot_ns_now();
+        // Sockets first: one that only the walk sees is newer. One that only netlink sees has no visible holder, or
+        // was closed in between: hence the second look.
+        let others = if all_netns { netns::visible()? } else { netns::Namespaces::default() };
+        let dumped = procfs::dump_all(&others, keep)?;
+        let mut walked = walk.read(keep)?;
+        let seen: HashSet<u64> = walked.sockets.iter().map(|socket| socket.id.inode).collect();
+        let mut ghosts = dumped.sockets;
+        ghosts.retain(|ghost| !seen.contains(&ghost.id.inode) && !walked.others.contains(&ghost.id.inode));
+        if !ghosts.is_empty() {
+            let still: HashSet<u64> =
+                procfs::dump_all(&others, keep)?.sockets.iter().map(|socket| socket.id.inode).collect();
+            ghosts.retain(|ghost| still.contains(&ghost.id.inode));
+        }
+        walked.sockets.extend(ghosts);
+        let listeners = join::join(walked.sockets, walked.held, details);
+        Ok(Snapshot { at, listeners, complete: dumped.complete, lost: 0 })
+    }
+}
+
+/// Events from now on.
+pub struct Live {
+    feed: Feed,
+    scanner: Scanner,
+    refusals: Vec<Refusal>,
+    /// Whether the first snapshot has been read.
+    started: bool,
+}
+
+/// What a live source tells at once.
+#[derive(Debug, Default)]
+pub struct Batch {
+    pub events: Vec<Event>,
+    /// Records that the kernel could not deliver.
+    pub lost: u64,
+    /// The events do not tell all: a snapshot must be read.
+    pub must_refresh: bool,
+}
+
+enum Feed {
+    Ebpf(Box<ebpf::Probes>),
+    Poll(tokio::time::Interval),
+}
+
+impl fmt::Debug for Live {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Live").field("tier", &self.tier()).field("scanner", &self.scanner).finish_non_exhaustive()
+    }
+}
+
+/// How often the poll tier reads a snapshot.
+pub const POLL_INTERVAL: Duration = Duration::from_millis(500);
+
+impl Live {
+    /// Attaches the best probes that the kernel allows among those asked for. `ring_bytes` overrides the size of the
+    /// event ring (a power of two of at least a page). Must be called in a tokio runtime.
+    pub fn open(probe: Probe, ring_bytes: Option<u32>) -> anyhow::Result<Live> {
+        let mut refusals = Vec::new();
+        let kernel = if probe == Probe::Only(Tier::Poll) { None } else { Some(ebpf::Kernel::open()) };
+        for tier in Tier::ALL.into_iter().filter(|tier| tier.is_event_driven()) {
+            if probe != Probe::Auto && probe != Probe::Only(tier) {
+                continue;
+            }
+            let probes = match &kernel {
+                Some(Ok(kernel)) => ebpf::Probes::attach(kernel, tier, ring_bytes),
+                Some(Err(error)) => Err(anyhow!("{error:#}")),
+                None => break,
+            };
+            match probes {
+                Ok(probes) => {
+                    refusals.extend_from_slice(probes.gaps());
+                    let scanner = match &kernel {
+                        Some(kernel) => Scanner::with_kernel(kernel.as_ref()),
+                        None => Scanner::open(Probe::Only(Tier::Poll)),
+                    };
+                    return Ok(Live { feed: Feed::Ebpf(Box::new(probes)), scanner, refusals, started: false });
+                }
+                Err(error) => refusals.push(Refusal { tier, reason: format!("{error:#}") }),
+            }
+        }
+        if let Probe::Only(tier) = probe
+            && tier.is_event_driven()
+        {
+            let reason = refusals.pop().map(|refusal| refusal.reason).unwrap_or_default();
+            bail!("--probe {tier} is not to be had: {reason}; leave out --probe to use the next best");
+        }
+        let mut interval = tokio::time::interval(POLL_INTERVAL);
+        interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let scanner = match kernel {
+            Some(kernel) => Scanner::with_kernel(kernel.as_ref()),
+            None => Scanner::open(Probe::Only(Tier::Poll)),
+        };
+        Ok(Live { feed: Feed::Poll(interval), scanner, refusals, started: false })
+    }
+
+    pub fn tier(&self) -> Tier {
+        match &self.feed {
+            Feed::Ebpf(probes) => probes.tier(),
+            Feed::Poll(_) => Tier::Poll,
+        }
+    }
+
+    /// Why better tiers are not in use, and which parts of this one are missing.
+    pub fn refusals(&self) -> &[Refusal] {
+        &self.refusals
+    }
+
+    /// How holders are found.
+    pub fn method(&self) -> &'static str {
+        self.scanner.method()
+    }
+
+    /// Records that the kernel could not deliver since the start.
+    pub fn lost(&self) -> u64 {
+        match &self.feed {
+            Feed::Ebpf(probes) => probes.lost(),
+            Feed::Poll(_) => 0,
+        }
+    }
+
+    /// What happened next, and how many records were lost before now: more than 0 demands a [`Self::refresh`], as the
+    /// poll tier does always. Cancel safe.
+    pub async fn next(&mut self) -> anyhow::Result<Batch> {
+        match &mut self.feed {
+            Feed::Ebpf(probes) => {
+                let (events, lost) = probes.next().await?;
+                Ok(Batch { events, lost, must_refresh: lost > 0 })
+            }
+            Feed::Poll(interval) => {
+                interval.tick().await;
+                Ok(Batch { events: Vec::new(), lost: 0, must_refresh: true })
+            }
+        }
+    }
+
+    /// Reads a snapshot now. `holders` are the processes that hold something as far as is known, by pid: the kernel
+    /// goes on to report these, and those that the snapshot adds.
+    pub fn refresh(&mut self, holders: &HashSet<u32>, lost: u64) -> anyhow::Result<Event> {
+        let mut snapshot = match &mut self.feed {
+            Feed::Ebpf(probes) => {
+                probes.forget_all_but(holders);
+                // Only after a loss does it matter which sockets without holder other namespaces have: of all others
+                // the kernel has told.
+                let all_netns = lost > 0 || !self.started;
+                self.started = true;
+                let snapshot = self.scanner.scan_with(all_netns, &|_| true, &mut |id| probes.details(id))?;
+                probes.follow(&snapshot.listeners);
+                snapshot
+            }
+            Feed::Poll(_) => self.scanner.scan(true, &|_| true)?,
+        };
+        snapshot.lost = lost;
+        Ok(Event::Snapshot(snapshot))
+    }
+}
+
+/// What this machine allows, found by trying.
+#[derive(Clone, Debug, Serialize)]
+pub struct Availability {
+    pub tier: Tier,
+    pub refusals: Vec<Refusal>,
+    pub holders: String,
+}
+
+/// Tries the tiers as `watch` would, and lets go of them again.
+pub fn availability(probe: Probe) -> anyhow::Result<Availability> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let _guard = runtime.enter();
+    let live = Live::open(probe, None)?;
+    Ok(Availability { tier: live.tier(), refusals: live.refusals().to_vec(), holders: live.method().to_owned() })
 }

@@ -1,1 +1,193 @@
-//! To be written.
+//! Network namespaces: which one this thread is in, which others can be seen, and reading listening sockets in them.
+//!
+//! Seen are the namespaces of every process (not those that single threads entered on their own) and those mounted
+//! under `/run/netns` (ip-netns) and `/run/docker/netns`.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsFd;
+use std::path::Path;
+
+use anyhow::Context;
+use nix::sched::{CloneFlags, setns};
+use rustix::fs::{CWD, Mode, OFlags};
+
+use crate::model::NetnsId;
+use crate::source::diag::{self, Dump};
+
+/// Where namespaces are kept mounted, with or without a process in them.
+const MOUNT_DIRS: [&str; 2] = ["/run/netns", "/run/docker/netns"];
+
+/// `NSFS_MAGIC` (linux/magic.h).
+const NSFS_MAGIC: u64 = 0x6e73_6673;
+
+/// The calling thread's network namespace.
+pub fn own() -> io::Result<NetnsId> {
+    id_of(Path::new("/proc/thread-self/ns/net"))
+}
+
+/// The network namespace of a process.
+///
+/// # Errors
+/// `NotFound`: no such process, or a zombie; `PermissionDenied`: it would need `CAP_SYS_PTRACE`.
+pub fn of_pid(pid: u32) -> io::Result<NetnsId> {
+    id_of(Path::new(&format!("/proc/{pid}/ns/net")))
+}
+
+/// The namespaces that can be seen, each with a descriptor that keeps it alive.
+#[derive(Debug, Default)]
+pub struct Namespaces {
+    pub found: BTreeMap<NetnsId, File>,
+    /// How many processes and mounts could not be looked at for want of permission.
+    pub denied: usize,
+}
+
+/// Finds every network namespace that can be seen.
+///
+/// # Errors
+/// When `/proc` cannot be read.
+pub fn visible() -> anyhow::Result<Namespaces> {
+    let mut namespaces = Namespaces::default();
+    for entry in fs::read_dir("/proc").context("cannot read /proc; is it mounted?")?.map_while(Result::ok) {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        match of_pid(pid) {
+            Ok(id) => namespaces.add(id, Path::new(&format!("/proc/{pid}/ns/net"))),
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => namespaces.denied += 1,
+            // Gone; or the leader has exited while other threads go on.
+            Err(_) => namespaces.add_threads(pid),
+        }
+    }
+    for dir in MOUNT_DIRS {
+        for entry in fs::read_dir(dir).into_iter().flatten().map_while(Result::ok) {
+            let path = entry.path();
+            match id_of_mount(&path) {
+                Ok(Some(id)) => namespaces.add(id, &path),
+                Ok(None) => {}
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => namespaces.denied += 1,
+                Err(_) => {}
+            }
+        }
+    }
+    Ok(namespaces)
+}
+
+impl Namespaces {
+    fn add_threads(&mut self, pid: u32) {
+        for thread in fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().map_while(Result::ok) {
+            let path = thread.path().join("ns/net");
+            if let Ok(id) = id_of(&path) {
+                self.add(id, &path);
+                return;
+            }
+        }
+    }
+
+    fn add(&mut self, id: NetnsId, path: &Path) {
+        if self.found.contains_key(&id) {
+            return;
+        }
+        // Between two looks the process may have gone to another namespace: the descriptor says which one it is of.
+        match File::open(path) {
+            Ok(file) => {
+                if let Some(id) = file.metadata().ok().and_then(|meta| inode_of(&meta)) {
+                    self.found.entry(id).or_insert(file);
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => self.denied += 1,
+            Err(_) => {}
+        }
+    }
+}
+
+/// Reads every listening socket in another network namespace. A thread of its own enters it, never the caller's.
+///
+/// # Errors
+/// When the namespace may not be entered (that takes `CAP_SYS_ADMIN`), or its sockets cannot be read.
+pub fn dump_in(namespace: &File) -> anyhow::Result<Dump> {
+    std::thread::scope(|scope| {
+        let helper = std::thread::Builder::new()
+            .name("netns".into())
+            .spawn_scoped(scope, || {
+                setns(namespace.as_fd(), CloneFlags::CLONE_NEWNET).context("cannot enter a network namespace")?;
+                diag::dump()
+            })
+            .context("cannot start a thread to enter a network namespace")?;
+        helper.join().unwrap_or_else(|_| Err(anyhow::anyhow!("the thread in a network namespace panicked")))
+    })
+}
+
+fn id_of(path: &Path) -> io::Result<NetnsId> {
+    fs::metadata(path).and_then(|meta| inode_of(&meta).ok_or_else(|| io::Error::other("inode past 32 bits")))
+}
+
+fn inode_of(meta: &fs::Metadata) -> Option<NetnsId> {
+    std::os::unix::fs::MetadataExt::ino(meta).try_into().ok()
+}
+
+/// `None`: a leftover file with nothing mounted on it, or another kind of namespace.
+fn id_of_mount(path: &Path) -> io::Result<Option<NetnsId>> {
+    // O_PATH: opening what merely lies there must neither block nor have any effect.
+    let file = rustix::fs::openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    let kind = rustix::fs::fstatfs(&file)?.f_type;
+    if u64::try_from(kind).ok() != Some(NSFS_MAGIC) {
+        return Ok(None);
+    }
+    Ok(rustix::fs::fstat(&file)?.st_ino.try_into().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+    use std::sync::mpsc;
+
+    use nix::sched::unshare;
+
+    use super::*;
+
+    #[test]
+    fn own_is_seen_in_every_way() {
+        let own = own().unwrap();
+        assert_eq!(of_pid(std::process::id()).unwrap(), own);
+        assert!(visible().unwrap().found.contains_key(&own));
+        assert_eq!(of_pid(0).unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn another_namespace_is_read_without_moving_the_caller() {
+        let (ready, is_ready) = mpsc::channel();
+        let (finish, finished) = mpsc::channel::<()>();
+        let before = own().unwrap();
+        let thread = std::thread::spawn(move || {
+            if let Err(errno) = unshare(CloneFlags::CLONE_NEWNET) {
+                ready.send(Err(errno)).unwrap();
+                return;
+            }
+            // The loopback device is down in there: only the unspecified address can be bound.
+            let listener = TcpListener::bind("0.0.0.0:0").unwrap();
+            let namespace = File::open("/proc/thread-self/ns/net").unwrap();
+            ready.send(Ok((listener.local_addr().unwrap(), namespace, own().unwrap()))).unwrap();
+            let _ = finished.recv();
+        });
+        match is_ready.recv().unwrap() {
+            Err(errno) => eprintln!("NOT TESTED: cannot make a network namespace: {errno}"),
+            Ok((endpoint, namespace, id)) => {
+                assert_ne!(id, before);
+                let dump = dump_in(&namespace).unwrap();
+                assert_eq!(dump.netns, id);
+                let shown: Vec<_> = dump.sockets.iter().map(|s| (s.endpoint(), s.netns)).collect();
+                assert_eq!(shown, [(endpoint, id)]);
+                assert_eq!(own().unwrap(), before);
+            }
+        }
+        drop(finish);
+        thread.join().unwrap();
+    }
+
+    #[test]
+    fn a_file_that_is_no_namespace_is_passed_over() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        assert_eq!(id_of_mount(file.path()).unwrap(), None);
+        assert!(dump_in(file.as_file()).is_err());
+    }
+}

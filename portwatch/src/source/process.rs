@@ -1,1 +1,323 @@
-//! To be written.
+//! Reads processes from `/proc`: who they are, what they run, who started them.
+//!
+//! Everything of one process is read through one descriptor of its `/proc/PID` directory. Such a descriptor belongs to
+//! the process, not to the number: once the process is gone every read through it fails, even if the number is in use
+//! again. So nothing read here mixes two processes, without any second look.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use nix::time::{ClockId, clock_gettime};
+use rustix::fs::{CWD, Mode, OFlags};
+use rustix::io::Errno;
+
+use crate::model::{BootNs, Process, ProcessId};
+
+/// More of a command line than this many bytes is cut off.
+pub const MAX_COMMAND_BYTES: usize = 128 * 1024;
+
+/// How many ancestors [`ancestors`] gives at most.
+pub const MAX_ANCESTORS: usize = 64;
+
+/// A cgroup file has one line per hierarchy, each a path of at most 4 KiB.
+const MAX_CGROUP_BYTES: usize = 64 * 1024;
+
+/// Nanoseconds since boot, suspended time included (`CLOCK_BOOTTIME`).
+pub fn boot_ns_now() -> BootNs {
+    // Fails on kernels before 2.6.39 only.
+    let Ok(now) = clock_gettime(ClockId::CLOCK_BOOTTIME) else { return 0 };
+    let seconds = u64::try_from(now.tv_sec()).unwrap_or(0);
+    seconds * 1_000_000_000 + u64::try_from(now.tv_nsec()).unwrap_or(0)
+}
+
+/// Reads a process as it is now. `None`: there is none. What may not be read is left out: exe and cwd of another
+/// user's process are `None`.
+pub fn read(pid: u32) -> Option<Process> {
+    let dir = open(pid)?;
+    let stat = read_stat(dir.as_fd())?;
+    Some(details(pid, dir.as_fd(), stat))
+}
+
+/// Reads this very process, keeping the identity as given (its start may be finer than the 10 ms ticks of `/proc`).
+/// `None`: it is gone, whoever has its number now.
+pub fn read_exact(id: ProcessId) -> Option<Process> {
+    let dir = open(id.pid)?;
+    let stat = read_stat(dir.as_fd())?;
+    if !id.is_same(ProcessId { pid: id.pid, start: stat.start }) {
+        return None;
+    }
+    Some(Process { id, ..details(id.pid, dir.as_fd(), stat) })
+}
+
+/// Pid and name of the parent, its parent and so on, the nearest first; at most [`MAX_ANCESTORS`]. It ends at the first
+/// that cannot be read, or that started after its child: then the parent is gone and its number in use again.
+pub fn ancestors(pid: u32) -> Vec<(u32, String)> {
+    let mut line: Vec<(u32, String)> = Vec::new();
+    let Some(mut child) = open(pid).and_then(|dir| read_stat(dir.as_fd())) else { return line };
+    while child.ppid != 0 && line.len() < MAX_ANCESTORS {
+        let parent = child.ppid;
+        if parent == pid || line.iter().any(|&(seen, _)| seen == parent) {
+            break;
+        }
+        match open(parent).and_then(|dir| read_stat(dir.as_fd())) {
+            Some(stat) if stat.start <= child.start => {
+                line.push((parent, stat.name.clone()));
+                child = stat;
+            }
+            _ => break,
+        }
+    }
+    line
+}
+
+/// The part of `/proc/PID/stat` that portwatch needs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Stat {
+    pub(super) name: String,
+    /// `Z` for a zombie.
+    pub(super) state: char,
+    pub(super) ppid: u32,
+    /// Rounded down to 10 ms.
+    pub(super) start: BootNs,
+}
+
+/// Reads `stat` relative to a `/proc/PID` directory.
+pub(super) fn read_stat(dir: BorrowedFd<'_>) -> Option<Stat> {
+    read_stat_at(dir, c"stat")
+}
+
+/// As [`read_stat`], by a path relative to any directory under `/proc/PID`.
+pub(super) fn read_stat_at(dir: BorrowedFd<'_>, path: &std::ffi::CStr) -> Option<Stat> {
+    // 52 numbers of at most 20 digits, and a name of at most 64 bytes.
+    let mut buffer = [0u8; 2048];
+    let file = open_at(dir, path)?;
+    let length = read_retrying(file.as_fd(), &mut buffer)?;
+    parse_stat(&buffer[..length])
+}
+
+/// The name stands in parentheses and may itself hold any byte, `)` and line feeds too: it ends at the last `)`.
+fn parse_stat(line: &[u8]) -> Option<Stat> {
+    let open = line.iter().position(|&byte| byte == b'(')?;
+    let close = line.iter().rposition(|&byte| byte == b')')?;
+    let name = String::from_utf8_lossy(line.get(open + 1..close)?).into_owned();
+    let mut fields = std::str::from_utf8(&line[close + 1..]).ok()?.split_ascii_whitespace();
+    // Numbered as in proc(5): state is field 3, ppid 4, starttime 22.
+    let state = fields.next()?.chars().next()?;
+    let ppid = fields.next()?.parse().ok()?;
+    let ticks: u64 = fields.nth(22 - 5)?.parse().ok()?;
+    Some(Stat { name, state, ppid, start: ticks.checked_mul(ProcessId::TICK_NS)? })
+}
+
+fn open(pid: u32) -> Option<OwnedFd> {
+    let path = format!("/proc/{pid}");
+    rustix::fs::openat(CWD, path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).ok()
+}
+
+fn details(pid: u32, dir: BorrowedFd<'_>, stat: Stat) -> Process {
+    // The directory's owner is the effective uid, whatever the process did to its dumpable flag: see
+    // task_dump_owner() in fs/proc/base.c.
+    let uid = rustix::fs::fstat(dir).ok().map(|status| status.st_uid);
+    let command = open_at(dir, c"cmdline").map(|file| read_up_to(file.as_fd(), MAX_COMMAND_BYTES));
+    let cgroup = open_at(dir, c"cgroup").map(|file| read_up_to(file.as_fd(), MAX_CGROUP_BYTES));
+    Process {
+        id: ProcessId { pid, start: stat.start },
+        ppid: stat.ppid,
+        // Of a directory whose process has just gone, root seems to be the owner.
+        uid: if command.is_some() { uid } else { None },
+        name: stat.name,
+        command: parse_command(&command.unwrap_or_default()),
+        exe: read_link(dir, c"exe").map(|path| parse_exe(&path)),
+        cwd: read_link(dir, c"cwd").map(|path| String::from_utf8_lossy(&path).into_owned()),
+        cgroup: cgroup.and_then(|lines| parse_cgroup(&lines)),
+    }
+}
+
+/// Arguments end in NUL. A process that overwrote its arguments to show a title pads with NULs, so empty arguments at
+/// the end are dropped.
+fn parse_command(bytes: &[u8]) -> Vec<String> {
+    let end = bytes.iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1);
+    if end == 0 {
+        return Vec::new();
+    }
+    bytes[..end].split(|&byte| byte == 0).map(|argument| String::from_utf8_lossy(argument).into_owned()).collect()
+}
+
+/// The kernel marks the path of a program that was replaced or removed.
+fn parse_exe(path: &[u8]) -> String {
+    String::from_utf8_lossy(path.strip_suffix(b" (deleted)").unwrap_or(path)).into_owned()
+}
+
+/// The cgroup v2 path; where that hierarchy is not in use (its path is `/`), the systemd hierarchy's.
+fn parse_cgroup(lines: &[u8]) -> Option<String> {
+    let path_in = |controllers: &[u8]| {
+        lines.split(|&byte| byte == b'\n').find_map(|line| {
+            let mut parts = line.splitn(3, |&byte| byte == b':').skip(1);
+            (parts.next()? == controllers).then(|| parts.next())?
+        })
+    };
+    let unified = path_in(b"");
+    let path = match unified {
+        Some(path) if path != b"/" => Some(path),
+        _ => path_in(b"name=systemd").or(unified),
+    };
+    path.map(|path| String::from_utf8_lossy(path).into_owned())
+}
+
+fn open_at(dir: BorrowedFd<'_>, path: &std::ffi::CStr) -> Option<OwnedFd> {
+    rustix::fs::openat(dir, path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()
+}
+
+fn read_retrying(file: BorrowedFd<'_>, buffer: &mut [u8]) -> Option<usize> {
+    loop {
+        match rustix::io::read(file, &mut *buffer) {
+            Ok(length) => return Some(length),
+            Err(Errno::INTR) => {}
+            Err(_) => return None,
+        }
+    }
+}
+
+/// Reads until the end, an error or `limit` bytes. A read that leaves room in the buffer is the last: `/proc` fills it
+/// as far as it can.
+fn read_up_to(file: BorrowedFd<'_>, limit: usize) -> Vec<u8> {
+    let mut bytes = vec![0; 4096.min(limit)];
+    let mut length = 0;
+    while let Some(count) = read_retrying(file, &mut bytes[length..]) {
+        length += count;
+        if length < bytes.len() || length == limit {
+            break;
+        }
+        bytes.resize((bytes.len() * 4).min(limit), 0);
+    }
+    bytes.truncate(length);
+    bytes
+}
+
+fn read_link(dir: BorrowedFd<'_>, name: &std::ffi::CStr) -> Option<Vec<u8>> {
+    // The kernel gives at most a page.
+    let mut buffer = [0u8; 4096];
+    let length = rustix::fs::readlinkat_raw(dir, name, &mut buffer[..]).ok()?;
+    Some(buffer[..length].to_vec())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::CommandExt;
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    #[test]
+    fn stat_lines() {
+        let line = |name: &str| format!("7 ({name}) S 3 7 7 0 -1 4 1 2 3 4 5 6 7 8 20 0 1 0 12345 999 1\n");
+        for name in ["bash", "", "a b", "a) S 9 (", ") R 1", "two\nlines", "((("] {
+            let expected = Stat { name: name.into(), state: 'S', ppid: 3, start: 123_450_000_000 };
+            assert_eq!(parse_stat(line(name).as_bytes()), Some(expected));
+        }
+        let mut bytes = line("x?y").into_bytes();
+        bytes[4] = 0xff;
+        assert_eq!(parse_stat(&bytes).unwrap().name, "x\u{fffd}y");
+        for broken in ["", "7", "7 (bash", "7 )bash( S 1", "7 (bash) S", "7 (bash) S 3 7 7", "7 (bash) S x 7 7"] {
+            assert_eq!(parse_stat(broken.as_bytes()), None, "{broken}");
+        }
+    }
+
+    #[test]
+    fn command_lines() {
+        for (bytes, expected) in [
+            (&b""[..], vec![]),
+            (b"\0\0\0", vec![]),
+            (b"nginx: master\0\0\0\0", vec!["nginx: master"]),
+            (b"sh\0-c\0\0x y\0", vec!["sh", "-c", "", "x y"]),
+            (b"no end", vec!["no end"]),
+            (b"bad \xff\x1b\0", vec!["bad \u{fffd}\x1b"]),
+        ] {
+            assert_eq!(parse_command(bytes), expected);
+        }
+    }
+
+    #[test]
+    fn cgroup_files() {
+        for (lines, expected) in [
+            ("0::/system.slice/nginx.service\n", Some("/system.slice/nginx.service")),
+            ("12:pids:/a\n1:name=systemd:/user.slice\n0::/b:c\n", Some("/b:c")),
+            ("12:pids:/docker/1\n1:name=systemd:/docker/1\n0::/\n", Some("/docker/1")),
+            ("1:name=systemd:/only\n", Some("/only")),
+            ("0::/\n", Some("/")),
+            ("4:cpu:/x\n", None),
+            ("", None),
+        ] {
+            assert_eq!(parse_cgroup(lines.as_bytes()).as_deref(), expected, "{lines}");
+        }
+    }
+
+    #[test]
+    fn exe_paths() {
+        assert_eq!(parse_exe(b"/usr/bin/x (deleted)"), "/usr/bin/x");
+        assert_eq!(parse_exe(b"/usr/bin/x"), "/usr/bin/x");
+        assert_eq!(parse_exe(b"/\xff"), "/\u{fffd}");
+    }
+
+    #[test]
+    fn a_child_is_read_whole_until_it_is_reaped() {
+        let directory = tempfile::tempdir().unwrap();
+        let cwd = directory.path().canonicalize().unwrap();
+        let mut child = Command::new("sleep")
+            .arg0("weird \x1b[31m")
+            .args(["600", ""])
+            .current_dir(&cwd)
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        let pid = child.id();
+        let process = read(pid).unwrap();
+        assert_eq!(process.ppid, std::process::id());
+        assert_eq!(process.uid, Some(nix::unistd::geteuid().as_raw()));
+        assert_eq!(process.name, "sleep");
+        assert_eq!(process.command, ["weird \x1b[31m", "600"]);
+        assert!(process.exe.as_deref().is_some_and(|exe| exe.contains("sleep") || exe.contains("coreutils")));
+        assert_eq!(process.cwd.as_deref(), cwd.to_str());
+        assert!(process.cgroup.as_deref().is_some_and(|path| path.starts_with('/')), "{process:?}");
+        let now = boot_ns_now();
+        assert!(process.id.start <= now && now - process.id.start < 60_000_000_000, "{process:?} at {now}");
+
+        let fine = ProcessId { pid, start: process.id.start + 1234 };
+        assert_eq!(read_exact(fine), Some(Process { id: fine, ..process.clone() }));
+        assert_eq!(read_exact(ProcessId { pid, start: process.id.start + ProcessId::TICK_NS }), None);
+
+        let line = ancestors(pid);
+        assert_eq!(line[0].0, std::process::id());
+        assert!(line.len() <= MAX_ANCESTORS);
+
+        let pinned = open(pid).unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(read_stat(pinned.as_fd()), None);
+        assert_eq!(read(pid), None);
+        assert_eq!(read_exact(process.id), None);
+        assert_eq!(ancestors(pid), []);
+    }
+
+    #[test]
+    fn names_with_any_byte_are_read() {
+        let thread = std::thread::spawn(|| {
+            // SAFETY: PR_SET_NAME reads a NUL-terminated string of at most 16 bytes; this one is static.
+            unsafe { nix::libc::prctl(nix::libc::PR_SET_NAME, c"a) R 1 (\n\xff".as_ptr()) };
+            let me = rustix::thread::gettid().as_raw_nonzero().get();
+            read(u32::try_from(me).unwrap()).unwrap().name
+        });
+        assert_eq!(thread.join().unwrap(), "a) R 1 (\n\u{fffd}");
+    }
+
+    #[test]
+    fn long_command_lines_are_cut() {
+        // One argument may have at most 128 KiB in the kernel: two of 100,000 bytes.
+        let long = "x".repeat(100_000);
+        let mut child =
+            Command::new("tail").args(["-f", "/dev/null", &long, &long]).stderr(Stdio::null()).spawn().unwrap();
+        let process = read(child.id()).unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(process.command.len(), 5);
+        assert_eq!(process.command.iter().map(|argument| argument.len() + 1).sum::<usize>(), MAX_COMMAND_BYTES + 1);
+    }
+}

@@ -1,0 +1,574 @@
+//! The event programs: who begins and ends to listen, which binds fail, which holders fork, exec and exit.
+//!
+//! Three ways to learn of a listen, of which the loader picks one: fexit, kprobe + kretprobe, or the state tracepoint
+//! completed by sock_ops. The end of listening and the process events come from typed tracepoints in all three. All
+//! programs copy facts into one ring; what did not fit is counted.
+#![no_std]
+#![no_main]
+#![feature(core_intrinsics)]
+#![expect(internal_features, reason = "core offers no atomic addition for BPF otherwise")]
+
+mod kernel;
+
+use core::intrinsics::{AtomicOrdering, atomic_xadd};
+
+use aya_ebpf::{
+    EbpfContext,
+    bindings::{BPF_ANY, BPF_F_MMAPABLE, BPF_NOEXIST, BPF_SOCK_OPS_TCP_LISTEN_CB},
+    helpers::bpf_get_current_pid_tgid,
+    helpers::generated::{
+        bpf_get_current_task, bpf_get_smp_processor_id, bpf_get_socket_cookie, bpf_ktime_get_boot_ns,
+    },
+    macros::{btf_tracepoint, cgroup_sock, fexit, kprobe, kretprobe, map, sock_ops},
+    maps::{Array, HashMap, LruHashMap, RingBuf},
+    programs::{BtfTracePointContext, FExitContext, ProbeContext, RetProbeContext, SockContext, SockOpsContext},
+};
+use aya_log_ebpf::{debug, warn};
+use kernel::{
+    Object, address, config, cookie_stored, cookie_typed, flags, follow, follow_typed, netns, offset, protocol, read,
+};
+use portwatch_ebpf::{
+    AF_INET, AF_INET6, COMM_LEN, COUNTER_SLOTS, Counters, IPPROTO_MPTCP, IPPROTO_TCP, IPPROTO_UDP, Record, TCP_LISTEN,
+    flag, kind,
+};
+
+/// Linux's `EADDRINUSE`, the same number on every architecture.
+const EADDRINUSE: u16 = 98;
+
+/// Records for userspace. The loader may change the size.
+#[map]
+static EVENTS: RingBuf = RingBuf::with_byte_size(8 << 20, 0);
+
+/// One slot a CPU; userspace maps it into memory, so that looking costs no system call.
+#[map]
+static COUNTERS: Array<Counters> = Array::with_max_entries(COUNTER_SLOTS, BPF_F_MMAPABLE);
+
+/// Processes (tgid) whose forks, execs and exits matter. Filled here when a process begins to listen, and by userspace
+/// from snapshots.
+#[map]
+static HOLDERS: HashMap<u32, u8> = HashMap::with_max_entries(32 << 10, 0);
+
+/// Records of sockets that enter LISTEN, by cookie, until sock_ops tells the final port. An LRU: an MPTCP parent gets
+/// no sock_ops call, and a listen may fail.
+#[map]
+static PENDING: LruHashMap<u64, Record> = LruHashMap::with_max_entries(4 << 10, 0);
+
+/// Function calls that a kretprobe will complete, by thread and function.
+#[map]
+static CALLS: HashMap<Call, Args> = HashMap::with_max_entries(4 << 10, 0);
+
+/// UDP sockets announced by post_bind, by cookie, so that the release of any other socket stays silent.
+#[map]
+static UDP_BOUND: HashMap<u64, u8> = HashMap::with_max_entries(64 << 10, 0);
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Call {
+    thread: u64,
+    function: u64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Args {
+    sk: u64,
+    number: u64,
+}
+
+const LISTEN: u64 = 1;
+const TCP_GET_PORT: u64 = 2;
+const UDP_GET_PORT: u64 = 3;
+
+// ---- listening, by fexit ----------------------------------------------------------------------------------------
+
+/// `int __inet_listen_sk(struct sock *sk, int backlog)`, 6.5 and later: TCP and MPTCP subflows.
+#[fexit]
+fn listen_sk_exit(ctx: FExitContext) -> i32 {
+    let sk: Object = ctx.arg(0);
+    // The return value follows the arguments in the context of every kernel with fexit.
+    if ctx.arg::<i32>(2) == 0 {
+        listening(&ctx, sk, cookie_typed(sk));
+    }
+    0
+}
+
+/// `int inet_listen(struct socket *sock, int backlog)`
+#[fexit]
+fn listen_exit(ctx: FExitContext) -> i32 {
+    let socket: Object = ctx.arg(0);
+    if ctx.arg::<i32>(2) == 0 {
+        let sk = follow_typed(socket, offset!(socket_sk));
+        listening(&ctx, sk, cookie_typed(sk));
+    }
+    0
+}
+
+/// `int inet_csk_get_port(struct sock *sk, unsigned short snum)`: bind and listen of TCP.
+#[fexit]
+fn tcp_get_port_exit(ctx: FExitContext) -> i32 {
+    if ctx.arg::<i32>(2) != 0 {
+        refused(&ctx, ctx.arg(0), ctx.arg(1), IPPROTO_TCP);
+    }
+    0
+}
+
+/// `int udp_lib_get_port(struct sock *sk, unsigned short snum, unsigned int hash2_nulladdr)`
+#[fexit]
+fn udp_get_port_exit(ctx: FExitContext) -> i32 {
+    let sk: Object = ctx.arg(0);
+    if ctx.arg::<i32>(3) == 0 {
+        udp_bound(&ctx, sk, cookie_typed(sk), ctx.arg(1));
+    } else {
+        refused(&ctx, sk, ctx.arg(1), IPPROTO_UDP);
+    }
+    0
+}
+
+/// `void udp_lib_unhash(struct sock *sk)`, before the port is forgotten.
+#[aya_ebpf::macros::fentry]
+fn udp_unhash_entry(ctx: aya_ebpf::programs::FEntryContext) -> i32 {
+    let sk: Object = ctx.arg(0);
+    udp_unbound(&ctx, sk, cookie_typed(sk));
+    0
+}
+
+// ---- listening, by kprobe + kretprobe -----------------------------------------------------------------------------
+
+#[kprobe]
+fn listen_sk_enter(ctx: ProbeContext) -> u32 {
+    enter(LISTEN, ctx.arg(0), 0)
+}
+
+#[kprobe]
+fn listen_enter(ctx: ProbeContext) -> u32 {
+    let socket: Object = ctx.arg(0).unwrap_or(core::ptr::null());
+    enter(LISTEN, Some(read(socket, offset!(socket_sk))), 0)
+}
+
+#[kretprobe]
+fn listen_leave(ctx: RetProbeContext) -> u32 {
+    if let Some((sk, _)) = leave(LISTEN)
+        && ctx.ret::<i32>() == 0
+    {
+        listening(&ctx, sk, cookie_stored(sk));
+    }
+    0
+}
+
+#[kprobe]
+fn tcp_get_port_enter(ctx: ProbeContext) -> u32 {
+    enter(TCP_GET_PORT, ctx.arg(0), ctx.arg(1).unwrap_or(0))
+}
+
+#[kretprobe]
+fn tcp_get_port_leave(ctx: RetProbeContext) -> u32 {
+    if let Some((sk, number)) = leave(TCP_GET_PORT)
+        && ctx.ret::<i32>() != 0
+    {
+        refused(&ctx, sk, number, IPPROTO_TCP);
+    }
+    0
+}
+
+#[kprobe]
+fn udp_get_port_enter(ctx: ProbeContext) -> u32 {
+    enter(UDP_GET_PORT, ctx.arg(0), ctx.arg(1).unwrap_or(0))
+}
+
+#[kretprobe]
+fn udp_get_port_leave(ctx: RetProbeContext) -> u32 {
+    if let Some((sk, number)) = leave(UDP_GET_PORT) {
+        if ctx.ret::<i32>() == 0 {
+            udp_bound(&ctx, sk, cookie_stored(sk), number);
+        } else {
+            refused(&ctx, sk, number, IPPROTO_UDP);
+        }
+    }
+    0
+}
+
+#[kprobe]
+fn udp_unhash(ctx: ProbeContext) -> u32 {
+    let sk: Object = ctx.arg(0).unwrap_or(core::ptr::null());
+    udp_unbound(&ctx, sk, cookie_stored(sk));
+    0
+}
+
+#[inline(always)]
+fn enter(function: u64, sk: Option<u64>, number: u16) -> u32 {
+    let call = Call { thread: bpf_get_current_pid_tgid(), function };
+    let args = Args { sk: sk.unwrap_or(0), number: u64::from(number) };
+    if CALLS.insert(call, args, u64::from(BPF_ANY)).is_ok() {
+        count(|c| &raw mut c.entered);
+    } else {
+        // Its return will find nothing: a call of which nothing is known.
+        count(|c| &raw mut c.produced);
+        count(|c| &raw mut c.dropped);
+    }
+    0
+}
+
+#[inline(always)]
+fn leave(function: u64) -> Option<(Object, u16)> {
+    let call = Call { thread: bpf_get_current_pid_tgid(), function };
+    // SAFETY: the entry belongs to this thread, which is in this program.
+    let args = unsafe { CALLS.get(call) }.copied()?;
+    count(|c| &raw mut c.left);
+    let _ = CALLS.remove(call);
+    Some((args.sk as Object, args.number as u16))
+}
+
+// ---- the state tracepoint, and sock_ops -----------------------------------------------------------------------------
+
+/// `inet_sock_set_state(const struct sock *sk, const int oldstate, const int newstate)`
+#[btf_tracepoint(function = "inet_sock_set_state")]
+fn state_changed(ctx: BtfTracePointContext) -> i32 {
+    let (old, new): (i32, i32) = (ctx.arg(1), ctx.arg(2));
+    if old == i32::from(TCP_LISTEN) && new != i32::from(TCP_LISTEN) {
+        let sk: Object = ctx.arg(0);
+        let cookie = cookie_typed(sk);
+        emit(&ctx, socket_record(kind::CLOSED, sk, cookie));
+    } else if config!(listen_by_state) && new == i32::from(TCP_LISTEN) {
+        let sk: Object = ctx.arg(0);
+        let cookie = cookie_typed(sk);
+        if config!(port_by_sock_ops) {
+            let record = socket_record(kind::OPENED, sk, cookie);
+            if PENDING.insert(cookie, record, u64::from(BPF_ANY)).is_err() {
+                count(|c| &raw mut c.produced);
+                count(|c| &raw mut c.dropped);
+            }
+        } else {
+            // The state is announced before the port is chosen; a snapshot will tell.
+            hold(&ctx, current_tgid());
+            emit(&ctx, socket_record(kind::UNSURE, sk, cookie));
+        }
+    }
+    0
+}
+
+#[sock_ops]
+fn listen_succeeded(ctx: SockOpsContext) -> u32 {
+    if ctx.op() == BPF_SOCK_OPS_TCP_LISTEN_CB {
+        // SAFETY: the helper takes the context of a sock_ops program.
+        let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+        // SAFETY: the entry was made by this task and is used by nobody else.
+        match unsafe { PENDING.get(cookie) }.copied() {
+            Some(mut record) => {
+                let _ = PENDING.remove(cookie);
+                hold(&ctx, record.tgid);
+                record.port = ctx.local_port() as u16;
+                record.at = now();
+                emit(&ctx, record);
+            }
+            None => {
+                debug!(&ctx, "listen callback without a state change, cookie {}", cookie);
+                emit(&ctx, task_record(kind::UNSURE));
+            }
+        }
+    }
+    // 0 would deny the operation.
+    1
+}
+
+// ---- UDP, by cgroup -------------------------------------------------------------------------------------------------
+
+#[cgroup_sock(post_bind4)]
+fn udp_post_bind4(ctx: SockContext) -> i32 {
+    // SAFETY: the context is valid; the verifier checks each access.
+    let word = unsafe { (*ctx.sock).src_ip4 };
+    post_bind(&ctx, AF_INET, [word, 0, 0, 0])
+}
+
+#[cgroup_sock(post_bind6)]
+fn udp_post_bind6(ctx: SockContext) -> i32 {
+    // SAFETY: as above. Word by word: the verifier allows no wider access.
+    let words = unsafe {
+        let ip6 = &raw const (*ctx.sock).src_ip6;
+        [(*ip6)[0], (*ip6)[1], (*ip6)[2], (*ip6)[3]]
+    };
+    post_bind(&ctx, AF_INET6, words)
+}
+
+#[inline(always)]
+fn post_bind(ctx: &SockContext, family: u16, words: [u32; 4]) -> i32 {
+    // SAFETY: the context is valid.
+    if unsafe { (*ctx.sock).protocol } == u32::from(IPPROTO_UDP) {
+        // SAFETY: the helper takes the context of a cgroup sock program; the port is readable in post_bind.
+        let (cookie, port) = unsafe { (bpf_get_socket_cookie(ctx.as_ptr()), (*ctx.sock).src_port as u16) };
+        let address = [words[0].to_ne_bytes(), words[1].to_ne_bytes(), words[2].to_ne_bytes(), words[3].to_ne_bytes()];
+        if UDP_BOUND.insert(cookie, 1, u64::from(BPF_ANY)).is_err() {
+            count(|c| &raw mut c.produced);
+            count(|c| &raw mut c.dropped);
+        }
+        hold(ctx, current_tgid());
+        let mut record = task_record(kind::OPENED);
+        record.cookie = cookie;
+        record.uid = record.task_uid;
+        record.netns = current_netns();
+        record.protocol = IPPROTO_UDP;
+        record.family = family;
+        record.port = port;
+        record.flags = flag::BOUND;
+        let mut i = 0;
+        while i < 4 {
+            record.address[i * 4] = address[i][0];
+            record.address[i * 4 + 1] = address[i][1];
+            record.address[i * 4 + 2] = address[i][2];
+            record.address[i * 4 + 3] = address[i][3];
+            i += 1;
+        }
+        emit(ctx, record);
+    }
+    1
+}
+
+#[cgroup_sock(sock_release)]
+fn udp_release(ctx: SockContext) -> i32 {
+    // SAFETY: the context is valid.
+    if unsafe { (*ctx.sock).protocol } == u32::from(IPPROTO_UDP) {
+        // SAFETY: the helper takes the context of a cgroup sock program.
+        let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+        if UDP_BOUND.remove(cookie).is_ok() {
+            let mut record = task_record(kind::CLOSED);
+            record.cookie = cookie;
+            record.protocol = IPPROTO_UDP;
+            emit(&ctx, record);
+        }
+    }
+    1
+}
+
+// ---- processes ------------------------------------------------------------------------------------------------------
+
+/// `sched_process_fork(struct task_struct *parent, struct task_struct *child)`
+#[btf_tracepoint(function = "sched_process_fork")]
+fn forked(ctx: BtfTracePointContext) -> i32 {
+    let (parent, child): (Object, Object) = (ctx.arg(0), ctx.arg(1));
+    let tgid: u32 = read(parent, offset!(task_tgid));
+    if is_holder(tgid) {
+        let child_tgid: u32 = read(child, offset!(task_tgid));
+        if child_tgid != tgid {
+            hold(&ctx, child_tgid);
+            let mut record = task_record(kind::FORKED);
+            record.child = child_tgid;
+            record.child_start = read(child, offset!(task_start_boottime));
+            emit(&ctx, record);
+        }
+    }
+    0
+}
+
+/// `sched_process_exec(struct task_struct *p, pid_t old_pid, struct linux_binprm *bprm)`
+#[btf_tracepoint(function = "sched_process_exec")]
+fn execed(ctx: BtfTracePointContext) -> i32 {
+    let task: Object = ctx.arg(0);
+    if is_holder(read(task, offset!(task_tgid))) {
+        emit(&ctx, task_record(kind::EXECED));
+    }
+    0
+}
+
+/// `sched_process_exit(struct task_struct *p)`: once per thread; the count of live threads is lowered before.
+#[btf_tracepoint(function = "sched_process_exit")]
+fn exited(ctx: BtfTracePointContext) -> i32 {
+    let task: Object = ctx.arg(0);
+    let tgid: u32 = read(task, offset!(task_tgid));
+    if is_holder(tgid) && read::<u32>(follow(task, offset!(task_signal)), offset!(signal_live)) == 0 {
+        let _ = HOLDERS.remove(tgid);
+        emit(&ctx, task_record(kind::EXITED));
+    }
+    0
+}
+
+// ---- shared ---------------------------------------------------------------------------------------------------------
+
+#[inline(always)]
+fn listening<C: EbpfContext>(ctx: &C, sk: Object, cookie: u64) {
+    // SMC, DCCP and others pass here too.
+    let protocol = protocol(sk);
+    if protocol != IPPROTO_TCP && protocol != IPPROTO_MPTCP {
+        return;
+    }
+    // Shut down by another thread meanwhile: the end was announced already.
+    if read::<u8>(sk, offset!(skc_state)) != TCP_LISTEN {
+        return;
+    }
+    hold(ctx, current_tgid());
+    emit(ctx, socket_record(kind::OPENED, sk, cookie));
+}
+
+#[inline(always)]
+fn udp_bound<C: EbpfContext>(ctx: &C, sk: Object, cookie: u64, number: u16) {
+    let family = read(sk, offset!(skc_family));
+    // Without a number asked for and without an address this is a client being given a port (or bind to 0 of every
+    // address, which the kernel keeps no trace of).
+    if protocol(sk) != IPPROTO_UDP || (number == 0 && u128::from_ne_bytes(address(sk, family)) == 0) {
+        return;
+    }
+    hold(ctx, current_tgid());
+    emit(ctx, socket_record(kind::OPENED, sk, cookie));
+}
+
+#[inline(always)]
+fn udp_unbound<C: EbpfContext>(ctx: &C, sk: Object, cookie: u64) {
+    if protocol(sk) == IPPROTO_UDP
+        && read::<u16>(sk, offset!(skc_num)) != 0
+        && flags(sk, IPPROTO_UDP) & flag::BOUND != 0
+    {
+        emit(ctx, socket_record(kind::CLOSED, sk, cookie));
+    }
+}
+
+#[inline(always)]
+fn refused<C: EbpfContext>(ctx: &C, sk: Object, number: u16, expected: u16) {
+    let own = protocol(sk);
+    if number == 0 || (own != expected && own != IPPROTO_MPTCP) {
+        return;
+    }
+    let mut record = socket_record(kind::REFUSED, sk, 0);
+    record.port = number;
+    record.errno = EADDRINUSE;
+    emit(ctx, record);
+}
+
+#[inline(always)]
+fn is_holder(tgid: u32) -> bool {
+    HOLDERS.get_ptr(tgid).is_some()
+}
+
+#[inline(always)]
+fn hold<C: EbpfContext>(ctx: &C, tgid: u32) {
+    if HOLDERS.insert(tgid, 1, u64::from(BPF_NOEXIST)).is_err() && !is_holder(tgid) {
+        warn!(ctx, "more than 32768 holders: process {} is followed by snapshots only", tgid);
+        count(|c| &raw mut c.produced);
+        count(|c| &raw mut c.dropped);
+    }
+}
+
+#[inline(always)]
+fn now() -> u64 {
+    // SAFETY: no arguments.
+    unsafe { bpf_ktime_get_boot_ns() }
+}
+
+/// The acting task, nothing of a socket. Read from the task itself: sock_ops and cgroup programs lack the helpers that
+/// tell PID, uid and cgroup on many kernels.
+#[inline(always)]
+fn task_record(kind: u8) -> Record {
+    let task = current();
+    let leader = follow(task, offset!(task_group_leader));
+    // SAFETY: no arguments.
+    let cpu = unsafe { bpf_get_smp_processor_id() };
+    Record {
+        at: now(),
+        seq: 0,
+        cookie: 0,
+        inode: 0,
+        start: read(leader, offset!(task_start_boottime)),
+        cgroup: cgroup(task),
+        child_start: 0,
+        netns: 0,
+        uid: 0,
+        task_uid: read(follow(task, offset!(task_cred)), offset!(cred_euid)),
+        tgid: read(task, offset!(task_tgid)),
+        tid: read(task, offset!(task_pid)),
+        child: 0,
+        backlog: 0,
+        errno: 0,
+        cpu: cpu as u16,
+        port: 0,
+        protocol: 0,
+        family: 0,
+        kind,
+        flags: 0,
+        address: [0; 16],
+        comm: read::<[u8; COMM_LEN]>(leader, offset!(task_comm)),
+    }
+}
+
+#[inline(always)]
+fn current() -> Object {
+    // SAFETY: no arguments.
+    unsafe { bpf_get_current_task() as Object }
+}
+
+#[inline(always)]
+fn current_tgid() -> u32 {
+    read(current(), offset!(task_tgid))
+}
+
+/// The id of the task's cgroup in the version 2 tree: the inode number of its directory.
+#[inline(always)]
+fn cgroup(task: Object) -> u64 {
+    let group = follow(follow(task, offset!(task_cgroups)), offset!(css_set_dfl_cgrp));
+    read(follow(group, offset!(cgroup_kn)), offset!(kernfs_id))
+}
+
+#[inline(always)]
+fn socket_record(kind: u8, sk: Object, cookie: u64) -> Record {
+    let mut record = task_record(kind);
+    record.cookie = cookie;
+    record.inode = inode(sk);
+    record.netns = netns(sk);
+    record.uid = read(sk, offset!(sk_uid));
+    record.backlog = read(sk, offset!(sk_max_ack_backlog));
+    record.protocol = protocol(sk);
+    record.family = read(sk, offset!(skc_family));
+    record.port = read(sk, offset!(skc_num));
+    record.flags = flags(sk, record.protocol);
+    record.address = address(sk, record.family);
+    record
+}
+
+/// Inode number of the socket behind `sk`; 0 once it is orphaned.
+#[inline(always)]
+fn inode(sk: Object) -> u64 {
+    let socket = follow(sk, offset!(sk_socket));
+    if socket.is_null() { 0 } else { read(socket, offset!(socket_inode) + offset!(inode_ino)) }
+}
+
+#[inline(always)]
+fn current_netns() -> u32 {
+    read(follow(follow(current(), offset!(task_nsproxy)), offset!(nsproxy_net_ns)), offset!(net_inum))
+}
+
+#[inline(always)]
+fn slot() -> u32 {
+    // SAFETY: no arguments.
+    unsafe { bpf_get_smp_processor_id() & (COUNTER_SLOTS - 1) }
+}
+
+/// Adds one to a counter of this CPU. Plain stores may be interleaved by preemption, so the addition is atomic; its
+/// result is not asked for, which every kernel with eBPF can do.
+#[inline(always)]
+fn count(field: impl Fn(&mut Counters) -> *mut u64) {
+    if let Some(counters) = COUNTERS.get_ptr_mut(slot()) {
+        // SAFETY: the pointer is a slot of the map, valid while the program runs.
+        unsafe {
+            let counter = field(&mut *counters);
+            atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(counter, 1);
+        }
+    }
+}
+
+/// Hands a record to userspace, or counts it as dropped. It is counted as produced before the ring is asked, so that
+/// userspace, which compares the counts, can never miss a drop.
+#[inline(always)]
+fn emit<C: EbpfContext>(ctx: &C, mut record: Record) {
+    count(|c| &raw mut c.produced);
+    // SAFETY: as in `count`.
+    record.seq = COUNTERS.get_ptr(slot()).map_or(0, |c| unsafe { (*c).produced });
+    if EVENTS.output::<Record>(&record, 0).is_err() {
+        count(|c| &raw mut c.dropped);
+        debug!(ctx, "the ring is full: an event is lost");
+    }
+}
+
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
+
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

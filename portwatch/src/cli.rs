@@ -1,0 +1,291 @@
+//! The command line: what may be typed, and its help. What it means is decided in `commands`.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+use globset::{Glob, GlobMatcher};
+use jiff::{Span, SpanRelativeTo};
+use portwatch::model::NetnsId;
+use portwatch::source::Probe;
+
+const TARGETS: &str = "\
+Targets: 8000  :8000  3000,8080  3000-3005  8000/tcp  5353/udp  127.0.0.1:8000  [::1]:8000  @dev (3000, 8000, 8080)
+Exit codes: 0 done, 1 the answer is no, 2 usage, 3 not permitted, 4 portwatch itself failed";
+
+/// Which processes own which listening ports on this host, exactly; and a race-free way to free them
+#[derive(Debug, Parser)]
+#[command(
+    version,
+    arg_required_else_help = true,
+    propagate_version = false,
+    after_help = "\
+Examples:
+  portwatch list                      every listener of this network namespace
+  portwatch who 8000                  everything about one port
+  portwatch watch --for 10s           ports as they open and close
+  portwatch kill 8000                 free a port
+  portwatch kill @dev --older-than 24h --dry-run"
+)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) verb: Verb,
+    #[command(flatten)]
+    pub(crate) globals: Globals,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Globals {
+    /// How to learn of listeners: auto, fexit, kprobe, tracepoint or poll
+    #[arg(long, global = true, default_value = "auto", value_name = "TIER", help_heading = "Global options")]
+    pub(crate) probe: Probe,
+    /// Say on stderr what was tried and refused, and what the kernel programs log
+    #[arg(short, long, global = true, help_heading = "Global options")]
+    pub(crate) verbose: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Verb {
+    /// Show listeners in a table
+    List(ListArgs),
+    /// Show everything about a port: holders, ancestors, directory, unit, container
+    Who(WhoArgs),
+    /// Show ports as they open and close, live
+    Watch(WatchArgs),
+    /// Free ports, by ending the processes that hold them
+    Kill(KillArgs),
+    /// Show how listeners are learnt on this host, and why not in a better way
+    Status(StatusArgs),
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = format!("\
+Examples:
+  portwatch list 3000-3999
+  portwatch list --user www-data --wide
+  portwatch list --command '*python*' --older-than 24h
+  portwatch list --netns all --json
+
+{TARGETS}"))]
+pub(crate) struct ListArgs {
+    /// Ports to show; all without
+    #[arg(value_name = "TARGET")]
+    pub(crate) targets: Vec<String>,
+    #[command(flatten)]
+    pub(crate) selectors: Selectors,
+    /// One JSON array
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Whole commands, and a row for every holder
+    #[arg(short, long)]
+    pub(crate) wide: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = format!("\
+Examples:
+  portwatch who 8000
+  portwatch who 127.0.0.1:5432 --json
+  portwatch who --pid 4242
+
+{TARGETS}"))]
+pub(crate) struct WhoArgs {
+    /// Ports to explain
+    #[arg(value_name = "TARGET")]
+    pub(crate) targets: Vec<String>,
+    #[command(flatten)]
+    pub(crate) selectors: Selectors,
+    /// One JSON array
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = format!("\
+Examples:
+  portwatch watch
+  portwatch watch 8000-8999 --json
+  portwatch watch --user al --for 10s
+
+{TARGETS}"))]
+pub(crate) struct WatchArgs {
+    /// Ports to watch; all without
+    #[arg(value_name = "TARGET")]
+    pub(crate) targets: Vec<String>,
+    #[command(flatten)]
+    pub(crate) selectors: Selectors,
+    /// One JSON object a line
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Stop after this long, such as 10s or 5m
+    #[arg(long = "for", value_name = "DURATION", value_parser = duration)]
+    pub(crate) duration: Option<Duration>,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = format!("\
+Examples:
+  portwatch kill 8000
+  portwatch kill 3000-3005 --dry-run
+  portwatch kill 8000 -s INT --grace 30s --no-force
+  portwatch kill --cwd '/home/al/project*' -y
+
+{TARGETS}"))]
+pub(crate) struct KillArgs {
+    /// Ports to free
+    #[arg(value_name = "TARGET")]
+    pub(crate) targets: Vec<String>,
+    #[command(flatten)]
+    pub(crate) selectors: Selectors,
+    /// Show the plan and end nothing
+    #[arg(short = 'n', long)]
+    pub(crate) dry_run: bool,
+    /// Do not ask
+    #[arg(short, long)]
+    pub(crate) yes: bool,
+    /// Signal to begin with
+    #[arg(short, long, default_value = "TERM", value_name = "SIGNAL")]
+    pub(crate) signal: String,
+    /// Begin with SIGKILL
+    #[arg(short = '9', long, conflicts_with_all = ["signal", "no_force"])]
+    pub(crate) force: bool,
+    /// How long a process may take to end before it gets SIGKILL
+    #[arg(long, default_value = "5s", value_name = "DURATION", value_parser = duration)]
+    pub(crate) grace: Duration,
+    /// Never go on to SIGKILL
+    #[arg(long)]
+    pub(crate) no_force: bool,
+    /// How long to look for something that takes the port again, where something could
+    #[arg(long, default_value = "250ms", value_name = "DURATION", value_parser = duration)]
+    pub(crate) settle: Duration,
+    /// Allow to end the ancestors of portwatch, such as the shell it runs in
+    #[arg(long)]
+    pub(crate) force_self: bool,
+    /// One JSON array
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Say nothing but errors
+    #[arg(short, long, conflicts_with = "json")]
+    pub(crate) quiet: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StatusArgs {
+    /// One JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Filters that all verbs share. Different ones narrow each other; one given twice means either.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Selectors (all must match; one given twice: either)")]
+pub(crate) struct Selectors {
+    /// IPv4 sockets only
+    #[arg(short = '4', long)]
+    pub(crate) ipv4: bool,
+    /// IPv6 sockets only
+    #[arg(short = '6', long)]
+    pub(crate) ipv6: bool,
+    /// TCP only
+    #[arg(long)]
+    pub(crate) tcp: bool,
+    /// UDP only
+    #[arg(long)]
+    pub(crate) udp: bool,
+    /// Bound to exactly this address
+    #[arg(long = "addr", value_name = "IP")]
+    pub(crate) addresses: Vec<IpAddr>,
+    /// Held by a process of this user; by name or uid
+    #[arg(long = "user", value_name = "NAME|UID")]
+    pub(crate) users: Vec<String>,
+    /// Held by this process
+    #[arg(long = "pid", value_name = "PID", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) pids: Vec<u32>,
+    /// Process name, or whole command line, matches; * matches / too
+    #[arg(long = "command", value_name = "GLOB", value_parser = glob)]
+    pub(crate) commands: Vec<GlobMatcher>,
+    /// Working directory matches; * matches / too
+    #[arg(long = "cwd", value_name = "GLOB", value_parser = glob)]
+    pub(crate) cwds: Vec<GlobMatcher>,
+    /// Listening for longer than this (else: the process running for longer), such as 24h or 90s
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub(crate) older_than: Option<Duration>,
+    /// Network namespace: self, all, or its number
+    #[arg(long, default_value = "self", value_name = "self|all|ID", value_parser = netns)]
+    pub(crate) netns: Netns,
+}
+
+/// Which network namespaces are meant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Netns {
+    Own,
+    All,
+    Id(NetnsId),
+}
+
+fn netns(text: &str) -> Result<Netns, String> {
+    match text {
+        "self" => Ok(Netns::Own),
+        "all" => Ok(Netns::All),
+        _ => text
+            .parse()
+            .map(Netns::Id)
+            .map_err(|_| "use self, all, or the number that `readlink /proc/PID/ns/net` shows".to_owned()),
+    }
+}
+
+fn glob(text: &str) -> Result<GlobMatcher, String> {
+    Glob::new(text).map(|glob| glob.compile_matcher()).map_err(|error| error.kind().to_string())
+}
+
+/// Anything that people write for a length of time: `90s`, `24h`, `1h 30m`, `2 days` (of 24 hours).
+fn duration(text: &str) -> Result<Duration, String> {
+    if text == "0" {
+        return Ok(Duration::ZERO);
+    }
+    text.parse::<Span>()
+        .and_then(|span| span.to_duration(SpanRelativeTo::days_are_24_hours()))
+        .ok()
+        .and_then(|duration| Duration::try_from(duration).ok())
+        .ok_or_else(|| "use a duration such as 250ms, 90s or 24h".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn durations_are_read_as_people_write_them() {
+        for (text, want) in [
+            ("0", Some(0)),
+            ("90s", Some(90_000)),
+            ("250ms", Some(250)),
+            ("24h", Some(86_400_000)),
+            ("1h 30m", Some(5_400_000)),
+            ("2 days", Some(172_800_000)),
+            ("1w", Some(604_800_000)),
+            ("", None),
+            ("5", None),
+            ("-5s", None),
+            ("abc", None),
+            ("1 month", None),
+        ] {
+            assert_eq!(duration(text).ok(), want.map(Duration::from_millis), "{text}");
+        }
+    }
+
+    #[test]
+    fn namespaces_are_self_all_or_a_number() {
+        assert_eq!(netns("self"), Ok(Netns::Own));
+        assert_eq!(netns("all"), Ok(Netns::All));
+        assert_eq!(netns("4026531833"), Ok(Netns::Id(4_026_531_833)));
+        assert!(netns("blue").is_err());
+    }
+}

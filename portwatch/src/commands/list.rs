@@ -1,0 +1,34 @@
+//! `portwatch list`: a table of listeners.
+
+use std::process::ExitCode;
+
+use portwatch::render::json;
+use portwatch::render::table::{Detail, table};
+
+use super::{Users, note, print, read, selection, selector, view};
+use crate::cli::{Globals, ListArgs};
+
+pub(crate) fn run(args: &ListArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
+    let selector = selector(&args.targets, &args.selectors)?;
+    let listeners = read(&selector, &args.selectors, globals)?;
+    let users = Users::default();
+    let name = |uid| users.name(uid);
+    let mut view = view(&name)?;
+    if args.json {
+        let rows: Vec<_> = listeners.iter().map(|listener| json::listener(listener, &view)).collect();
+        print(&json::array(&rows))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    if listeners.is_empty() {
+        note(&format!("nothing is listening{}", selection(&args.targets, &selector)));
+        return Ok(ExitCode::SUCCESS);
+    }
+    let detail = if args.wide {
+        view.width = None;
+        Detail::Holders
+    } else {
+        Detail::Listeners
+    };
+    print(&table(&listeners, detail, &view))?;
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,37 @@
+//! `portwatch status`: how listeners are learnt on this host, and why not in a better way.
+
+use std::process::ExitCode;
+
+use portwatch::render::json;
+use portwatch::source::{self, Refusal, Tier};
+use serde::Serialize;
+
+use super::{print, refused};
+use crate::cli::{Globals, StatusArgs};
+use crate::exit_codes::NO;
+
+#[derive(Serialize)]
+struct Status<'a> {
+    tier: Tier,
+    reasons: &'a [Refusal],
+    holders: &'a str,
+    agent: Option<()>,
+}
+
+/// The agent does not exist yet, so it is never there and healthy: the answer is no.
+pub(crate) fn run(args: &StatusArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
+    let found = source::availability(globals.probe)?;
+    if args.json {
+        let status = Status { tier: found.tier, reasons: &found.refusals, holders: &found.holders, agent: None };
+        print(&format!("{}\n", json::line(&status)))?;
+        return Ok(ExitCode::from(NO));
+    }
+    let how = if found.tier.is_event_driven() { "kernel events" } else { "polling: no kernel events to be had" };
+    let mut out = format!("tier:    {} ({how})\n", found.tier);
+    for refusal in &found.refusals {
+        out.push_str(&format!("         not {}\n", refused(refusal.tier, &refusal.reason)));
+    }
+    out.push_str(&format!("holders: {}\nagent:   not running\n", found.holders));
+    print(&out)?;
+    Ok(ExitCode::from(NO))
+}

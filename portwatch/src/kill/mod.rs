@@ -1,0 +1,26 @@
+//! Frees ports: from selected listeners to a [`Plan`], from the plan to one [`Outcome`] per port and protocol.
+//!
+//! ```text
+//!  Plan ─► signal the masters ─► wait: pidfds, port ─► signal who is left ─► wait ─► settle ─► Outcome
+//!              (each: open a pidfd, verify, signal)          (SIGKILL)
+//! ```
+//!
+//! This module owns who is signalled ([`plan`]), how it is made sure that nobody else is ([`target`]), the waiting
+//! ([`execute`]) and what is said of it ([`outcome`], [`text`]). It does not scan: its callers hand it what was scanned, and a
+//! way to scan again. It reads `/proc/PID/stat` ([`stat`]).
+
+pub mod execute;
+pub mod outcome;
+pub mod plan;
+mod report;
+pub mod signal;
+pub mod stat;
+pub mod target;
+pub mod text;
+
+pub use execute::{Options, World, execute, planned};
+pub use outcome::{Outcome, Status, exit_code};
+pub use plan::{Guards, Plan};
+
+#[cfg(test)]
+mod testing;

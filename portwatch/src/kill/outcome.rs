@@ -1,0 +1,141 @@
+//! What became of each port: the objects of `kill --json`, and the exit code.
+
+use std::time::Duration;
+
+use serde::{Serialize, Serializer};
+
+use super::plan::Supervisor;
+use crate::model::Protocol;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Status {
+    /// Nobody had it.
+    Free,
+    /// It was taken and is free now.
+    Cleaned,
+    /// Some holders are still there.
+    Partial,
+    /// Still taken, and no holder was ever visible.
+    Ghost,
+    /// Still taken: the holders are gone, or survive SIGKILL.
+    Stuck,
+    /// It was freed, and somebody took it again.
+    Respawned,
+    /// Still taken, by processes that may not be signalled.
+    Denied,
+    /// A dry run.
+    Planned,
+}
+
+/// One port of one protocol, afterwards. The order of the fields is the order in JSON.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Outcome {
+    pub port: u16,
+    pub proto: Protocol,
+    pub status: Status,
+    /// Pids of holders that ended after the first signal, those in `forced` among them.
+    pub killed: Vec<u32>,
+    /// Pids of those that SIGKILL ended.
+    pub forced: Vec<u32>,
+    pub failed: Vec<Failure>,
+    /// Inodes of sockets that are still there without a visible holder.
+    pub ghost: Vec<u64>,
+    pub still_listening: bool,
+    /// Pids that hold the port now.
+    pub remaining_pids: Vec<u32>,
+    #[serde(rename = "elapsed_ms", serialize_with = "milliseconds")]
+    pub elapsed: Duration,
+    pub diagnostics: Option<Diagnostics>,
+    /// Names of the processes mentioned, for people. Hostile text.
+    #[serde(skip)]
+    pub names: Vec<(u32, String)>,
+}
+
+/// A holder that was not ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Failure {
+    pub pid: u32,
+    pub reason: String,
+}
+
+/// What a person should know of an outcome that is not plain.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Diagnostics {
+    pub message: String,
+    pub new_owners: Vec<Owner>,
+    pub supervisor: Option<Supervisor>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Owner {
+    pub pid: u32,
+    pub name: String,
+}
+
+impl Outcome {
+    pub fn is_done(&self) -> bool {
+        matches!(self.status, Status::Free | Status::Cleaned | Status::Planned)
+    }
+}
+
+/// Exit code of `kill`: 0 all free (or a dry run), 1 something is still taken, 3 only for want of permission.
+pub fn exit_code(outcomes: &[Outcome]) -> u8 {
+    let mut taken = outcomes.iter().filter(|o| !o.is_done()).peekable();
+    if taken.peek().is_none() {
+        0
+    } else if taken.all(|o| o.status == Status::Denied) {
+        3
+    } else {
+        1
+    }
+}
+
+fn milliseconds<S: Serializer>(elapsed: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_u64(u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn outcome(status: Status) -> Outcome {
+        Outcome {
+            port: 8000,
+            proto: Protocol::Tcp,
+            status,
+            killed: vec![7],
+            forced: Vec::new(),
+            failed: vec![Failure { pid: 9, reason: "no".into() }],
+            ghost: vec![5],
+            still_listening: false,
+            remaining_pids: Vec::new(),
+            elapsed: Duration::from_micros(12_900),
+            diagnostics: None,
+            names: vec![(7, "x".into())],
+        }
+    }
+
+    #[test]
+    fn json_is_as_promised() {
+        let expected = r#"{"port":8000,"proto":"tcp","status":"cleaned","killed":[7],"forced":[],"failed":[{"pid":9,"reason":"no"}],"ghost":[5],"still_listening":false,"remaining_pids":[],"elapsed_ms":12,"diagnostics":null}"#;
+        assert_eq!(serde_json::to_string(&outcome(Status::Cleaned)).unwrap(), expected);
+    }
+
+    #[test]
+    fn exit_codes_follow_the_worst_outcome() {
+        use Status::*;
+        for (statuses, code) in [
+            (&[][..], 0),
+            (&[Free, Cleaned, Planned], 0),
+            (&[Cleaned, Denied], 3),
+            (&[Denied, Partial], 1),
+            (&[Ghost], 1),
+            (&[Stuck], 1),
+            (&[Respawned, Cleaned], 1),
+        ] {
+            let outcomes: Vec<Outcome> = statuses.iter().copied().map(outcome).collect();
+            assert_eq!(exit_code(&outcomes), code, "{statuses:?}");
+        }
+    }
+}

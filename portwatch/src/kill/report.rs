@@ -1,0 +1,234 @@
+//! Turns the end of a [`Run`] into outcomes: what is said of each port.
+
+use std::time::Duration;
+
+use nix::unistd::{Uid, User};
+use rustix::process::Signal;
+
+use super::execute::{Life, Run, Stage};
+use super::outcome::{Diagnostics, Failure, Outcome, Owner, Status};
+use super::plan::{Group, Supervisor, push_new};
+use super::signal::SignalName;
+use super::stat;
+use crate::model::{Listener, Process};
+
+/// `al (uid 1000)`, or `uid 1000` for a user without a name.
+pub(super) fn user(uid: u32) -> String {
+    match User::from_uid(Uid::from_raw(uid)) {
+        Ok(Some(user)) => format!("{} (uid {uid})", user.name),
+        _ => format!("uid {uid}"),
+    }
+}
+
+pub(super) fn planned(run: &Run) -> Vec<Outcome> {
+    let each = (0..run.plan.groups.len()).map(|index| {
+        let end = End::of(run, index);
+        let status = if run.plan.groups[index].sockets.is_empty() { Status::Free } else { Status::Planned };
+        end.outcome(run, status, Duration::ZERO, end.refused(run), None)
+    });
+    each.collect()
+}
+
+pub(super) fn outcomes(run: &Run) -> Vec<Outcome> {
+    let each = (0..run.plan.groups.len()).map(|index| {
+        let end = End::of(run, index);
+        let status = end.status(run);
+        let mut failed = end.refused(run);
+        failed.extend(end.failures(run));
+        let diagnostics = end.diagnostics(run, status);
+        let elapsed = run.freed[index].unwrap_or_else(|| run.started.elapsed());
+        end.outcome(run, status, elapsed, failed, diagnostics)
+    });
+    each.collect()
+}
+
+/// One group when all is over.
+struct End<'a> {
+    group: &'a Group,
+    index: usize,
+    /// Wanted sockets that are still there.
+    old: Vec<&'a Listener>,
+    /// Sockets that came since.
+    new: Vec<&'a Listener>,
+    lives: Vec<&'a Life>,
+}
+
+impl<'a> End<'a> {
+    fn of(run: &'a Run, index: usize) -> End<'a> {
+        let group = &run.plan.groups[index];
+        let on_port = run.current.iter().filter(|l| group.covers(&l.socket));
+        End {
+            group,
+            index,
+            old: on_port.filter(|l| group.wants(l.socket.id)).collect(),
+            new: run.new_owners(index).collect(),
+            lives: run.lives.iter().filter(|l| l.victim.groups.contains(&index)).collect(),
+        }
+    }
+
+    fn killed(&self) -> impl Iterator<Item = &'a Life> {
+        self.lives.iter().copied().filter(|l| l.ended)
+    }
+
+    /// Whether the process holds a wanted socket still.
+    fn still_holds(&self, life: &Life) -> bool {
+        self.old.iter().any(|l| l.holds(life.victim.process.id))
+    }
+
+    fn status(&self, run: &Run) -> Status {
+        if self.group.sockets.is_empty() {
+            return Status::Free;
+        }
+        if self.old.is_empty() {
+            return if self.new.is_empty() { Status::Cleaned } else { Status::Respawned };
+        }
+        if self.old.iter().all(|l| l.is_ghost()) {
+            let was_ghost = |l: &&Listener| {
+                let before = run.plan.listeners.iter().find(|b| b.socket.id == l.socket.id);
+                before.is_some_and(Listener::is_ghost)
+            };
+            return match () {
+                () if self.hidden_owner().is_some() => Status::Denied,
+                () if self.old.iter().all(was_ghost) => Status::Ghost,
+                () => Status::Stuck,
+            };
+        }
+        let mut left = self.lives.iter().filter(|l| self.still_holds(l)).peekable();
+        if self.killed().next().is_some() {
+            Status::Partial
+        } else if left.peek().is_none() {
+            // Only holders that are never signalled.
+            Status::Denied
+        } else if left.clone().all(|l| l.failure.as_ref().is_some_and(|f| f.denied)) {
+            Status::Denied
+        } else if left.any(|l| l.stage == Stage::Forced) {
+            Status::Stuck
+        } else {
+            Status::Partial
+        }
+    }
+
+    /// The other user whose processes must hold what has no visible holder: an ordinary user does not see them.
+    fn hidden_owner(&self) -> Option<u32> {
+        let own = Uid::effective();
+        let hidden = self.old.iter().find(|l| l.is_ghost() && l.socket.uid != own.as_raw());
+        hidden.filter(|_| !own.is_root()).map(|l| l.socket.uid)
+    }
+
+    fn refused(&self, run: &Run) -> Vec<Failure> {
+        let here = run.plan.refused.iter().filter(|r| r.groups.contains(&self.index));
+        here.map(|r| Failure { pid: r.process.id.pid, reason: r.reason.clone() }).collect()
+    }
+
+    fn failures(&self, run: &Run) -> Vec<Failure> {
+        let reason = |life: &Life| match (&life.failure, life.stage) {
+            (Some(failed), _) => failed.reason.clone(),
+            (None, Stage::Forced) => "still there after SIGKILL: it cannot be interrupted inside the kernel".to_owned(),
+            (None, Stage::Soft) => format!("still there after {}", SignalName(run.options.signal)),
+            (None, Stage::Unsignalled) => "not signalled: it could not be proved to hold the port".to_owned(),
+        };
+        let left = self.lives.iter().filter(|l| self.still_holds(l));
+        left.map(|l| Failure { pid: l.victim.process.id.pid, reason: reason(l) }).collect()
+    }
+
+    fn diagnostics(&self, run: &Run, status: Status) -> Option<Diagnostics> {
+        let port = format!("{}/{}", self.group.port, self.group.proto);
+        let mut supervisor = None;
+        let mut new_owners = Vec::new();
+        let message = match status {
+            Status::Respawned => {
+                let holders = || self.new.iter().flat_map(|l| &l.holders);
+                for holder in holders() {
+                    let process = &holder.process;
+                    push_new(&mut new_owners, Owner { pid: process.id.pid, name: process.name.clone() });
+                }
+                supervisor = holders()
+                    .find_map(|h| Supervisor::of(&h.process, &|pid| stat::read(pid).ok()))
+                    .or_else(|| self.lives.iter().find_map(|l| l.victim.supervisor.clone()));
+                let owner = match new_owners.first() {
+                    Some(owner) => format!("{} ({})", owner.name, owner.pid),
+                    None => "an owner that is not visible".to_owned(),
+                };
+                match supervisor.as_ref().and_then(starter) {
+                    Some(starter) => format!("{owner} took the port again, started by {starter}: stop that instead"),
+                    None => format!("{owner} took the port again"),
+                }
+            }
+            Status::Denied => match self.hidden_owner() {
+                Some(uid) => format!("held by {}, whose processes are not visible; try sudo", user(uid)),
+                None => return None,
+            },
+            Status::Ghost => format!(
+                "no visible process holds {port}: the kernel itself, another pid namespace or a descriptor in \
+                 flight may; portwatch who {port} shows what is known"
+            ),
+            Status::Stuck if self.old.iter().all(|l| l.is_ghost()) => {
+                format!("every visible holder is gone, and {port} is still taken")
+            }
+            Status::Partial if run.options.signal != Signal::KILL && !run.options.force => {
+                format!("--no-force left those that outlived {}", SignalName(run.options.signal))
+            }
+            Status::Cleaned => {
+                let alive = self.lives.iter().filter(|l| l.stage != Stage::Unsignalled && !l.ended);
+                let names: Vec<String> = alive.map(|l| named(&l.victim.process)).collect();
+                if names.is_empty() {
+                    return None;
+                }
+                format!("{} let go of the port and did not end yet", names.join(", "))
+            }
+            _ => return None,
+        };
+        Some(Diagnostics { message, new_owners, supervisor })
+    }
+
+    fn outcome(
+        &self,
+        run: &Run,
+        status: Status,
+        elapsed: Duration,
+        failed: Vec<Failure>,
+        diagnostics: Option<Diagnostics>,
+    ) -> Outcome {
+        let pid = |life: &Life| life.victim.process.id.pid;
+        let there = || self.old.iter().chain(&self.new);
+        let mut remaining_pids: Vec<u32> = there().flat_map(|l| &l.holders).map(|h| h.process.id.pid).collect();
+        remaining_pids.sort_unstable();
+        remaining_pids.dedup();
+        let victims = self.lives.iter().map(|l| &l.victim.process);
+        let refused = run.plan.refused.iter().map(|r| &r.process);
+        let holders = there().flat_map(|l| &l.holders).map(|h| &h.process);
+        let mut names: Vec<(u32, String)> =
+            victims.chain(refused).chain(holders).map(|p| (p.id.pid, p.name.clone())).collect();
+        names.sort_unstable();
+        names.dedup();
+        let is_empty = self.group.sockets.is_empty();
+        Outcome {
+            port: self.group.port,
+            proto: self.group.proto,
+            status,
+            killed: self.killed().map(pid).collect(),
+            forced: self.killed().filter(|l| l.stage == Stage::Forced).map(pid).collect(),
+            failed,
+            ghost: self.old.iter().filter(|l| l.is_ghost()).map(|l| l.socket.id.inode).collect(),
+            still_listening: there().next().is_some(),
+            remaining_pids,
+            elapsed: if is_empty { Duration::ZERO } else { elapsed },
+            diagnostics,
+            names,
+        }
+    }
+}
+
+fn named(process: &Process) -> String {
+    format!("{} ({})", process.name, process.id.pid)
+}
+
+fn starter(supervisor: &Supervisor) -> Option<String> {
+    if let Some(unit) = &supervisor.unit {
+        return Some(format!("unit {unit}"));
+    }
+    if let Some(container) = &supervisor.container {
+        return Some(format!("container {}", &container[..12]));
+    }
+    Some(format!("{} ({})", supervisor.name.as_deref()?, supervisor.pid?))
+}

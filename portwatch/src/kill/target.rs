@@ -1,0 +1,158 @@
+//! One process that is to be signalled, and the proof that it is the right one.
+//!
+//! ```text
+//!  Target ──open──► OpenTarget ──verify──► Verified ──signal──► sent
+//!      └► Gone           └► Gone, NotHolder, Unknown    └► Gone, Denied
+//! ```
+//!
+//! A PID names a process only as long as that process is not reaped; a pidfd names one process for ever. So:
+//! 1. `open` the pidfd: from now on it stands for one process, the planned one or one that recycled its PID before;
+//! 2. read by PID whether the process started when the planned one did and holds the planned socket;
+//! 3. ask the pidfd whether its process is still alive. If it is, it owned its PID all through step 2, thus what was
+//!    read there was read of it, and the pidfd is proved to be the planned holder. If not, nothing is signalled;
+//! 4. signal through the pidfd, which reaches this process or nobody (ESRCH).
+//!
+//! Only step 3 makes a [`Verified`], and only a [`Verified`] can signal: no path leads around the proof.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+
+use super::stat;
+use crate::model::ProcessId;
+
+/// Tells whether this process holds one of the sockets (by inode) at this moment.
+pub type Proof<'a> = dyn FnMut(ProcessId, &[u64]) -> io::Result<bool> + 'a;
+
+/// The process meant, and the inodes of the sockets of which it must still hold at least one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Target {
+    pub id: ProcessId,
+    pub inodes: Vec<u64>,
+}
+
+/// A target with a pidfd. What the pidfd stands for is not proved yet.
+#[derive(Debug)]
+pub struct OpenTarget {
+    target: Target,
+    pidfd: OwnedFd,
+}
+
+#[derive(Debug)]
+pub enum OpenError {
+    /// No process has this PID any more.
+    Gone,
+    Failed(io::Error),
+}
+
+/// What [`OpenTarget::verify`] found.
+#[derive(Debug)]
+pub enum Verdict<'a> {
+    Verified(Verified<'a>),
+    /// Alive, but it does not hold the socket: it let go of it, or it is a stranger under a recycled PID.
+    NotHolder,
+    Gone,
+    /// Alive, but nobody would tell what it holds.
+    Unknown(io::Error),
+}
+
+/// A proved holder: what can be signalled.
+#[derive(Debug)]
+pub struct Verified<'a> {
+    pidfd: BorrowedFd<'a>,
+}
+
+#[derive(Debug)]
+pub enum SignalError {
+    Gone,
+    /// EPERM: another user's process.
+    Denied,
+    Failed(io::Error),
+}
+
+impl Target {
+    pub fn open(self) -> Result<OpenTarget, OpenError> {
+        let pid = i32::try_from(self.id.pid).ok().and_then(Pid::from_raw).ok_or(OpenError::Gone)?;
+        match pidfd_open(pid, PidfdFlags::empty()) {
+            Ok(pidfd) => Ok(OpenTarget { target: self, pidfd }),
+            // EINVAL and, from 6.9 on, ENOENT: the number is a thread's now, not a process's.
+            Err(Errno::SRCH | Errno::INVAL | Errno::NOENT) => Err(OpenError::Gone),
+            Err(errno) => Err(OpenError::Failed(errno.into())),
+        }
+    }
+}
+
+impl OpenTarget {
+    pub fn id(&self) -> ProcessId {
+        self.target.id
+    }
+
+    pub fn inodes(&self) -> &[u64] {
+        &self.target.inodes
+    }
+
+    /// Whether the process has not ended (a zombie has). Does not wait.
+    pub fn is_alive(&self) -> bool {
+        let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
+        loop {
+            match poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) {
+                Ok(ready) => return ready == 0,
+                Err(Errno::INTR) => {}
+                // Not known to be alive: nothing may be built on it.
+                Err(_) => return false,
+            }
+        }
+    }
+
+    /// Asks `proof` by PID, then makes sure that the answer was about the process of this pidfd.
+    pub fn verify(&self, proof: &mut Proof<'_>) -> Verdict<'_> {
+        let answer = proof(self.target.id, &self.target.inodes);
+        if !self.is_alive() {
+            return Verdict::Gone;
+        }
+        match answer {
+            Ok(true) => Verdict::Verified(Verified { pidfd: self.pidfd.as_fd() }),
+            Ok(false) => Verdict::NotHolder,
+            Err(error) => Verdict::Unknown(error),
+        }
+    }
+}
+
+impl AsFd for OpenTarget {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+}
+
+impl Verified<'_> {
+    pub fn signal(self, signal: Signal) -> Result<(), SignalError> {
+        match pidfd_send_signal(self.pidfd, signal) {
+            Ok(()) => Ok(()),
+            Err(Errno::SRCH) => Err(SignalError::Gone),
+            Err(Errno::PERM) => Err(SignalError::Denied),
+            Err(errno) => Err(SignalError::Failed(errno.into())),
+        }
+    }
+}
+
+/// The proof by `/proc`: the process has the same start time, and `holds(pid, inode)` finds a descriptor.
+///
+/// `PermissionDenied` where `/proc` would not say: somebody else has to prove it.
+pub fn prove_by_proc(id: ProcessId, inodes: &[u64], holds: &dyn Fn(u32, u64) -> io::Result<bool>) -> io::Result<bool> {
+    match stat::read(id.pid) {
+        Ok(stat) if !stat.id().is_same(id) => return Ok(false),
+        Ok(_) => {}
+        // Gone (which the pidfd will say), or alive and hidden by `hidepid`.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(io::ErrorKind::PermissionDenied.into()),
+        Err(error) => return Err(error),
+    }
+    for &inode in inodes {
+        if holds(id.pid, inode)? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}

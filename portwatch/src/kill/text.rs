@@ -1,0 +1,200 @@
+//! What a kill says to people: the victims before, one line per port after. Pure; text from processes is escaped.
+
+use std::fmt::Write as _;
+
+use super::outcome::{Outcome, Status};
+use super::plan::{Plan, Victim};
+use crate::model::Process;
+
+/// Makes hostile text safe to print: control characters, and those that reorder or hide text, become escapes.
+// MERGE: the renderer has the shared one.
+fn printable(text: &str) -> String {
+    let hides =
+        |c: char| matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}');
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control() || hides(c) { out.extend(c.escape_default()) } else { out.push(c) }
+    }
+    out
+}
+
+/// The victims as a small table, a line each: `PID NAME USER PORT COMMAND`. `user` names a uid.
+pub fn victims(plan: &Plan, user: &dyn Fn(u32) -> String) -> String {
+    let rows: Vec<[String; 5]> = plan.victims.iter().map(|v| victim(plan, v, user)).collect();
+    let head = ["PID", "NAME", "USER", "PORT", "COMMAND"].map(str::to_owned);
+    let mut widths = [0; 4];
+    for row in rows.iter().chain([&head]) {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(cell.chars().count());
+        }
+    }
+    let mut out = String::new();
+    for [pid, name, user, port, command] in [&head].into_iter().chain(&rows) {
+        let [p, n, u, o] = widths;
+        let line = format!("{pid:>p$}  {name:<n$}  {user:<u$}  {port:<o$}  {command}");
+        out.push_str(line.trim_end());
+        out.push('\n');
+    }
+    out
+}
+
+fn victim(plan: &Plan, victim: &Victim, user: &dyn Fn(u32) -> String) -> [String; 5] {
+    let process = &victim.process;
+    let groups = victim.groups.iter().filter_map(|&g| plan.groups.get(g));
+    let ports: Vec<String> = groups.map(|g| format!("{}/{}", g.port, g.proto)).collect();
+    [
+        process.id.pid.to_string(),
+        printable(&process.name),
+        process.uid.map_or_else(|| "?".to_owned(), |uid| printable(&user(uid))),
+        ports.join(","),
+        command(process),
+    ]
+}
+
+fn command(process: &Process) -> String {
+    if process.command.is_empty() { "?".to_owned() } else { printable(&process.command.join(" ")) }
+}
+
+/// The holders that the plan refuses to signal, a line each.
+pub fn refusals(plan: &Plan) -> String {
+    let mut out = String::new();
+    for refused in &plan.refused {
+        let process = &refused.process;
+        let _ = writeln!(out, "not signalling {} ({}): {}", printable(&process.name), process.id.pid, refused.reason);
+    }
+    out
+}
+
+/// One line on one port, without the line's end.
+pub fn outcome(outcome: &Outcome) -> String {
+    let port = format!("{}/{}", outcome.port, outcome.proto);
+    let seconds = format!("{:.1} s", outcome.elapsed.as_secs_f64());
+    let note = outcome.diagnostics.as_ref().map(|d| printable(&d.message));
+    let with_note = |line: String| match &note {
+        Some(note) => format!("{line}; {note}"),
+        None => line,
+    };
+    let deeds = deeds(outcome);
+    match outcome.status {
+        Status::Free => format!("{port} is free already"),
+        Status::Planned => match outcome.remaining_pids.len() {
+            0 => format!("{port} has no visible holder: nothing would be signalled"),
+            _ => {
+                let refused = |pid: &u32| outcome.failed.iter().any(|f| f.pid == *pid);
+                let would: Vec<u32> = outcome.remaining_pids.iter().copied().filter(|p| !refused(p)).collect();
+                let refusals = failures(outcome);
+                match (would.is_empty(), refusals.is_empty()) {
+                    (true, _) => format!("{port} would stay: {refusals}"),
+                    (false, true) => format!("{port} would be freed: terminate {}", list(outcome, &would)),
+                    (false, false) => {
+                        format!("{port} would stay: terminate {}; {refusals}", list(outcome, &would))
+                    }
+                }
+            }
+        },
+        Status::Cleaned if deeds.is_empty() => with_note(format!("{port} freed in {seconds}")),
+        Status::Cleaned => with_note(format!("{port} freed: {deeds} in {seconds}")),
+        Status::Respawned => with_note(format!("{port} is taken again")),
+        Status::Partial | Status::Stuck | Status::Denied | Status::Ghost => {
+            let what = match outcome.status {
+                Status::Denied => "refused",
+                Status::Ghost => "has no visible holder",
+                _ => "is still taken",
+            };
+            let parts: Vec<String> =
+                [deeds, failures(outcome), note.unwrap_or_default()].into_iter().filter(|p| !p.is_empty()).collect();
+            if parts.is_empty() { format!("{port} {what}") } else { format!("{port} {what}: {}", parts.join("; ")) }
+        }
+    }
+}
+
+/// `terminated a (1), b (2); killed by force c (3)`.
+fn deeds(outcome: &Outcome) -> String {
+    let gentle: Vec<u32> = outcome.killed.iter().copied().filter(|p| !outcome.forced.contains(p)).collect();
+    let mut parts = Vec::new();
+    if !gentle.is_empty() {
+        parts.push(format!("terminated {}", list(outcome, &gentle)));
+    }
+    if !outcome.forced.is_empty() {
+        parts.push(format!("killed by force {}", list(outcome, &outcome.forced)));
+    }
+    parts.join("; ")
+}
+
+fn failures(outcome: &Outcome) -> String {
+    let each: Vec<String> =
+        outcome.failed.iter().map(|f| format!("{}: {}", list(outcome, &[f.pid]), f.reason)).collect();
+    each.join("; ")
+}
+
+fn list(outcome: &Outcome, pids: &[u32]) -> String {
+    let name = |pid: &u32| match outcome.names.iter().find(|(p, _)| p == pid) {
+        Some((_, name)) => format!("{} ({pid})", printable(name)),
+        None => pid.to_string(),
+    };
+    pids.iter().map(name).collect::<Vec<_>>().join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::kill::outcome::{Diagnostics, Failure};
+    use crate::model::Protocol;
+
+    fn check(change: impl FnOnce(&mut Outcome), expected: &str) {
+        let mut subject = Outcome {
+            port: 8000,
+            proto: Protocol::Tcp,
+            status: Status::Cleaned,
+            killed: Vec::new(),
+            forced: Vec::new(),
+            failed: Vec::new(),
+            ghost: Vec::new(),
+            still_listening: false,
+            remaining_pids: Vec::new(),
+            elapsed: Duration::from_millis(120),
+            diagnostics: None,
+            names: vec![(1, "init".into()), (7, "python3".into()), (8, "e\x1b[31mvil\n".into())],
+        };
+        change(&mut subject);
+        assert_eq!(outcome(&subject), expected);
+    }
+
+    #[test]
+    fn each_outcome_is_one_line() {
+        check(|o| o.status = Status::Free, "8000/tcp is free already");
+        check(|o| o.killed = vec![7], "8000/tcp freed: terminated python3 (7) in 0.1 s");
+        check(
+            |o| {
+                o.killed = vec![7, 8];
+                o.forced = vec![8];
+            },
+            "8000/tcp freed: terminated python3 (7); killed by force e\\u{1b}[31mvil\\n (8) in 0.1 s",
+        );
+        check(
+            |o| {
+                o.status = Status::Denied;
+                o.failed = vec![Failure { pid: 1, reason: "init is never signalled".into() }];
+            },
+            "8000/tcp refused: init (1): init is never signalled",
+        );
+        check(
+            |o| {
+                o.status = Status::Respawned;
+                let message = "x\x07 (9) took the port again".to_owned();
+                o.diagnostics = Some(Diagnostics { message, new_owners: Vec::new(), supervisor: None });
+            },
+            "8000/tcp is taken again; x\\u{7} (9) took the port again",
+        );
+        check(
+            |o| {
+                o.status = Status::Planned;
+                o.remaining_pids = vec![1, 7];
+                o.failed = vec![Failure { pid: 1, reason: "no".into() }];
+            },
+            "8000/tcp would stay: terminate python3 (7); init (1): no",
+        );
+    }
+}

@@ -1,0 +1,149 @@
+//! The table of `list`: a row for each listener, fitted to the terminal.
+//!
+//! Rows are never wrapped: on a terminal the command is cut, then users and names, and at last the row as a whole.
+
+use super::{BOLD, DIM, View, YELLOW, age, command_line, cut, escape, width};
+use crate::model::{Holder, Listener};
+
+/// Columns that a command is worth at least; for less, users and names give way first.
+const COMMAND_MIN: usize = 16;
+/// Columns below which users and names are not cut.
+const NAME_MIN: usize = 8;
+const GAP: &str = "  ";
+
+/// How much the table shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Detail {
+    /// One row a listener: the binder, and how many more hold it.
+    Listeners,
+    /// One row a holder.
+    Holders,
+}
+
+struct Column {
+    title: &'static str,
+    right: bool,
+}
+
+const fn left(title: &'static str) -> Column {
+    Column { title, right: false }
+}
+
+const fn right(title: &'static str) -> Column {
+    Column { title, right: true }
+}
+
+/// The rows in the order given, with a header and line ends. No rows: nothing.
+pub fn table(listeners: &[Listener], detail: Detail, view: &View<'_>) -> String {
+    let Some(first) = listeners.first() else { return String::new() };
+    let several_netns = listeners.iter().any(|listener| listener.socket.netns != first.socket.netns);
+    let mut columns = vec![left("PROTO"), left("ADDRESS"), right("PORT")];
+    if several_netns {
+        columns.push(left("NETNS"));
+    }
+    columns.extend([left("PID"), left("USER"), left("NAME"), right("AGE"), left("COMMAND")]);
+
+    let mut rows: Vec<(bool, Vec<String>)> = Vec::with_capacity(listeners.len());
+    for listener in listeners {
+        let ghost = listener.is_ghost();
+        match detail {
+            Detail::Holders if !ghost => {
+                let (binder, others): (Vec<_>, Vec<_>) = listener.holders.iter().partition(|holder| holder.binder);
+                for holder in binder.into_iter().chain(others) {
+                    rows.push((ghost, row(listener, Some(holder), 0, several_netns, view)));
+                }
+            }
+            _ => {
+                let more = listener.holders.len().saturating_sub(1);
+                rows.push((ghost, row(listener, listener.binder(), more, several_netns, view)));
+            }
+        }
+    }
+    lay_out(&columns, &rows, view)
+}
+
+fn row(listener: &Listener, holder: Option<&Holder>, more: usize, several_netns: bool, view: &View<'_>) -> Vec<String> {
+    let socket = &listener.socket;
+    let proto = if socket.mptcp { format!("{}/mptcp", socket.proto) } else { socket.proto.to_string() };
+    let mut row = vec![proto, socket.address.to_string(), socket.port.to_string()];
+    if several_netns {
+        row.push(socket.netns.to_string());
+    }
+    let began = listener.began().map_or_else(|| "?".to_owned(), |began| age(view.clock.age(began)));
+    match holder {
+        None => row.extend(["-".to_owned(), view.user(socket.uid), "-".to_owned(), began, view.ghost(socket)]),
+        Some(holder) => {
+            let process = &holder.process;
+            let pid = process.id.pid;
+            row.extend([
+                if more == 0 { pid.to_string() } else { format!("{pid} +{more}") },
+                process.uid.map_or_else(|| "?".to_owned(), |uid| view.user(uid)),
+                escape(&process.name).into_owned(),
+                began,
+                command_line(process),
+            ]);
+        }
+    }
+    row
+}
+
+fn lay_out(columns: &[Column], rows: &[(bool, Vec<String>)], view: &View<'_>) -> String {
+    let mut widths: Vec<usize> = columns.iter().map(|column| column.title.len()).collect();
+    for (_, row) in rows {
+        for (known, cell) in widths.iter_mut().zip(row) {
+            *known = (*known).max(width(cell));
+        }
+    }
+    if let Some(terminal) = view.width {
+        fit(columns, &mut widths, terminal);
+    }
+    let header: Vec<String> = columns.iter().map(|column| column.title.to_owned()).collect();
+    let mut out = String::new();
+    for (index, cells) in std::iter::once(&header).chain(rows.iter().map(|(_, row)| row)).enumerate() {
+        let ghost = index > 0 && rows[index - 1].0;
+        let mut line = String::new();
+        let mut used = 0;
+        for (position, (column, cell)) in columns.iter().zip(cells).enumerate() {
+            if position > 0 {
+                line.push_str(GAP);
+                used += GAP.len();
+            }
+            let left = view.width.map_or(usize::MAX, |terminal| terminal.saturating_sub(used));
+            let is_last = position + 1 == columns.len();
+            let room = if is_last && view.width.is_none() { usize::MAX } else { widths[position] };
+            let text = cut(cell, room.min(left));
+            let padding = if is_last { 0 } else { room.min(left).saturating_sub(width(&text)) };
+            let painted = match column.title {
+                _ if index == 0 => view.paint(BOLD, &text),
+                "PORT" => view.paint(BOLD, &text),
+                "AGE" => view.paint(DIM, &text),
+                "COMMAND" if ghost => view.paint(YELLOW, &text),
+                _ => text.into_owned(),
+            };
+            let spaces = " ".repeat(padding);
+            line.push_str(&if column.right { spaces.clone() + &painted } else { painted + &spaces });
+            used += room.min(left);
+            if view.width.is_some_and(|terminal| used + GAP.len() >= terminal) {
+                break;
+            }
+        }
+        out.push_str(line.trim_end());
+        out.push('\n');
+    }
+    out
+}
+
+/// Narrows the command, then users and names, so that a row takes at most the columns of the terminal.
+fn fit(columns: &[Column], widths: &mut [usize], terminal: usize) {
+    let last = widths.len() - 1;
+    let gaps = GAP.len() * last;
+    for (index, column) in columns.iter().enumerate() {
+        let command = widths[last].min(COMMAND_MIN);
+        let over = (widths[..last].iter().sum::<usize>() + gaps + command).saturating_sub(terminal);
+        if matches!(column.title, "USER" | "NAME") && over > 0 {
+            widths[index] = widths[index].saturating_sub(over).max(NAME_MIN.min(widths[index]));
+        }
+    }
+    let others = widths[..last].iter().sum::<usize>() + gaps;
+    widths[last] = widths[last].min(terminal.saturating_sub(others));
+}

@@ -1,0 +1,224 @@
+//! Which listeners a verb acts on: targets (any of them) and filters (all of them).
+//!
+//! Pure: user names are resolved, sets looked up and the caller's namespace found elsewhere. [`Selector`] answers in
+//! two steps, because holders are dear: [`Selector::matches_socket`] looks at the socket alone and is asked of every
+//! socket, [`Selector::matches`] looks at holders and age as well. A range of ports costs as much as one port.
+
+mod target;
+#[cfg(test)]
+mod tests;
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use globset::GlobMatcher;
+
+pub use self::target::{BadTarget, Sets, Target, builtin_sets, parse_targets};
+use crate::model::{BootNs, Listener, NetnsId, Process, Protocol, Socket};
+
+/// Everything that narrows a selection but targets. An empty list and `None` let everything pass; several values in
+/// one list mean any of them.
+#[derive(Clone, Debug, Default)]
+pub struct Filters {
+    /// `-4`: sockets of the IPv4 family. With `ipv6` as well: either.
+    pub ipv4: bool,
+    pub ipv6: bool,
+    pub tcp: bool,
+    pub udp: bool,
+    /// Bound to exactly this address.
+    pub addresses: Vec<IpAddr>,
+    pub uids: Vec<u32>,
+    pub pids: Vec<u32>,
+    /// On the process name, or on the command line joined by spaces.
+    pub commands: Vec<GlobMatcher>,
+    pub cwds: Vec<GlobMatcher>,
+    pub older_than: Option<Duration>,
+    /// `None`: every namespace.
+    pub netns: Option<NetnsId>,
+}
+
+/// Picks listeners.
+#[derive(Clone, Debug)]
+pub struct Selector {
+    targets: Vec<Target>,
+    filters: Filters,
+    /// The targets as bitmaps, one entry for each address named (`None`: any). Empty: every port.
+    ports: Vec<Ports>,
+}
+
+#[derive(Clone, Debug)]
+struct Ports {
+    address: Option<IpAddr>,
+    tcp: PortSet,
+    udp: PortSet,
+}
+
+impl Selector {
+    /// A range of more ports than this names none of them (see [`Selector::named_ports`]).
+    pub const NAMED_RANGE_MAX: usize = 16;
+
+    pub fn new(targets: Vec<Target>, filters: Filters) -> Self {
+        let mut ports: Vec<Ports> = Vec::new();
+        for target in &targets {
+            let index = ports.iter().position(|entry| entry.address == target.address).unwrap_or_else(|| {
+                ports.push(Ports { address: target.address, tcp: PortSet::new(), udp: PortSet::new() });
+                ports.len() - 1
+            });
+            if target.proto != Some(Protocol::Udp) {
+                ports[index].tcp.insert(target.ports.clone());
+            }
+            if target.proto != Some(Protocol::Tcp) {
+                ports[index].udp.insert(target.ports.clone());
+            }
+        }
+        Selector { targets, filters, ports }
+    }
+
+    /// Whether nothing says which listeners are meant: no target, address, owner, process, directory or age.
+    /// Families, protocols and namespaces narrow a selection but do not make one: `kill --tcp` names nothing.
+    pub fn is_empty(&self) -> bool {
+        let Filters { addresses, uids, pids, commands, cwds, older_than, .. } = &self.filters;
+        self.targets.is_empty()
+            && addresses.is_empty()
+            && uids.is_empty()
+            && pids.is_empty()
+            && commands.is_empty()
+            && cwds.is_empty()
+            && older_than.is_none()
+    }
+
+    /// The targets as given, sets expanded.
+    pub fn targets(&self) -> &[Target] {
+        &self.targets
+    }
+
+    /// The filters as given.
+    pub fn filters(&self) -> &Filters {
+        &self.filters
+    }
+
+    /// Ports that the targets name one by one, or in a range of at most [`Selector::NAMED_RANGE_MAX`]: those of which a
+    /// status is owed even when nobody has them. Sorted, each once; no protocol where both are meant.
+    pub fn named_ports(&self) -> Vec<(u16, Option<Protocol>)> {
+        let mut named: Vec<(u16, Option<Protocol>)> = Vec::new();
+        for target in self.targets.iter().filter(|target| target.ports.len() <= Self::NAMED_RANGE_MAX) {
+            let protos = [Protocol::Tcp, Protocol::Udp]
+                .map(|proto| target.proto.is_none_or(|wanted| wanted == proto) && self.filters.allow(proto));
+            let proto = match protos {
+                [true, true] => None,
+                [true, false] => Some(Protocol::Tcp),
+                [false, true] => Some(Protocol::Udp),
+                [false, false] => continue,
+            };
+            named.extend(target.ports.clone().map(|port| (port, proto)));
+        }
+        named.sort_unstable();
+        named.dedup();
+        // `8000` says all that `8000/tcp` says; None sorts first.
+        let mut both = None;
+        named.retain(|&(port, proto)| {
+            if proto.is_none() {
+                both = Some(port);
+            }
+            proto.is_none() || both != Some(port)
+        });
+        named
+    }
+
+    /// What the socket alone can tell: false means that [`Selector::matches`] is false whoever holds it.
+    pub fn matches_socket(&self, socket: &Socket) -> bool {
+        self.matches_ports(socket)
+            && self.filters.allow(socket.proto)
+            && match socket.address {
+                IpAddr::V4(_) => self.filters.ipv4 || !self.filters.ipv6,
+                IpAddr::V6(_) => self.filters.ipv6 || !self.filters.ipv4,
+            }
+            && any_or_none(&self.filters.addresses, |address| *address == socket.address)
+            && self.filters.netns.is_none_or(|netns| netns == socket.netns)
+    }
+
+    fn matches_ports(&self, socket: &Socket) -> bool {
+        any_or_none(&self.ports, |entry| {
+            let set = match socket.proto {
+                Protocol::Tcp => &entry.tcp,
+                Protocol::Udp => &entry.udp,
+            };
+            set.contains(socket.port) && entry.address.is_none_or(|address| socket.serves(address))
+        })
+    }
+
+    /// Whether the listener is meant. One holder that passes every process filter suffices; a ghost can pass by the
+    /// owner of its socket only.
+    pub fn matches(&self, listener: &Listener, now: BootNs) -> bool {
+        self.matches_socket(&listener.socket) && self.is_old_enough(listener, now) && self.matches_holders(listener)
+    }
+
+    fn matches_holders(&self, listener: &Listener) -> bool {
+        let Filters { uids, pids, commands, cwds, .. } = &self.filters;
+        if listener.is_ghost() {
+            return pids.is_empty()
+                && commands.is_empty()
+                && cwds.is_empty()
+                && any_or_none(uids, |uid| *uid == listener.socket.uid);
+        }
+        listener.holders.iter().any(|holder| self.matches_process(&holder.process))
+    }
+
+    /// Whether a holder passes the process filters (`--user`, `--pid`, `--command`, `--cwd`).
+    pub fn matches_process(&self, process: &Process) -> bool {
+        let Filters { uids, pids, commands, cwds, .. } = &self.filters;
+        any_or_none(uids, |uid| process.uid == Some(*uid))
+            && any_or_none(pids, |pid| *pid == process.id.pid)
+            && (commands.is_empty() || {
+                let line = process.command.join(" ");
+                commands.iter().any(|glob| glob.is_match(&process.name) || (!line.is_empty() && glob.is_match(&line)))
+            })
+            && any_or_none(cwds, |glob| process.cwd.as_ref().is_some_and(|cwd| glob.is_match(cwd)))
+    }
+
+    /// Of unknown age is not old: a clean-up must not end what it knows nothing of.
+    fn is_old_enough(&self, listener: &Listener, now: BootNs) -> bool {
+        self.filters.older_than.is_none_or(|limit| {
+            listener.began().is_some_and(|began| u128::from(now.saturating_sub(began)) > limit.as_nanos())
+        })
+    }
+}
+
+impl Filters {
+    fn allow(&self, proto: Protocol) -> bool {
+        match proto {
+            Protocol::Tcp => self.tcp || !self.udp,
+            Protocol::Udp => self.udp || !self.tcp,
+        }
+    }
+}
+
+fn any_or_none<T>(wanted: &[T], matches: impl FnMut(&T) -> bool) -> bool {
+    wanted.is_empty() || wanted.iter().any(matches)
+}
+
+/// A bitmap of all ports: 8 KiB, one look-up whatever the ranges.
+#[derive(Clone)]
+struct PortSet(Box<[u64; 1024]>);
+
+impl PortSet {
+    fn new() -> Self {
+        PortSet(Box::new([0; 1024]))
+    }
+
+    fn insert(&mut self, ports: std::ops::RangeInclusive<u16>) {
+        for port in ports {
+            self.0[usize::from(port / 64)] |= 1 << (port % 64);
+        }
+    }
+
+    fn contains(&self, port: u16) -> bool {
+        self.0[usize::from(port / 64)] & (1 << (port % 64)) != 0
+    }
+}
+
+impl std::fmt::Debug for PortSet {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_set().entries((0..=u16::MAX).filter(|port| self.contains(*port))).finish()
+    }
+}

@@ -1,0 +1,128 @@
+//! Kernel programs: loading them, and turning their records into the model's terms.
+//!
+//! Two objects are embedded: `walk.bpf.o`, an iterator that reads every held socket at once, and `events.bpf.o`, the
+//! probes. [`Kernel`] is what both need of the running kernel; making one checks the privileges first, because the
+//! errors that a missing capability causes later name anything but the capability.
+
+mod events;
+mod offsets;
+mod record;
+mod walk;
+
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+
+use anyhow::{Context as _, anyhow, bail};
+use aya::{EbpfLoader, Pod};
+use nix::unistd::geteuid;
+use portwatch_ebpf::{Config, Offsets};
+
+use super::btf::Btf;
+
+pub(super) use events::Probes;
+pub(super) use walk::Walk;
+
+/// Makes an ABI type one that aya passes to the kernel: `repr(C)`, without padding, any bits valid.
+macro_rules! pod {
+    ($wrapper:ident, $inner:ty) => {
+        #[repr(transparent)]
+        #[derive(Clone, Copy)]
+        struct $wrapper($inner);
+        // SAFETY: repr(transparent) over an ABI type that is plain integers without padding.
+        unsafe impl Pod for $wrapper {}
+    };
+}
+pod!(PodOffsets, Offsets);
+pod!(PodConfig, Config);
+
+/// The running kernel, as the programs must know it.
+pub(super) struct Kernel {
+    offsets: PodOffsets,
+    config: PodConfig,
+    /// What the program loader resolves names with.
+    btf: aya::Btf,
+    /// Functions that this kernel's BTF lists.
+    has_listen_sk: bool,
+}
+
+impl Kernel {
+    /// Reads what is needed of the running kernel, or says in a sentence why programs can't be loaded.
+    pub(super) fn open() -> anyhow::Result<Kernel> {
+        check_privileges()?;
+        let own = Btf::read_kernel()?;
+        let offsets = offsets::offsets(&own)?;
+        let config = offsets::config(&own);
+        let has_listen_sk = own.has_function("__inet_listen_sk");
+        drop(own);
+        let btf = aya::Btf::from_sys_fs().context("cannot parse /sys/kernel/btf/vmlinux")?;
+        Ok(Kernel { offsets: PodOffsets(offsets), config: PodConfig(config), btf, has_listen_sk })
+    }
+
+    fn loader<'a>(&'a self, config: &'a PodConfig) -> EbpfLoader<'a> {
+        let mut loader = EbpfLoader::new();
+        loader.btf(Some(&self.btf)).override_global("OFFSETS", &self.offsets, true);
+        loader.override_global("CONFIG", config, true);
+        loader
+    }
+}
+
+/// Names the first thing that stands in the way of loading programs.
+fn check_privileges() -> anyhow::Result<()> {
+    // capability.h: CAP_SYS_ADMIN 21, CAP_PERFMON 38, CAP_BPF 39.
+    const SYS_ADMIN: u64 = 1 << 21;
+    const PERFMON: u64 = 1 << 38;
+    const BPF: u64 = 1 << 39;
+    let effective = effective_capabilities()?;
+    if effective & SYS_ADMIN == 0 {
+        for (bit, name) in [(BPF, "CAP_BPF"), (PERFMON, "CAP_PERFMON")] {
+            if effective & bit == 0 {
+                if geteuid().is_root() {
+                    bail!("kernel programs need {name}, which this root lacks (a container?)");
+                }
+                bail!("not root: kernel programs need CAP_BPF and CAP_PERFMON (missing: {name})");
+            }
+        }
+    }
+    // PROC_PID_INIT_INO (include/linux/proc_ns.h). Records carry PIDs of the initial namespace.
+    if let Ok(pidns) = fs::metadata("/proc/self/ns/pid")
+        && pidns.ino() != 0xEFFF_FFFC
+    {
+        bail!("inside a pid namespace of its own (a container?), where the PIDs that the kernel reports mean nothing");
+    }
+    // "none integrity [confidentiality]": the active mode is in brackets.
+    if let Ok(modes) = fs::read_to_string("/sys/kernel/security/lockdown")
+        && modes.contains("[confidentiality]")
+    {
+        bail!("kernel lockdown is in confidentiality mode, which forbids programs to read kernel memory");
+    }
+    Ok(())
+}
+
+/// The effective capability set of this thread.
+pub(super) fn effective_capabilities() -> anyhow::Result<u64> {
+    let status = fs::read_to_string("/proc/thread-self/status").context("cannot read /proc/thread-self/status")?;
+    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    line.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok())
+        .ok_or_else(|| anyhow!("no CapEff line in /proc/thread-self/status"))
+}
+
+/// A loader error in one line: what the kernel said, without the verifier's log.
+fn brief(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut chain: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = chain {
+        if let Some(io) = error.downcast_ref::<std::io::Error>() {
+            return match io.raw_os_error() {
+                Some(code) => format!("{}", nix::errno::Errno::from_raw(code)),
+                None => io.to_string(),
+            };
+        }
+        if let Some(aya::programs::ProgramError::LoadError { io_error, .. }) = error.downcast_ref() {
+            return match io_error.raw_os_error() {
+                Some(code) => format!("{}", nix::errno::Errno::from_raw(code)),
+                None => io_error.to_string(),
+            };
+        }
+        chain = error.source();
+    }
+    error.to_string().lines().next().unwrap_or_default().to_owned()
+}

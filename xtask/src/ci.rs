@@ -1,0 +1,63 @@
+//! `cargo xtask ci`: everything that CI runs, in order; every failure is listed, not only the first.
+
+use std::time::Instant;
+
+use anyhow::{Result, anyhow, bail};
+use nix::unistd::Uid;
+
+use crate::{cargo, must, shown};
+
+/// What the kernel tests on the build machine must be able to run, instead of saying that they cannot.
+const REQUIRED: &str = "kernel,vm,docker";
+
+pub(crate) fn run() -> Result<()> {
+    let mut failures = Vec::new();
+    for args in STEPS {
+        let step = args.join(" ");
+        println!("\n=== {step}");
+        let started = Instant::now();
+        let done = run_step(args);
+        let seconds = started.elapsed().as_secs_f64();
+        match done {
+            Ok(()) => println!("=== ok in {seconds:.1} s: {step}"),
+            Err(error) => {
+                println!("=== FAILED in {seconds:.1} s: {step}");
+                failures.push(error);
+            }
+        }
+    }
+    if failures.is_empty() {
+        println!("\nall {} steps passed", STEPS.len());
+        return Ok(());
+    }
+    println!("\n{} of {} steps failed:", failures.len(), STEPS.len());
+    failures.iter().for_each(|failure| println!("  {failure:#}"));
+    bail!("ci failed")
+}
+
+/// Arguments of cargo, each a step.
+const STEPS: &[&[&str]] = &[
+    &["fmt", "--all", "--check"],
+    &["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"],
+    &["test", "--quiet", "--package", "xtask", "--package", "portwatch-ebpf"],
+    &["xtask", "ebpf", "--check"],
+    SCENARIOS,
+    &["xtask", "vm", "--kernel", "all"],
+    &["xtask", "bench", "--quick"],
+];
+
+/// The kernel tests on this very machine, as root.
+const SCENARIOS: &[&str] = &["test", "--package", "portwatch", "--test", "scenarios"];
+
+fn run_step(args: &[&str]) -> Result<()> {
+    let mut command = cargo();
+    command.args(args);
+    if args == SCENARIOS {
+        command.env("PORTWATCH_TEST_REQUIRE", REQUIRED);
+        if !Uid::effective().is_root() {
+            command.env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER", "sudo --preserve-env");
+        }
+    }
+    let line = shown(&command);
+    must(&mut command).map_err(|error| anyhow!("{}", error.to_string().replace(&line, &args.join(" "))))
+}

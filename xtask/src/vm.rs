@@ -1,0 +1,140 @@
+//! `cargo xtask vm`: the scenario tests, unchanged, on Debian's kernels under QEMU.
+//!
+//! The kernels are Debian's packages, taken from whatever mirror this machine's own apt uses. A root file system of
+//! static binaries (busybox, the test binary, portwatch) is packed into an initramfs, whose init runs the tests and
+//! says `VM-EXIT: code` on the serial console; nothing else counts as a pass.
+
+mod image;
+mod kernel;
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use self::image::Binaries;
+use self::kernel::Kernel;
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// 5.10, 6.1, 6.12 or all
+    #[arg(long, default_value = "all", value_parser = ["5.10", "6.1", "6.12", "all"])]
+    kernel: String,
+    /// Longest time that one kernel may take, in seconds
+    #[arg(long, default_value_t = 600)]
+    timeout: u64,
+    /// Given to the test binary, e.g. the name of one test
+    #[arg(last = true)]
+    test_args: Vec<String>,
+}
+
+pub(crate) fn run(args: &Args) -> Result<()> {
+    if !crate::installed("qemu-system-x86_64") {
+        bail!("qemu-system-x86_64 is missing: install Debian's packages qemu-system-x86, cpio and busybox-static");
+    }
+    let releases: Vec<&kernel::Release> =
+        kernel::RELEASES.iter().filter(|release| args.kernel == "all" || release.series == args.kernel).collect();
+    let kernels = releases.into_iter().map(Kernel::obtain).collect::<Result<Vec<_>>>()?;
+    let binaries = Binaries::build()?;
+    let mut failures = Vec::new();
+    for kernel in &kernels {
+        if let Err(error) = test_on(kernel, &binaries, args) {
+            println!("{}: {error:#}", kernel.series);
+            failures.push(kernel.series);
+        }
+    }
+    if !failures.is_empty() {
+        bail!("failed on kernel {}", failures.join(", "));
+    }
+    Ok(())
+}
+
+fn test_on(kernel: &Kernel, binaries: &Binaries, args: &Args) -> Result<()> {
+    let initramfs = image::pack(kernel, binaries, &args.test_args)?;
+    let started = Instant::now();
+    let (code, booted) = boot(kernel, &initramfs, Duration::from_secs(args.timeout))?;
+    println!(
+        "{}: {} in {:.1} s from power-on to result, {:.1} s of them until init ran ({})",
+        kernel.series,
+        if code == 0 { "passed" } else { "FAILED" },
+        started.elapsed().as_secs_f64(),
+        booted.as_secs_f64(),
+        kernel.version
+    );
+    if code != 0 {
+        bail!("the tests exited {code}");
+    }
+    Ok(())
+}
+
+/// Boots the machine, prints its console and returns the tests' exit code and how long init took to come up.
+fn boot(kernel: &Kernel, initramfs: &Path, limit: Duration) -> Result<(i32, Duration)> {
+    let started = Instant::now();
+    let mut qemu = Machine(
+        Command::new("qemu-system-x86_64")
+            .args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "1G"])
+            .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-monitor", "none"])
+            .args(["-serial", "stdio", "-append", "console=ttyS0 quiet panic=-1"])
+            .arg("-kernel")
+            .arg(&kernel.image)
+            .arg("-initrd")
+            .arg(initramfs)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("cannot start qemu-system-x86_64")?,
+    );
+    let console = qemu.0.stdout.take().context("qemu has no stdout")?;
+    let (lines, console_lines) = mpsc::channel();
+    thread::spawn(move || {
+        let mut console = BufReader::new(console);
+        let mut line = Vec::new();
+        while console.read_until(b'\n', &mut line).is_ok_and(|n| n > 0) {
+            let text = String::from_utf8_lossy(&line).trim_end_matches(['\r', '\n']).to_owned();
+            if lines.send(text).is_err() {
+                break;
+            }
+            line.clear();
+        }
+    });
+    let log = initramfs.with_extension("log");
+    let mut log = File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
+    let mut booted = Duration::ZERO;
+    loop {
+        match console_lines.recv_timeout(limit.saturating_sub(started.elapsed())) {
+            Ok(line) => {
+                writeln!(log, "{line}").context("cannot write the console's log")?;
+                if let Some(code) = line.strip_prefix(image::EXIT_MARK) {
+                    return Ok((code.trim().parse().context("init printed a malformed exit code")?, booted));
+                }
+                if line.starts_with(image::BOOT_MARK) {
+                    booted = started.elapsed();
+                } else {
+                    println!(
+                        "{} | {}",
+                        kernel.series,
+                        line.escape_debug().to_string().replace("\\'", "'").replace("\\\"", "\"")
+                    );
+                }
+            }
+            Err(RecvTimeoutError::Timeout) => bail!("no result after {} s: the machine was stopped", limit.as_secs()),
+            Err(RecvTimeoutError::Disconnected) => bail!("the machine stopped without a result (see the lines above)"),
+        }
+    }
+}
+
+/// A running QEMU, ended with its owner.
+struct Machine(Child);
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        // It may have powered itself off already: then there is nothing to end.
+        let _gone = self.0.kill();
+        let _reaped = self.0.wait();
+    }
+}
