@@ -1,3 +1,83 @@
-fn main() {
-    libtest_mimic::run(&libtest_mimic::Arguments::from_args(), Vec::new()).exit();
+//! Scenario tests: the real binary, real processes, the real kernel. One program, which needs nothing else on the
+//! machine: it runs here and, linked statically, as the only program of a small virtual machine.
+//!
+//! - `PORTWATCH_BIN` names the binary under test (default: the one that cargo built).
+//! - `PORTWATCH_TEST_REQUIRE=kernel,fexit,tracepoint,mptcp,…` makes a test fail that is otherwise skipped because the
+//!   machine lacks that.
+//! - `PORTWATCH_TEST_STORM` is the number of listeners that a storm opens (default 20000).
+//!
+//! Tests run one after the other: several of them watch the whole host.
+
+#![expect(unreachable_pub, reason = "a test program exports nothing: pub says that other modules use it")]
+
+mod gate;
+mod hostile;
+mod idle;
+mod kill;
+mod list;
+mod oracle;
+mod puppet;
+mod race;
+mod storm;
+mod subject;
+mod user;
+mod watch;
+mod who;
+
+use std::env;
+use std::process::ExitCode;
+
+use libtest_mimic::{Arguments, Failed, Trial};
+use nix::libc;
+
+/// A test, by name.
+pub struct Test {
+    name: String,
+    run: Box<dyn FnOnce() + Send>,
+}
+
+pub fn test(name: impl Into<String>, run: impl FnOnce() + Send + 'static) -> Test {
+    Test { name: name.into(), run: Box::new(run) }
+}
+
+/// One test for each way of watching that this machine allows: event tiers, and polling.
+pub fn test_each_probe(name: &str, run: fn(&'static str)) -> Vec<Test> {
+    let probes = subject::event_tiers().iter().copied().chain(["poll"]);
+    probes.map(|probe| test(format!("{name} [{probe}]"), move || run(probe))).collect()
+}
+
+/// One test for each event tier that this machine allows.
+pub fn test_each_tier(name: &str, run: fn(&'static str)) -> Vec<Test> {
+    subject::event_tiers().iter().map(|&tier| test(format!("{name} [{tier}]"), move || run(tier))).collect()
+}
+
+fn main() -> ExitCode {
+    if let Some(control) = env::var_os(puppet::CONTROL_VARIABLE) {
+        puppet::run(control);
+    }
+    // Orphans of puppets come to this process, to be reaped.
+    // SAFETY: takes integers.
+    unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) };
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads = Some(1);
+    let tests = [
+        oracle::trials(),
+        subject::trials(),
+        list::trials(),
+        who::trials(),
+        watch::trials(),
+        storm::trials(),
+        idle::trials(),
+        kill::trials(),
+        race::trials(),
+        hostile::trials(),
+        user::trials(),
+    ];
+    let trials = tests.into_iter().flatten().map(|test| {
+        Trial::test(test.name, move || {
+            (test.run)();
+            Ok::<(), Failed>(())
+        })
+    });
+    libtest_mimic::run(&arguments, trials.collect()).exit_code()
 }

@@ -1,0 +1,1 @@
+pub fn trials() -> Vec<crate::Test> { vec![] }
