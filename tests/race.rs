@@ -1,1 +1,3 @@
-pub fn trials() -> Vec<crate::Test> { vec![] }
+pub fn trials() -> Vec<crate::Test> {
+    vec![]
+}

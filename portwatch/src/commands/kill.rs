@@ -22,9 +22,11 @@ use crate::exit_codes::{NO, Usage};
 pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
     let selector = selector(&args.targets, &args.selectors)?;
     if selector.is_empty() {
-        return Err(Usage("name a port to free, as in `portwatch kill 8000`, or a selector; \
+        return Err(Usage(
+            "name a port to free, as in `portwatch kill 8000`, or a selector; \
             `portwatch list` shows what is listening"
-            .to_owned())
+                .to_owned(),
+        )
         .into());
     }
     let SignalName(signal) = args.signal.parse().map_err(Usage)?;
