@@ -140,7 +140,7 @@ mod tests {
             remaining_pids: Vec::new(),
             elapsed: Duration::from_millis(120),
             diagnostics: None,
-            names: vec![(1, "init".into()), (7, "python3".into()), (8, "e\x1b[31mvil\n".into())],
+            names: vec![(1, "init".into()), (7, "python3".into()), (8, "e\u{1b}[31mvil\n".into())],
         };
         change(&mut subject);
         assert_eq!(outcome(&subject), expected);
@@ -155,7 +155,7 @@ mod tests {
                 o.killed = vec![7, 8];
                 o.forced = vec![8];
             },
-            "8000/tcp freed: terminated python3 (7); killed by force e\\u{1b}[31mvil\\n (8) in 0.1 s",
+            "8000/tcp freed: terminated python3 (7); killed by force e\\x1b[31mvil\\n (8) in 0.1 s",
         );
         check(
             |o| {

@@ -138,8 +138,8 @@ fn supervisors_are_parents_units_and_containers_but_no_interactive_shells() {
     assert_eq!(of(1, Some(session)), None);
     assert_eq!(of(1, Some(&format!("{session}web.service"))), Some((None, Some("web.service".into()), None)));
     let id = "0123456789abcdef".repeat(4);
-    assert_eq!(of(1, Some(&format!("/system.slice/docker-{id}.scope"))), Some((None, None, Some(64))));
-    assert_eq!(of(1, Some(&format!("/docker/{id}"))), Some((None, None, Some(64))));
+    assert_eq!(of(1, Some(&format!("/system.slice/docker-{id}.scope"))), Some((None, None, Some(12))));
+    assert_eq!(of(1, Some(&format!("/docker/{id}"))), Some((None, None, Some(12))));
 }
 
 #[test]
