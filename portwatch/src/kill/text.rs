@@ -170,7 +170,7 @@ mod tests {
                 let message = "x\x07 (9) took the port again".to_owned();
                 o.diagnostics = Some(Diagnostics { message, new_owners: Vec::new(), supervisor: None });
             },
-            "8000/tcp is taken again; x\\u{7} (9) took the port again",
+            "8000/tcp is taken again; x\\x07 (9) took the port again",
         );
         check(
             |o| {
