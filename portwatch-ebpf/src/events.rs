@@ -28,8 +28,8 @@ use kernel::{
     Object, address, config, cookie_stored, cookie_typed, flags, follow, follow_typed, netns, offset, protocol, read,
 };
 use portwatch_ebpf::{
-    AF_INET, AF_INET6, COMM_LEN, COUNTER_SLOTS, Counters, IPPROTO_MPTCP, IPPROTO_TCP, IPPROTO_UDP, Record, TCP_LISTEN,
-    flag, kind,
+    AF_INET, AF_INET6, COMM_LEN, COUNTER_SLOTS, Counters, IPPROTO_MPTCP, IPPROTO_TCP, IPPROTO_UDP, Record, TCP_CLOSE,
+    TCP_LISTEN, flag, kind,
 };
 
 /// Linux's `EADDRINUSE`, the same number on every architecture.
@@ -260,7 +260,8 @@ fn leave(function: u64) -> Option<(Object, u16)> {
 #[btf_tracepoint(function = "inet_sock_set_state")]
 fn state_changed(ctx: BtfTracePointContext) -> i32 {
     let (old, new): (i32, i32) = (ctx.arg(1), ctx.arg(2));
-    if old == i32::from(TCP_LISTEN) && new != i32::from(TCP_LISTEN) {
+    // Not every way out of LISTEN: a connection begins as a copy of its listener and goes to SYN_RECV.
+    if old == i32::from(TCP_LISTEN) && new == i32::from(TCP_CLOSE) {
         let sk: Object = ctx.arg(0);
         let cookie = cookie_typed(sk);
         emit(&ctx, socket_record(kind::CLOSED, sk, cookie));

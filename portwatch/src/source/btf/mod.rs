@@ -239,6 +239,12 @@ impl<'a> Btf<'a> {
         self.named(&self.functions, name).next().is_some()
     }
 
+    /// The type id of a function, by which a program that attaches to it names it; `None` if there is none, or several.
+    pub fn function_id(&self, name: &str) -> Option<u32> {
+        let mut ids = self.named(&self.functions, name);
+        ids.next().filter(|_| ids.next().is_none())
+    }
+
     /// How many arguments a function takes, `...` counting as one. `None` if there is no such function, or several
     /// that differ.
     pub fn function_arg_count(&self, name: &str) -> Option<usize> {

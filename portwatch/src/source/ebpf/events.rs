@@ -80,7 +80,7 @@ impl Probes {
         config.0.listen_by_state = u32::from(tier == Tier::Tracepoint);
         config.0.port_by_sock_ops = u32::from(cgroup.is_some());
         let level: u8 = if log::log_enabled!(log::Level::Debug) { aya_log::Level::Debug as u8 } else { 0 };
-        let mut loader = kernel.loader(&config);
+        let mut loader = kernel.loader(&config)?;
         loader.override_global("AYA_LOG_LEVEL", &level, false);
         if let Some(bytes) = ring_bytes {
             loader.map_max_entries("EVENTS", bytes);
@@ -337,7 +337,7 @@ impl Attach<'_> {
             self.exit_of("listen_exit", "inet_listen")?;
         }
         let udp = self.exit_of("bind4_exit", "__inet_bind").and_then(|()| {
-            let btf = &self.kernel.btf;
+            let btf = self.kernel.loader_btf()?;
             let program: &mut FEntry = typed(self.ebpf, "udp_unhash_entry")?;
             program
                 .load("udp_lib_unhash", btf)
@@ -357,7 +357,7 @@ impl Attach<'_> {
     }
 
     fn exit_of(&mut self, program: &str, function: &str) -> anyhow::Result<()> {
-        let btf = &self.kernel.btf;
+        let btf = self.kernel.loader_btf()?;
         let program: &mut FExit = typed(self.ebpf, program)?;
         program
             .load(function, btf)
@@ -440,7 +440,7 @@ impl Attach<'_> {
             ("execed", "sched_process_exec"),
             ("exited", "sched_process_exit"),
         ] {
-            let btf = &self.kernel.btf;
+            let btf = self.kernel.loader_btf()?;
             let program: &mut BtfTracePoint = typed(self.ebpf, program)?;
             program
                 .load(tracepoint, btf)

@@ -7,8 +7,10 @@
 mod events;
 mod offsets;
 mod record;
+mod task_file;
 mod walk;
 
+use std::cell::OnceCell;
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 
@@ -39,10 +41,12 @@ pod!(PodConfig, Config);
 pub(super) struct Kernel {
     offsets: PodOffsets,
     config: PodConfig,
-    /// What the program loader resolves names with.
-    btf: aya::Btf,
-    /// Functions that this kernel's BTF lists.
+    /// The BTF id of `bpf_iter_task_file`, what the iterator attaches to.
+    task_file: Option<u32>,
+    /// Whether this kernel's BTF lists `__inet_listen_sk`.
     has_listen_sk: bool,
+    /// What the probes' loader resolves names with; parsed when the first probe is.
+    btf: OnceCell<aya::Btf>,
 }
 
 impl Kernel {
@@ -53,17 +57,35 @@ impl Kernel {
         let offsets = offsets::offsets(&own)?;
         let config = offsets::config(&own);
         let has_listen_sk = own.has_function("__inet_listen_sk");
-        drop(own);
-        let btf = aya::Btf::from_sys_fs().context("cannot parse /sys/kernel/btf/vmlinux")?;
-        Ok(Kernel { offsets: PodOffsets(offsets), config: PodConfig(config), btf, has_listen_sk })
+        Ok(Kernel {
+            offsets: PodOffsets(offsets),
+            config: PodConfig(config),
+            task_file: own.function_id("bpf_iter_task_file"),
+            has_listen_sk,
+            btf: OnceCell::new(),
+        })
     }
 
-    fn loader<'a>(&'a self, config: &'a PodConfig) -> EbpfLoader<'a> {
-        let mut loader = EbpfLoader::new();
-        loader.btf(Some(&self.btf)).override_global("OFFSETS", &self.offsets, true);
-        loader.override_global("CONFIG", config, true);
-        loader
+    fn loader_btf(&self) -> anyhow::Result<&aya::Btf> {
+        if let Some(btf) = self.btf.get() {
+            return Ok(btf);
+        }
+        let btf = aya::Btf::from_sys_fs().context("cannot parse /sys/kernel/btf/vmlinux")?;
+        Ok(self.btf.get_or_init(|| btf))
     }
+
+    fn loader<'a>(&'a self, config: &'a PodConfig) -> anyhow::Result<EbpfLoader<'a>> {
+        let mut loader = EbpfLoader::new();
+        loader.btf(Some(self.loader_btf()?)).override_global("OFFSETS", &self.offsets, true);
+        loader.override_global("CONFIG", config, true);
+        Ok(loader)
+    }
+}
+
+/// The bytes that the kernel gets of an ABI type.
+fn bytes_of<T: Pod>(value: &T) -> &[u8] {
+    // SAFETY: Pod types have no padding, and the slice lives no longer than the value.
+    unsafe { std::slice::from_raw_parts(std::ptr::from_ref(value).cast(), size_of::<T>()) }
 }
 
 /// Names the first thing that stands in the way of loading programs.

@@ -3,18 +3,17 @@
 use std::collections::HashSet;
 use std::io::{ErrorKind, Read as _};
 
-use anyhow::{Context as _, anyhow};
-use aya::Ebpf;
-use aya::programs::Iter;
+use anyhow::Context as _;
 use portwatch_ebpf::Held;
 
-use super::{Kernel, brief, record};
+use super::task_file::TaskFile;
+use super::{Kernel, bytes_of, record};
 use crate::model::{ProcessId, Protocol, Socket};
 use crate::source::join::HeldFd;
 
 /// The iterator, loaded and ready to be read any number of times.
 pub(crate) struct Walk {
-    ebpf: Ebpf,
+    iterator: TaskFile,
     /// Kept between passes.
     buffer: Vec<u8>,
 }
@@ -30,7 +29,6 @@ pub(crate) struct Walked {
     pub(crate) others: HashSet<u64>,
 }
 
-const PROGRAM: &str = "held_sockets";
 const OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("CARGO_MANIFEST_DIR"), "/bpf/walk.bpf.o"));
 
 /// How often a pass is begun anew when the kernel says EAGAIN (after a million objects without output).
@@ -38,24 +36,14 @@ const MAX_RETRIES: usize = 64;
 
 impl Walk {
     pub(crate) fn open(kernel: &Kernel) -> anyhow::Result<Walk> {
-        let mut ebpf = kernel
-            .loader(&kernel.config)
-            .load(OBJECT)
-            .map_err(|error| anyhow!("cannot load the iterator's object: {}", brief(&error)))?;
-        let program: &mut Iter = ebpf.program_mut(PROGRAM).context("the iterator's object lacks it")?.try_into()?;
-        program
-            .load("task_file", &kernel.btf)
-            .map_err(|error| anyhow!("cannot load iter/task_file: {}", brief(&error)))?;
-        Ok(Walk { ebpf, buffer: vec![0; 256 << 10] })
+        let target = kernel.task_file.context("this kernel has no task_file iterator (it came with 5.8)")?;
+        let globals = [("OFFSETS", bytes_of(&kernel.offsets)), ("CONFIG", bytes_of(&kernel.config))];
+        Ok(Walk { iterator: TaskFile::load(OBJECT, &globals, target)?, buffer: vec![0; 256 << 10] })
     }
 
     /// Reads every socket that `keep` wants, and who holds it.
     pub(crate) fn read(&mut self, keep: &dyn Fn(&Socket) -> bool) -> anyhow::Result<Walked> {
-        let program: &mut Iter =
-            self.ebpf.program_mut(PROGRAM).context("the iterator's object lacks it")?.try_into()?;
-        let link = program.attach().context("cannot attach iter/task_file")?;
-        let mut file = program.take_link(link)?.into_file().context("cannot open iter/task_file")?;
-
+        let mut file = self.iterator.open().context("cannot open iter/task_file")?;
         let mut walked = Walked::default();
         let mut seen: HashSet<u64> = HashSet::new();
         let mut refused: HashSet<u64> = HashSet::new();
