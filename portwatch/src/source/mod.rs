@@ -8,8 +8,8 @@ pub mod btf;
 pub mod diag;
 pub mod join;
 pub mod netns;
-pub mod process;
 pub mod procfs;
+pub mod process;
 
 use std::fmt;
 use std::str::FromStr;
