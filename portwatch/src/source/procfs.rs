@@ -132,7 +132,7 @@ pub fn scan_with_notes(all_netns: bool, keep: &dyn Fn(&Socket) -> bool) -> anyho
     scan.denied = holders.denied;
     if holders.denied > 0 {
         scan.notes.push(format!(
-            "the descriptors of {} processes may not be read (that takes CAP_SYS_PTRACE): their listeners show no holder",
+            "the descriptors of {} process(es) may not be read (that takes CAP_SYS_PTRACE): their listeners show no holder",
             holders.denied
         ));
     }
@@ -165,12 +165,12 @@ pub(super) fn dump_all(others: &Namespaces, keep: &dyn Fn(&Socket) -> bool) -> a
         }
     }
     if refused > 0 {
-        all.notes.push(format!("{refused} network namespaces were left out: {why} (that takes CAP_SYS_ADMIN)"));
+        all.notes.push(format!("{refused} network namespace(s) were left out: {why} (that takes CAP_SYS_ADMIN)"));
     }
     if others.denied > 0 {
         let denied = others.denied;
         all.notes
-            .push(format!("the network namespace of {denied} processes may not be read (that takes CAP_SYS_PTRACE)"));
+            .push(format!("the network namespace of {denied} process(es) may not be read (that takes CAP_SYS_PTRACE)"));
     }
     all.sockets.retain(keep);
     Ok(all)
