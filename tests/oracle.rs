@@ -43,10 +43,11 @@ pub fn truth(stage: &Stage, puppets: &[&Puppet]) -> BTreeSet<Row> {
             for file in [proto.to_owned(), format!("{proto}6")] {
                 let text = fs::read_to_string(task.join("net").join(file)).unwrap_or_default();
                 let found = text.lines().skip(1).filter_map(|line| parse(line, proto, state, netns));
-                rows.extend(found.filter(|row| stage.knows(row.inode)).map(|row| Row {
-                    holders: held.get(&row.inode).cloned().unwrap_or_default(),
-                    ..row
-                }));
+                rows.extend(
+                    found
+                        .filter(|row| stage.knows(row.inode))
+                        .map(|row| Row { holders: held.get(&row.inode).cloned().unwrap_or_default(), ..row }),
+                );
             }
         }
     }
