@@ -57,7 +57,8 @@ static PENDING: LruHashMap<u64, Record> = LruHashMap::with_max_entries(4 << 10, 
 #[map]
 static CALLS: HashMap<Call, Args> = HashMap::with_max_entries(4 << 10, 0);
 
-/// UDP sockets announced by post_bind, by cookie, so that the release of any other socket stays silent.
+/// UDP sockets whose end is to be told although the kernel keeps no mark of their bind(): by cookie, or by address
+/// where there is none. With post_bind and sock_release, which see no marks, all UDP sockets.
 #[map]
 static UDP_BOUND: HashMap<u64, u8> = HashMap::with_max_entries(64 << 10, 0);
 
@@ -78,6 +79,7 @@ struct Args {
 const LISTEN: u64 = 1;
 const TCP_GET_PORT: u64 = 2;
 const UDP_GET_PORT: u64 = 3;
+const BIND: u64 = 4;
 
 // ---- listening, by fexit ----------------------------------------------------------------------------------------
 
@@ -112,14 +114,33 @@ fn tcp_get_port_exit(ctx: FExitContext) -> i32 {
     0
 }
 
+/// `int __inet_bind(struct sock *sk, struct sockaddr *uaddr, int addr_len, u32 flags)`: bind() of every protocol, and
+/// never the port that a client is given.
+#[fexit]
+fn bind4_exit(ctx: FExitContext) -> i32 {
+    bind_exit(&ctx)
+}
+
+/// `int __inet6_bind(…)`, the same for IPv6.
+#[fexit]
+fn bind6_exit(ctx: FExitContext) -> i32 {
+    bind_exit(&ctx)
+}
+
+#[inline(always)]
+fn bind_exit(ctx: &FExitContext) -> i32 {
+    let sk: Object = ctx.arg(0);
+    if ctx.arg::<i32>(4) == 0 && protocol(sk) == IPPROTO_UDP {
+        udp_bound(ctx, sk, cookie_typed(sk));
+    }
+    0
+}
+
 /// `int udp_lib_get_port(struct sock *sk, unsigned short snum, unsigned int hash2_nulladdr)`
 #[fexit]
 fn udp_get_port_exit(ctx: FExitContext) -> i32 {
-    let sk: Object = ctx.arg(0);
-    if ctx.arg::<i32>(3) == 0 {
-        udp_bound(&ctx, sk, cookie_typed(sk), ctx.arg(1));
-    } else {
-        refused(&ctx, sk, ctx.arg(1), IPPROTO_UDP);
+    if ctx.arg::<i32>(3) != 0 {
+        refused(&ctx, ctx.arg(0), ctx.arg(1), IPPROTO_UDP);
     }
     0
 }
@@ -128,7 +149,7 @@ fn udp_get_port_exit(ctx: FExitContext) -> i32 {
 #[aya_ebpf::macros::fentry]
 fn udp_unhash_entry(ctx: aya_ebpf::programs::FEntryContext) -> i32 {
     let sk: Object = ctx.arg(0);
-    udp_unbound(&ctx, sk, cookie_typed(sk));
+    udp_unbound(&ctx, sk);
     0
 }
 
@@ -177,12 +198,27 @@ fn udp_get_port_enter(ctx: ProbeContext) -> u32 {
 
 #[kretprobe]
 fn udp_get_port_leave(ctx: RetProbeContext) -> u32 {
-    if let Some((sk, number)) = leave(UDP_GET_PORT) {
-        if ctx.ret::<i32>() == 0 {
-            udp_bound(&ctx, sk, cookie_stored(sk), number);
-        } else {
-            refused(&ctx, sk, number, IPPROTO_UDP);
-        }
+    if let Some((sk, number)) = leave(UDP_GET_PORT)
+        && ctx.ret::<i32>() != 0
+    {
+        refused(&ctx, sk, number, IPPROTO_UDP);
+    }
+    0
+}
+
+/// On `__inet_bind` and `__inet6_bind`.
+#[kprobe]
+fn bind_enter(ctx: ProbeContext) -> u32 {
+    enter(BIND, ctx.arg(0), 0)
+}
+
+#[kretprobe]
+fn bind_leave(ctx: RetProbeContext) -> u32 {
+    if let Some((sk, _)) = leave(BIND)
+        && ctx.ret::<i32>() == 0
+        && protocol(sk) == IPPROTO_UDP
+    {
+        udp_bound(&ctx, sk, cookie_stored(sk));
     }
     0
 }
@@ -190,7 +226,7 @@ fn udp_get_port_leave(ctx: RetProbeContext) -> u32 {
 #[kprobe]
 fn udp_unhash(ctx: ProbeContext) -> u32 {
     let sk: Object = ctx.arg(0).unwrap_or(core::ptr::null());
-    udp_unbound(&ctx, sk, cookie_stored(sk));
+    udp_unbound(&ctx, sk);
     0
 }
 
@@ -296,10 +332,7 @@ fn post_bind(ctx: &SockContext, family: u16, words: [u32; 4]) -> i32 {
         // SAFETY: the helper takes the context of a cgroup sock program; the port is readable in post_bind.
         let (cookie, port) = unsafe { (bpf_get_socket_cookie(ctx.as_ptr()), (*ctx.sock).src_port as u16) };
         let address = [words[0].to_ne_bytes(), words[1].to_ne_bytes(), words[2].to_ne_bytes(), words[3].to_ne_bytes()];
-        if UDP_BOUND.insert(cookie, 1, u64::from(BPF_ANY)).is_err() {
-            count(|c| &raw mut c.produced);
-            count(|c| &raw mut c.dropped);
-        }
+        remember_udp(cookie);
         hold(ctx, current_tgid());
         let mut record = task_record(kind::OPENED);
         record.cookie = cookie;
@@ -398,23 +431,31 @@ fn listening<C: EbpfContext>(ctx: &C, sk: Object, cookie: u64) {
 }
 
 #[inline(always)]
-fn udp_bound<C: EbpfContext>(ctx: &C, sk: Object, cookie: u64, number: u16) {
-    let family = read(sk, offset!(skc_family));
-    // Without a number asked for and without an address this is a client being given a port (or bind to 0 of every
-    // address, which the kernel keeps no trace of).
-    if protocol(sk) != IPPROTO_UDP || (number == 0 && u128::from_ne_bytes(address(sk, family)) == 0) {
-        return;
+fn udp_bound<C: EbpfContext>(ctx: &C, sk: Object, cookie: u64) {
+    if flags(sk, IPPROTO_UDP) & flag::BOUND == 0 {
+        // Port 0 of every address: bind() leaves no mark on the socket, so its end must be remembered.
+        remember_udp(if cookie != 0 { cookie } else { sk as u64 });
     }
     hold(ctx, current_tgid());
     emit(ctx, socket_record(kind::OPENED, sk, cookie));
 }
 
 #[inline(always)]
-fn udp_unbound<C: EbpfContext>(ctx: &C, sk: Object, cookie: u64) {
-    if protocol(sk) == IPPROTO_UDP
-        && read::<u16>(sk, offset!(skc_num)) != 0
-        && flags(sk, IPPROTO_UDP) & flag::BOUND != 0
-    {
+fn remember_udp(key: u64) {
+    if UDP_BOUND.insert(key, 1, u64::from(BPF_ANY)).is_err() {
+        count(|c| &raw mut c.produced);
+        count(|c| &raw mut c.dropped);
+    }
+}
+
+#[inline(always)]
+fn udp_unbound<C: EbpfContext>(ctx: &C, sk: Object) {
+    if protocol(sk) != IPPROTO_UDP || read::<u16>(sk, offset!(skc_num)) == 0 {
+        return;
+    }
+    let cookie = cookie_stored(sk);
+    let remembered = UDP_BOUND.remove(cookie).is_ok() || UDP_BOUND.remove(sk as u64).is_ok();
+    if remembered || flags(sk, IPPROTO_UDP) & flag::BOUND != 0 {
         emit(ctx, socket_record(kind::CLOSED, sk, cookie));
     }
 }

@@ -71,14 +71,14 @@ pub(crate) struct ListArgs {
     /// Ports to show; all without
     #[arg(value_name = "TARGET")]
     pub(crate) targets: Vec<String>,
-    #[command(flatten)]
-    pub(crate) selectors: Selectors,
     /// One JSON array
     #[arg(long)]
     pub(crate) json: bool,
     /// Whole commands, and a row for every holder
     #[arg(short, long)]
     pub(crate) wide: bool,
+    #[command(flatten)]
+    pub(crate) selectors: Selectors,
 }
 
 #[derive(Debug, Args)]
@@ -93,11 +93,11 @@ pub(crate) struct WhoArgs {
     /// Ports to explain
     #[arg(value_name = "TARGET")]
     pub(crate) targets: Vec<String>,
-    #[command(flatten)]
-    pub(crate) selectors: Selectors,
     /// One JSON array
     #[arg(long)]
     pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) selectors: Selectors,
 }
 
 #[derive(Debug, Args)]
@@ -112,14 +112,14 @@ pub(crate) struct WatchArgs {
     /// Ports to watch; all without
     #[arg(value_name = "TARGET")]
     pub(crate) targets: Vec<String>,
-    #[command(flatten)]
-    pub(crate) selectors: Selectors,
     /// One JSON object a line
     #[arg(long)]
     pub(crate) json: bool,
     /// Stop after this long, such as 10s or 5m
     #[arg(long = "for", value_name = "DURATION", value_parser = duration)]
     pub(crate) duration: Option<Duration>,
+    #[command(flatten)]
+    pub(crate) selectors: Selectors,
 }
 
 #[derive(Debug, Args)]
@@ -135,8 +135,6 @@ pub(crate) struct KillArgs {
     /// Ports to free
     #[arg(value_name = "TARGET")]
     pub(crate) targets: Vec<String>,
-    #[command(flatten)]
-    pub(crate) selectors: Selectors,
     /// Show the plan and end nothing
     #[arg(short = 'n', long)]
     pub(crate) dry_run: bool,
@@ -167,6 +165,8 @@ pub(crate) struct KillArgs {
     /// Say nothing but errors
     #[arg(short, long, conflicts_with = "json")]
     pub(crate) quiet: bool,
+    #[command(flatten)]
+    pub(crate) selectors: Selectors,
 }
 
 #[derive(Debug, Args)]

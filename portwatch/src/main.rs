@@ -4,15 +4,26 @@ mod cli;
 mod commands;
 mod exit_codes;
 
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
+use clap::error::ErrorKind;
 
 use crate::cli::{Cli, Verb};
 use crate::commands::note;
 
 fn main() -> ExitCode {
-    let Cli { verb, globals } = Cli::parse();
+    let Cli { verb, globals } = Cli::try_parse().unwrap_or_else(|error| {
+        if !matches!(
+            error.kind(),
+            ErrorKind::DisplayHelp | ErrorKind::DisplayVersion | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand
+        ) {
+            // clap goes on with `error: …`, in colours where they are wanted.
+            let _ = write!(io::stderr(), "portwatch: ");
+        }
+        error.exit()
+    });
     if globals.verbose {
         log_to_stderr();
     }
@@ -31,7 +42,7 @@ fn run(verb: &Verb, globals: &cli::Globals) -> anyhow::Result<ExitCode> {
         Verb::Who(args) => commands::who::run(args, globals),
         Verb::Status(args) => commands::status::run(args, globals),
         Verb::Watch(args) => commands::watch::run(args, globals),
-        Verb::Kill(_) => anyhow::bail!("not built yet"),
+        Verb::Kill(args) => commands::kill::run(args, globals),
     }
 }
 

@@ -115,17 +115,19 @@ fn boot(kernel: &Kernel, initramfs: &Path, limit: Duration) -> Result<(i32, Dura
                 if line.starts_with(image::BOOT_MARK) {
                     booted = started.elapsed();
                 } else {
-                    println!(
-                        "{} | {}",
-                        kernel.series,
-                        line.escape_debug().to_string().replace("\\'", "'").replace("\\\"", "\"")
-                    );
+                    println!("{} | {}", kernel.series, harmless(&line));
                 }
             }
             Err(RecvTimeoutError::Timeout) => bail!("no result after {} s: the machine was stopped", limit.as_secs()),
             Err(RecvTimeoutError::Disconnected) => bail!("the machine stopped without a result (see the lines above)"),
         }
     }
+}
+
+/// The line without what would move a terminal's cursor or change its colours.
+fn harmless(line: &str) -> String {
+    let escaped = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
+    line.chars().map(escaped).collect()
 }
 
 /// A running QEMU, ended with its owner.

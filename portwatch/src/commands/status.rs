@@ -29,7 +29,9 @@ pub(crate) fn run(args: &StatusArgs, globals: &Globals) -> anyhow::Result<ExitCo
     let how = if found.tier.is_event_driven() { "kernel events" } else { "polling: no kernel events to be had" };
     let mut out = format!("tier:    {} ({how})\n", found.tier);
     for refusal in &found.refusals {
-        out.push_str(&format!("         not {}\n", refused(refusal.tier, &refusal.reason)));
+        // A refusal of the tier in use is of a part of it.
+        let what = if refusal.tier == found.tier { "limit of" } else { "not" };
+        out.push_str(&format!("         {what} {}\n", refused(refusal.tier, &refusal.reason)));
     }
     out.push_str(&format!("holders: {}\nagent:   not running\n", found.holders));
     print(&out)?;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use super::stat::{self, Stat};
+use crate::cgroup;
 use crate::model::{Listener, NetnsId, Process, ProcessId, Protocol, Socket, SocketId};
 
 /// Programs that a person types into. With a terminal, they do not bring back what was killed.
@@ -187,8 +188,8 @@ impl Supervisor {
     /// Who may start this process again, as far as its parent and its cgroup tell.
     pub fn of(process: &Process, stat: &dyn Fn(u32) -> Option<Stat>) -> Option<Supervisor> {
         let parent = stat(process.ppid).filter(|p| p.pid > 1 && !p.exiting && !is_interactive_shell(p));
-        let unit = process.cgroup.as_deref().and_then(service_of);
-        let container = process.cgroup.as_deref().and_then(container_of);
+        let unit = process.cgroup.as_deref().and_then(cgroup::unit).map(str::to_owned);
+        let container = process.cgroup.as_deref().and_then(cgroup::container).map(str::to_owned);
         if parent.is_none() && unit.is_none() && container.is_none() {
             return None;
         }
@@ -259,20 +260,6 @@ fn order(victims: &mut [Victim], stat: &dyn Fn(u32) -> Option<Stat>) {
 fn is_interactive_shell(parent: &Stat) -> bool {
     // A login shell's name starts with a dash.
     parent.terminal && SHELLS.contains(&parent.name.trim_start_matches('-'))
-}
-
-/// `nginx.service` of `/system.slice/nginx.service`. A user's own manager (`user@1000.service`) is no service to a
-/// process somewhere below it.
-fn service_of(cgroup: &str) -> Option<String> {
-    let mut parts = cgroup.rsplit('/');
-    parts.find(|part| part.ends_with(".service") && !part.starts_with("user@")).map(str::to_owned)
-}
-
-/// The id in `…/docker-<id>.scope`, `/docker/<id>`, `…/libpod-<id>.scope`, `…/cri-containerd-<id>.scope` and the like:
-/// 64 hexadecimal digits.
-fn container_of(cgroup: &str) -> Option<String> {
-    let is_id = |text: &str| text.len() == 64 && text.bytes().all(|b| b.is_ascii_hexdigit());
-    cgroup.split(['/', '-', '.', ':']).rev().find(|part| is_id(part)).map(str::to_owned)
 }
 
 #[cfg(test)]

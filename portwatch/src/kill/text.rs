@@ -4,19 +4,7 @@ use std::fmt::Write as _;
 
 use super::outcome::{Outcome, Status};
 use super::plan::{Plan, Victim};
-use crate::model::Process;
-
-/// Makes hostile text safe to print: control characters, and those that reorder or hide text, become escapes.
-// MERGE: the renderer has the shared one.
-fn printable(text: &str) -> String {
-    let hides =
-        |c: char| matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}');
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        if c.is_control() || hides(c) { out.extend(c.escape_default()) } else { out.push(c) }
-    }
-    out
-}
+use crate::render::{command_line, escape};
 
 /// The victims as a small table, a line each: `PID NAME USER PORT COMMAND`. `user` names a uid.
 pub fn victims(plan: &Plan, user: &dyn Fn(u32) -> String) -> String {
@@ -44,15 +32,11 @@ fn victim(plan: &Plan, victim: &Victim, user: &dyn Fn(u32) -> String) -> [String
     let ports: Vec<String> = groups.map(|g| format!("{}/{}", g.port, g.proto)).collect();
     [
         process.id.pid.to_string(),
-        printable(&process.name),
-        process.uid.map_or_else(|| "?".to_owned(), |uid| printable(&user(uid))),
+        escape(&process.name).into_owned(),
+        process.uid.map_or_else(|| "?".to_owned(), |uid| escape(&user(uid)).into_owned()),
         ports.join(","),
-        command(process),
+        command_line(process),
     ]
-}
-
-fn command(process: &Process) -> String {
-    if process.command.is_empty() { "?".to_owned() } else { printable(&process.command.join(" ")) }
 }
 
 /// The holders that the plan refuses to signal, a line each.
@@ -60,7 +44,7 @@ pub fn refusals(plan: &Plan) -> String {
     let mut out = String::new();
     for refused in &plan.refused {
         let process = &refused.process;
-        let _ = writeln!(out, "not signalling {} ({}): {}", printable(&process.name), process.id.pid, refused.reason);
+        let _ = writeln!(out, "not signalling {} ({}): {}", escape(&process.name), process.id.pid, refused.reason);
     }
     out
 }
@@ -69,7 +53,7 @@ pub fn refusals(plan: &Plan) -> String {
 pub fn outcome(outcome: &Outcome) -> String {
     let port = format!("{}/{}", outcome.port, outcome.proto);
     let seconds = format!("{:.1} s", outcome.elapsed.as_secs_f64());
-    let note = outcome.diagnostics.as_ref().map(|d| printable(&d.message));
+    let note = outcome.diagnostics.as_ref().map(|d| escape(&d.message).into_owned());
     let with_note = |line: String| match &note {
         Some(note) => format!("{line}; {note}"),
         None => line,
@@ -129,7 +113,7 @@ fn failures(outcome: &Outcome) -> String {
 
 fn list(outcome: &Outcome, pids: &[u32]) -> String {
     let name = |pid: &u32| match outcome.names.iter().find(|(p, _)| p == pid) {
-        Some((_, name)) => format!("{} ({pid})", printable(name)),
+        Some((_, name)) => format!("{} ({pid})", escape(name)),
         None => pid.to_string(),
     };
     pids.iter().map(name).collect::<Vec<_>>().join(", ")
@@ -156,7 +140,7 @@ mod tests {
             remaining_pids: Vec::new(),
             elapsed: Duration::from_millis(120),
             diagnostics: None,
-            names: vec![(1, "init".into()), (7, "python3".into()), (8, "e\x1b[31mvil\n".into())],
+            names: vec![(1, "init".into()), (7, "python3".into()), (8, "e\u{1b}[31mvil\n".into())],
         };
         change(&mut subject);
         assert_eq!(outcome(&subject), expected);
@@ -171,7 +155,7 @@ mod tests {
                 o.killed = vec![7, 8];
                 o.forced = vec![8];
             },
-            "8000/tcp freed: terminated python3 (7); killed by force e\\u{1b}[31mvil\\n (8) in 0.1 s",
+            "8000/tcp freed: terminated python3 (7); killed by force e\\x1b[31mvil\\n (8) in 0.1 s",
         );
         check(
             |o| {
@@ -186,7 +170,7 @@ mod tests {
                 let message = "x\x07 (9) took the port again".to_owned();
                 o.diagnostics = Some(Diagnostics { message, new_owners: Vec::new(), supervisor: None });
             },
-            "8000/tcp is taken again; x\\u{7} (9) took the port again",
+            "8000/tcp is taken again; x\\x07 (9) took the port again",
         );
         check(
             |o| {

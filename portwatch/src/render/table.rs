@@ -97,40 +97,48 @@ fn lay_out(columns: &[Column], rows: &[(bool, Vec<String>)], view: &View<'_>) ->
     if let Some(terminal) = view.width {
         fit(columns, &mut widths, terminal);
     }
-    let header: Vec<String> = columns.iter().map(|column| column.title.to_owned()).collect();
-    let mut out = String::new();
-    for (index, cells) in std::iter::once(&header).chain(rows.iter().map(|(_, row)| row)).enumerate() {
-        let ghost = index > 0 && rows[index - 1].0;
-        let mut line = String::new();
-        let mut used = 0;
-        for (position, (column, cell)) in columns.iter().zip(cells).enumerate() {
-            if position > 0 {
-                line.push_str(GAP);
-                used += GAP.len();
-            }
-            let left = view.width.map_or(usize::MAX, |terminal| terminal.saturating_sub(used));
-            let is_last = position + 1 == columns.len();
-            let room = if is_last && view.width.is_none() { usize::MAX } else { widths[position] };
-            let text = cut(cell, room.min(left));
-            let padding = if is_last { 0 } else { room.min(left).saturating_sub(width(&text)) };
-            let painted = match column.title {
-                _ if index == 0 => view.paint(BOLD, &text),
-                "PORT" => view.paint(BOLD, &text),
-                "AGE" => view.paint(DIM, &text),
-                "COMMAND" if ghost => view.paint(YELLOW, &text),
-                _ => text.into_owned(),
-            };
-            let spaces = " ".repeat(padding);
-            line.push_str(&if column.right { spaces.clone() + &painted } else { painted + &spaces });
-            used += room.min(left);
-            if view.width.is_some_and(|terminal| used + GAP.len() >= terminal) {
-                break;
-            }
-        }
-        out.push_str(line.trim_end());
-        out.push('\n');
+    let titles: Vec<String> = columns.iter().map(|column| column.title.to_owned()).collect();
+    let mut out = one_row(columns, &widths, &titles, &|_, text| view.paint(BOLD, text), view);
+    for (ghost, cells) in rows {
+        let paint = |title: &str, text: &str| match title {
+            "PORT" => view.paint(BOLD, text),
+            "AGE" => view.paint(DIM, text),
+            "COMMAND" if *ghost => view.paint(YELLOW, text),
+            _ => text.to_owned(),
+        };
+        out.push_str(&one_row(columns, &widths, cells, &paint, view));
     }
     out
+}
+
+fn one_row(
+    columns: &[Column],
+    widths: &[usize],
+    cells: &[String],
+    paint: &dyn Fn(&str, &str) -> String,
+    view: &View<'_>,
+) -> String {
+    let mut line = String::new();
+    let mut used = 0;
+    for (index, ((column, cell), room)) in columns.iter().zip(cells).zip(widths).enumerate() {
+        let gap = if index == 0 { 0 } else { GAP.len() };
+        // Where not even the narrowed columns fit, the row ends at the edge.
+        let room = view.width.map_or(*room, |terminal| (*room).min(terminal.saturating_sub(used + gap)));
+        if room == 0 {
+            break;
+        }
+        let text = cut(cell, room);
+        // Nothing follows the last column, and one command may be megabytes wide.
+        let padding = if index + 1 == columns.len() { 0 } else { room.saturating_sub(width(&text)) };
+        let padding = " ".repeat(padding);
+        let text = paint(column.title, &text);
+        line.push_str(&" ".repeat(gap));
+        line.push_str(&if column.right { padding + &text } else { text + &padding });
+        used += gap + room;
+    }
+    line.truncate(line.trim_end().len());
+    line.push('\n');
+    line
 }
 
 /// Narrows the command, then users and names, so that a row takes at most the columns of the terminal.

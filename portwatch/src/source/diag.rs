@@ -285,7 +285,10 @@ fn dump_proc_net(proto: Protocol, netns: NetnsId) -> anyhow::Result<Vec<Socket>>
             Err(error) => return Err(error).with_context(|| format!("cannot open {path}")),
         };
         let rows = parse_proc_net(io::BufReader::new(file), proto).with_context(|| format!("cannot read {path}"))?;
-        sockets.extend(rows.into_iter().map(|(endpoint, uid, inode)| Socket {
+        // As in a netlink dump, a socket can show twice while others come and go.
+        let mut seen: HashSet<u64> = HashSet::new();
+        let rows = rows.into_iter().filter(|&(_, _, inode)| inode == 0 || seen.insert(inode));
+        sockets.extend(rows.map(|(endpoint, uid, inode)| Socket {
             id: SocketId { inode, cookie: 0 },
             proto,
             mptcp: false,

@@ -12,6 +12,7 @@ pub mod netns;
 pub mod process;
 pub mod procfs;
 
+use std::cell::RefCell;
 use std::collections::HashSet;
 use std::fmt;
 use std::str::FromStr;
@@ -21,7 +22,7 @@ use std::time::Duration;
 use anyhow::{anyhow, bail};
 use serde::Serialize;
 
-use crate::model::{Event, Process, ProcessId, Snapshot, Socket};
+use crate::model::{Event, Process, ProcessId, Snapshot, Socket, SocketId};
 
 /// How listeners are learnt, best first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -127,15 +128,17 @@ impl Scanner {
     /// Reads every listener that `keep` wants and who holds it: held ones of all network namespaces and ghosts of the
     /// caller's own; with `all_netns`, ghosts of every namespace that can be entered, too.
     pub fn scan(&mut self, all_netns: bool, keep: &dyn Fn(&Socket) -> bool) -> anyhow::Result<Snapshot> {
-        self.scan_with(all_netns, keep, &mut |id| {
+        self.scan_with(all_netns, keep, &|_| true, &mut |id| {
             Arc::new(process::read_exact(id).unwrap_or_else(|| Process::bare(id, "?")))
         })
     }
 
+    /// `is_bound` decides about UDP sockets that may have been bound to port 0 of every address, or be clients.
     fn scan_with(
         &mut self,
         all_netns: bool,
         keep: &dyn Fn(&Socket) -> bool,
+        is_bound: &dyn Fn(SocketId) -> bool,
         details: &mut dyn FnMut(ProcessId) -> Arc<Process>,
     ) -> anyhow::Result<Snapshot> {
         let Some(walk) = &mut self.walk else { return procfs::scan(all_netns, keep) };
@@ -153,6 +156,7 @@ impl Scanner {
                 procfs::dump_all(&others, keep)?.sockets.iter().map(|socket| socket.id.inode).collect();
             ghosts.retain(|ghost| still.contains(&ghost.id.inode));
         }
+        walked.sockets.retain(|socket| !walked.unmarked.contains(&socket.id.inode) || is_bound(socket.id));
         walked.sockets.extend(ghosts);
         let listeners = join::join(walked.sockets, walked.held, details);
         Ok(Snapshot { at, listeners, complete: dumped.complete, lost: 0 })
@@ -282,9 +286,16 @@ impl Live {
                 probes.forget_all_but(holders);
                 // Only after a loss does it matter which sockets without holder other namespaces have: of all others
                 // the kernel has told.
-                let all_netns = lost > 0 || !self.started;
-                self.started = true;
-                let snapshot = self.scanner.scan_with(all_netns, &|_| true, &mut |id| probes.details(id))?;
+                let first = !std::mem::replace(&mut self.started, true);
+                let all_netns = lost > 0 || first;
+                let probes = RefCell::new(probes);
+                let snapshot = self.scanner.scan_with(
+                    all_netns,
+                    &|_| true,
+                    &|id| first || probes.borrow().knows_udp(id),
+                    &mut |id| probes.borrow_mut().details(id),
+                )?;
+                let probes = probes.into_inner();
                 probes.follow(&snapshot.listeners);
                 snapshot
             }

@@ -30,7 +30,7 @@ pub fn boot_ns_now() -> BootNs {
 }
 
 /// Reads a process as it is now. `None`: there is none. What may not be read is left out: exe and cwd of another
-/// user's process are `None`.
+/// user's process are `None`, and for an instant a process in the midst of exec has no command.
 pub fn read(pid: u32) -> Option<Process> {
     let dir = open(pid)?;
     let stat = read_stat(dir.as_fd())?;
@@ -201,8 +201,9 @@ fn read_link(dir: BorrowedFd<'_>, name: &std::ffi::CStr) -> Option<Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read;
     use std::os::unix::process::CommandExt;
-    use std::process::{Command, Stdio};
+    use std::process::{Child, Command, Stdio};
 
     use super::*;
 
@@ -257,24 +258,31 @@ mod tests {
         assert_eq!(parse_exe(b"/\xff"), "/\u{fffd}");
     }
 
+    /// A shell that waits for its input to end, once it runs: before that line its arguments may not be in place.
+    fn shell(configure: impl FnOnce(&mut Command)) -> Child {
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo ready; read line"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        configure(&mut command);
+        let mut child = command.spawn().unwrap();
+        child.stdout.as_mut().unwrap().read_exact(&mut [0; 6]).unwrap();
+        child
+    }
+
     #[test]
     fn a_child_is_read_whole_until_it_is_reaped() {
         let directory = tempfile::tempdir().unwrap();
         let cwd = directory.path().canonicalize().unwrap();
-        let mut child = Command::new("sleep")
-            .arg0("weird \x1b[31m")
-            .args(["600", ""])
-            .current_dir(&cwd)
-            .stdin(Stdio::null())
-            .spawn()
-            .unwrap();
+        let mut child = shell(|sh| {
+            sh.arg0("weird \x1b[31m").arg("").current_dir(&cwd);
+        });
         let pid = child.id();
         let process = read(pid).unwrap();
         assert_eq!(process.ppid, std::process::id());
         assert_eq!(process.uid, Some(nix::unistd::geteuid().as_raw()));
-        assert_eq!(process.name, "sleep");
-        assert_eq!(process.command, ["weird \x1b[31m", "600"]);
-        assert!(process.exe.as_deref().is_some_and(|exe| exe.contains("sleep") || exe.contains("coreutils")));
+        assert_eq!(process.name, "sh");
+        assert_eq!(process.command, ["weird \x1b[31m", "-c", "echo ready; read line"]);
+        let exe = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap();
+        assert_eq!(process.exe.as_deref(), exe.to_str());
         assert_eq!(process.cwd.as_deref(), cwd.to_str());
         assert!(process.cgroup.as_deref().is_some_and(|path| path.starts_with('/')), "{process:?}");
         let now = boot_ns_now();
@@ -312,8 +320,9 @@ mod tests {
     fn long_command_lines_are_cut() {
         // One argument may have at most 128 KiB in the kernel: two of 100,000 bytes.
         let long = "x".repeat(100_000);
-        let mut child =
-            Command::new("tail").args(["-f", "/dev/null", &long, &long]).stderr(Stdio::null()).spawn().unwrap();
+        let mut child = shell(|sh| {
+            sh.args([&long, &long]);
+        });
         let process = read(child.id()).unwrap();
         child.kill().unwrap();
         child.wait().unwrap();

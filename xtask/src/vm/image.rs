@@ -61,7 +61,7 @@ impl Binaries {
         let messages = output_of(
             cargo()
                 .args(["test", "--quiet", "--no-run", "--package", "portwatch", "--test", "scenarios"])
-                .args(["--target", TRIPLE, "--message-format", "json", "--target-dir"])
+                .args(["--target", TRIPLE, "--message-format", "json-render-diagnostics", "--target-dir"])
                 .arg(target().join("vm/build"))
                 .env("RUSTFLAGS", "-Ctarget-feature=+crt-static")
                 .env("CARGO_PROFILE_DEV_DEBUG", "0")

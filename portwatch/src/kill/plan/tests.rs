@@ -1,1 +1,152 @@
+use super::*;
+use crate::kill::testing::family;
+use crate::model::Holder;
 
+const OWN: u32 = 500;
+
+/// pid 1 ─ bash 400 (terminal) ─ portwatch 500; 1 ─ make 300 ─ master 10 ─ sh 11 ─ worker 12; kernel thread 60.
+fn host() -> impl Fn(u32) -> Option<Stat> {
+    let stat = |pid, name: &str, ppid| Stat {
+        pid,
+        name: name.into(),
+        ppid,
+        terminal: false,
+        kernel_thread: false,
+        exiting: false,
+        start: u64::from(pid) * ProcessId::TICK_NS,
+    };
+    family(&[
+        stat(1, "init", 0),
+        Stat { terminal: true, ..stat(400, "-bash", 1) },
+        stat(OWN, "portwatch", 400),
+        stat(401, "server", 400),
+        stat(300, "make", 1),
+        stat(10, "master", 300),
+        stat(11, "sh", 10),
+        stat(12, "worker", 11),
+        Stat { kernel_thread: true, ..stat(60, "nfsd", 2) },
+    ])
+}
+
+fn listener(port: u16, inode: u64, pids: &[u32]) -> Listener {
+    let stat = host();
+    let holder = |&pid: &u32| {
+        let stat = stat(pid).unwrap();
+        let mut process = Process::bare(stat.id(), stat.name);
+        process.ppid = stat.ppid;
+        process.uid = Some(1000);
+        Holder { process: Arc::new(process), fds: vec![3], binder: false }
+    };
+    let socket = Socket {
+        id: SocketId { inode, cookie: 0 },
+        proto: Protocol::Tcp,
+        mptcp: false,
+        address: std::net::Ipv4Addr::LOCALHOST.into(),
+        port,
+        v6only: None,
+        netns: 1,
+        uid: 1000,
+        backlog: None,
+    };
+    Listener { socket, since: None, holders: pids.iter().map(holder).collect() }
+}
+
+fn plan(listeners: Vec<Listener>, force_self: bool) -> Plan {
+    let stat = host();
+    Plan::new(listeners, &[], &[], &Guards::new(OWN, force_self, &stat), &stat)
+}
+
+fn victims(plan: &Plan) -> Vec<(u32, bool)> {
+    plan.victims.iter().map(|v| (v.process.id.pid, v.first)).collect()
+}
+
+#[test]
+fn init_portwatch_its_ancestors_and_kernel_threads_are_never_victims() {
+    let everybody = || vec![listener(80, 5, &[1, 10, 60, 400, OWN])];
+    let plan_of = plan(everybody(), false);
+    assert_eq!(victims(&plan_of), [(10, true)]);
+    let reasons: Vec<(u32, &str)> = plan_of.refused.iter().map(|r| (r.process.id.pid, r.reason.as_str())).collect();
+    assert_eq!(
+        reasons,
+        [
+            (1, "init is never signalled"),
+            (60, "kernel threads are never signalled"),
+            (400, "portwatch was started by it; --force-self signals it all the same"),
+            (OWN, "portwatch itself holds the port"),
+        ]
+    );
+    assert_eq!(victims(&plan(everybody(), true)), [(10, true), (400, true)]);
+}
+
+#[test]
+fn masters_go_first_even_with_a_process_in_between() {
+    assert_eq!(victims(&plan(vec![listener(80, 5, &[10, 12])], false)), [(10, true), (12, false)]);
+    // SO_REUSEPORT: a socket each, one port.
+    let twins = vec![listener(80, 5, &[10]), listener(80, 6, &[12])];
+    assert_eq!(victims(&plan(twins, false)), [(10, true), (12, false)]);
+    // Of different ports, neither frees the other's.
+    let apart = vec![listener(80, 5, &[10]), listener(81, 6, &[12])];
+    assert_eq!(victims(&plan(apart, false)), [(10, true), (12, true)]);
+    // Init shares the socket (socket activation) and is not signalled: nobody leads.
+    assert_eq!(victims(&plan(vec![listener(80, 5, &[1, 12])], false)), [(12, true)]);
+}
+
+#[test]
+fn a_process_is_one_victim_with_all_its_sockets() {
+    let plan = plan(vec![listener(80, 5, &[10]), listener(80, 6, &[10]), listener(81, 7, &[10])], false);
+    let [victim] = &plan.victims[..] else { panic!("{plan:?}") };
+    assert_eq!((&victim.inodes[..], &victim.groups[..]), (&[5, 6, 7][..], &[0, 1][..]));
+    assert_eq!(plan.groups.iter().map(|g| (g.port, g.sockets.len())).collect::<Vec<_>>(), [(80, 2), (81, 1)]);
+}
+
+#[test]
+fn named_ports_are_reported_on_even_if_nobody_has_them() {
+    let stat = host();
+    let named = [(80, None), (90, None), (80, Some(Protocol::Udp))];
+    let plan = Plan::new(vec![listener(80, 5, &[10])], &[], &named, &Guards::default(), &stat);
+    let groups: Vec<_> = plan.groups.iter().map(|g| (g.port, g.proto, g.sockets.len())).collect();
+    assert_eq!(groups, [(80, Protocol::Tcp, 1), (80, Protocol::Udp, 0), (90, Protocol::Tcp, 0)]);
+}
+
+#[test]
+fn sockets_that_were_not_selected_are_no_new_owners() {
+    let stat = host();
+    let other = listener(80, 6, &[12]).socket;
+    let selected = vec![listener(80, 5, &[10])];
+    let plan = Plan::new(selected, std::slice::from_ref(&other), &[], &Guards::default(), &stat);
+    let [group] = &plan.groups[..] else { panic!("{plan:?}") };
+    assert!(group.wants(SocketId { inode: 5, cookie: 9 }) && !group.wants(other.id));
+    assert!(!group.is_new(&other) && group.is_new(&listener(80, 7, &[]).socket));
+    assert!(!group.is_new(&listener(81, 7, &[]).socket));
+}
+
+#[test]
+fn supervisors_are_parents_units_and_containers_but_no_interactive_shells() {
+    let stat = host();
+    let of = |ppid, cgroup: Option<&str>| {
+        let mut process = Process::bare(ProcessId { pid: 9, start: 0 }, "x");
+        process.ppid = ppid;
+        process.cgroup = cgroup.map(str::to_owned);
+        Supervisor::of(&process, &stat).map(|s| (s.pid, s.unit, s.container.map(|c| c.len())))
+    };
+    assert_eq!(of(1, None), None);
+    assert_eq!(of(400, None), None);
+    assert_eq!(of(300, None), Some((Some(300), None, None)));
+    assert_eq!(of(11, None), Some((Some(11), None, None)), "a shell without a terminal is a script");
+    assert_eq!(of(1, Some("/system.slice/nginx.service")), Some((None, Some("nginx.service".into()), None)));
+    let session = "/user.slice/user-1000.slice/user@1000.service/app.slice/";
+    assert_eq!(of(1, Some(session)), None);
+    assert_eq!(of(1, Some(&format!("{session}web.service"))), Some((None, Some("web.service".into()), None)));
+    let id = "0123456789abcdef".repeat(4);
+    assert_eq!(of(1, Some(&format!("/system.slice/docker-{id}.scope"))), Some((None, None, Some(12))));
+    assert_eq!(of(1, Some(&format!("/docker/{id}"))), Some((None, None, Some(12))));
+}
+
+#[test]
+fn a_person_is_asked_about_several_processes_or_somebody_elses() {
+    let one = plan(vec![listener(80, 5, &[10])], false);
+    assert!(!one.wants_confirmation(1000));
+    assert!(one.wants_confirmation(0));
+    assert!(plan(vec![listener(80, 5, &[10, 12])], false).wants_confirmation(1000));
+    assert!(!Plan::default().wants_confirmation(0));
+}

@@ -23,7 +23,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use super::{Kernel, PodConfig, brief, record};
-use crate::model::{Attempt, Event, Listener, Process, ProcessId, Protocol};
+use crate::model::{Attempt, Event, Listener, Process, ProcessId, Protocol, SocketId};
 use crate::source::process;
 use crate::source::{Refusal, Tier};
 
@@ -53,6 +53,9 @@ pub(crate) struct Probes {
     counters: CounterMap,
     holders: BpfHashMap<MapData, u32, u8>,
     udp_bound: BpfHashMap<MapData, u64, u8>,
+    /// Cookies of UDP sockets that were bound since the start, or were there at the start; inodes where there is none.
+    udp_known: HashSet<u64>,
+    udp_known_inodes: HashSet<u64>,
     /// Processes put into `holders`, as far as userspace knows.
     watched: HashSet<u32>,
     processes: HashMap<ProcessId, Arc<Process>>,
@@ -108,6 +111,8 @@ impl Probes {
             counters,
             holders,
             udp_bound,
+            udp_known: HashSet::new(),
+            udp_known_inodes: HashSet::new(),
             watched: HashSet::new(),
             processes: HashMap::new(),
             received: 0,
@@ -206,9 +211,17 @@ impl Probes {
             kind::OPENED => {
                 let socket = record::socket(record)?;
                 self.watched.insert(id.pid);
+                if socket.proto == Protocol::Udp {
+                    self.udp_known.insert(socket.id.cookie);
+                    self.udp_known_inodes.insert(socket.id.inode);
+                }
                 Event::Opened { at, socket, by: self.actor(record) }
             }
-            kind::CLOSED => Event::Closed { at, id: record::id(record), by: Some(self.actor(record)) },
+            kind::CLOSED => {
+                self.udp_known.remove(&record.cookie);
+                self.udp_known_inodes.remove(&record.inode);
+                Event::Closed { at, id: record::id(record), by: Some(self.actor(record)) }
+            }
             kind::FORKED => {
                 let parent = self.actor(record);
                 self.watched.insert(record.child);
@@ -281,11 +294,20 @@ impl Probes {
                     let _ = self.holders.insert(holder.process.id.pid, 1, 0);
                 }
             }
-            let socket = &listener.socket;
-            if self.tier == Tier::Tracepoint && socket.proto == Protocol::Udp && socket.id.cookie != 0 {
-                let _ = self.udp_bound.insert(socket.id.cookie, 1, 0);
+            // One that is closed by now stays in the map until its place is needed.
+            let SocketId { cookie, inode } = listener.socket.id;
+            if listener.socket.proto == Protocol::Udp {
+                self.udp_known_inodes.insert(inode);
+                if cookie != 0 && self.udp_known.insert(cookie) {
+                    let _ = self.udp_bound.insert(cookie, 1, 0);
+                }
             }
         }
+    }
+
+    /// Whether a UDP socket without a mark of bind() is known to be bound: seen when it was, or there from the start.
+    pub(crate) fn knows_udp(&self, id: SocketId) -> bool {
+        self.udp_known.contains(&id.cookie) || self.udp_known_inodes.contains(&id.inode)
     }
 
     /// The process, from memory or from /proc.
@@ -314,7 +336,7 @@ impl Attach<'_> {
         } else {
             self.exit_of("listen_exit", "inet_listen")?;
         }
-        let udp = self.exit_of("udp_get_port_exit", "udp_lib_get_port").and_then(|()| {
+        let udp = self.exit_of("bind4_exit", "__inet_bind").and_then(|()| {
             let btf = &self.kernel.btf;
             let program: &mut FEntry = typed(self.ebpf, "udp_unhash_entry")?;
             program
@@ -324,7 +346,12 @@ impl Attach<'_> {
             Ok(())
         });
         self.gap("UDP", udp);
-        let conflicts = self.exit_of("tcp_get_port_exit", "inet_csk_get_port");
+        // A module on some kernels, and then absent from the kernel's own BTF.
+        let udp6 = self.exit_of("bind6_exit", "__inet6_bind");
+        self.gap("UDP over IPv6", udp6);
+        let conflicts = self
+            .exit_of("tcp_get_port_exit", "inet_csk_get_port")
+            .and_then(|()| self.exit_of("udp_get_port_exit", "udp_lib_get_port"));
         self.gap("failed binds", conflicts);
         Ok(())
     }
@@ -345,27 +372,34 @@ impl Attach<'_> {
         } else {
             ("listen_enter", "inet_listen")
         };
-        // The return first: an entry without its return would count as lost.
-        self.probe("listen_leave", function)?;
-        self.probe(enter, function)?;
+        self.probe_pair(enter, "listen_leave", &[function])?;
         let udp = self
-            .probe("udp_get_port_leave", "udp_lib_get_port")
-            .and_then(|()| self.probe("udp_get_port_enter", "udp_lib_get_port"))
-            .and_then(|()| self.probe("udp_unhash", "udp_lib_unhash"));
+            .probe("udp_unhash", "udp_lib_unhash")
+            .and_then(|()| self.probe_pair("bind_enter", "bind_leave", &["__inet_bind", "__inet6_bind"]));
         self.gap("UDP", udp);
         let conflicts = self
-            .probe("tcp_get_port_leave", "inet_csk_get_port")
-            .and_then(|()| self.probe("tcp_get_port_enter", "inet_csk_get_port"));
+            .probe_pair("tcp_get_port_enter", "tcp_get_port_leave", &["inet_csk_get_port"])
+            .and_then(|()| self.probe_pair("udp_get_port_enter", "udp_get_port_leave", &["udp_lib_get_port"]));
         self.gap("failed binds", conflicts);
         Ok(())
     }
 
     fn probe(&mut self, program: &str, function: &str) -> anyhow::Result<()> {
+        self.probe_all(program, &[function])
+    }
+
+    /// Attaches a kprobe and its kretprobe. The return first: an entry without its return would count as lost.
+    fn probe_pair(&mut self, enter: &str, leave: &str, functions: &[&str]) -> anyhow::Result<()> {
+        self.probe_all(leave, functions)?;
+        self.probe_all(enter, functions)
+    }
+
+    fn probe_all(&mut self, program: &str, functions: &[&str]) -> anyhow::Result<()> {
         let program: &mut KProbe = typed(self.ebpf, program)?;
-        program
-            .load()
-            .and_then(|()| program.attach(function, 0))
-            .map_err(|error| refused(&format!("kprobe/{function}"), &error))?;
+        program.load().map_err(|error| refused(&format!("kprobe/{}", functions.join(",")), &error))?;
+        for function in functions {
+            program.attach(function, 0).map_err(|error| refused(&format!("kprobe/{function}"), &error))?;
+        }
         Ok(())
     }
 

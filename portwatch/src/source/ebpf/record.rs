@@ -2,7 +2,9 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use portwatch_ebpf::{AF_INET, AF_INET6, Held, IPPROTO_MPTCP, IPPROTO_TCP, IPPROTO_UDP, Record, TCP_LISTEN, flag};
+use portwatch_ebpf::{
+    AF_INET, AF_INET6, Held, IPPROTO_MPTCP, IPPROTO_TCP, IPPROTO_UDP, Record, TCP_CLOSE, TCP_LISTEN, flag,
+};
 
 use crate::model::{ProcessId, Protocol, Socket, SocketId};
 
@@ -54,12 +56,19 @@ pub(super) fn name(comm: &[u8]) -> String {
     String::from_utf8_lossy(&comm[..end]).into_owned()
 }
 
-/// The listener behind a held descriptor; `None` for sockets that are only bound, or are clients.
+/// Whether bind() left its mark on the socket: a port or an address was asked for.
+pub(super) fn is_bound(held: &Held) -> bool {
+    held.flags & flag::BOUND != 0
+}
+
+/// The listener behind a held descriptor; `None` for TCP sockets that are only bound, and for clients. A UDP socket
+/// that is not connected counts, bound or not: one bound to port 0 of every address looks like a client that was given
+/// a port to send from ([`is_bound`] is false for both).
 pub(super) fn held_socket(held: &Held) -> Option<Socket> {
     let proto = protocol(held.protocol)?;
     let listens = match proto {
         Protocol::Tcp => held.state == TCP_LISTEN,
-        Protocol::Udp => held.flags & flag::BOUND != 0,
+        Protocol::Udp => is_bound(held) || held.state == TCP_CLOSE,
     };
     let address = address(held.family, held.address)?;
     listens.then(|| Socket {

@@ -9,7 +9,7 @@ use aya::programs::Iter;
 use portwatch_ebpf::Held;
 
 use super::{Kernel, brief, record};
-use crate::model::{ProcessId, Socket};
+use crate::model::{ProcessId, Protocol, Socket};
 use crate::source::join::HeldFd;
 
 /// The iterator, loaded and ready to be read any number of times.
@@ -24,6 +24,8 @@ pub(crate) struct Walk {
 pub(crate) struct Walked {
     pub(crate) sockets: Vec<Socket>,
     pub(crate) held: Vec<HeldFd>,
+    /// Inodes of the UDP sockets among them that may be clients: unconnected, without a mark of bind().
+    pub(crate) unmarked: HashSet<u64>,
     /// Inodes of sockets that are held and no listeners: clients with a UDP port, TCP sockets only bound.
     pub(crate) others: HashSet<u64>,
 }
@@ -89,6 +91,9 @@ impl Walk {
                         }
                         Some(socket) => {
                             seen.insert(held.inode);
+                            if socket.proto == Protocol::Udp && !record::is_bound(&held) {
+                                walked.unmarked.insert(held.inode);
+                            }
                             walked.sockets.push(socket);
                         }
                     }

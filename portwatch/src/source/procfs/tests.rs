@@ -1,9 +1,9 @@
 //! Real sockets, held by this process, by its threads and by children of several kinds.
 
+use std::io::{BufRead, Write};
 use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
-use std::sync::mpsc;
 
 use nix::unistd::{ForkResult, fork};
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, set_parent_process_death_signal, waitpid};
@@ -152,21 +152,26 @@ fn a_zombie_leader_holds_through_its_threads() {
 
 #[test]
 fn a_thread_with_its_own_file_table_is_seen() {
-    let (ready, is_ready) = mpsc::channel();
-    let (finish, finished) = mpsc::channel::<()>();
-    let thread = std::thread::spawn(move || {
-        // SAFETY: this thread uses no descriptor but those that it opens afterwards.
-        unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::FILES) }.unwrap();
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let link = std::fs::metadata(format!("/proc/thread-self/fd/{}", listener.as_raw_fd())).unwrap();
-        ready.send((link.ino(), own_fd(&listener))).unwrap();
-        let _ = finished.recv();
+    let (mut output, mut input) = std::io::pipe().unwrap();
+    // In a child: a thread of this process would get a copy of every descriptor of the other tests.
+    let child = Child::new(|| {
+        std::thread::spawn(move || {
+            // SAFETY: this thread uses no descriptors but a pipe that it owns and those that it opens afterwards.
+            unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::FILES) }.unwrap();
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            let fd = listener.as_raw_fd();
+            let inode = std::fs::metadata(format!("/proc/thread-self/fd/{fd}")).unwrap().ino();
+            writeln!(input, "{inode} {fd}").unwrap();
+            rest()
+        });
     });
-    let (inode, fd) = is_ready.recv().unwrap();
-    assert_eq!(holders(inode), [fd]);
-    assert!(holds(std::process::id(), inode).unwrap());
-    drop(finish);
-    thread.join().unwrap();
+    let mut line = String::new();
+    std::io::BufReader::new(&mut output).read_line(&mut line).unwrap();
+    let (inode, fd) = line.trim().split_once(' ').unwrap();
+    let (inode, fd) = (inode.parse().unwrap(), fd.parse().unwrap());
+    assert_eq!(holders(inode), [(child.pid(), fd)]);
+    assert!(holds(child.pid(), inode).unwrap());
+    drop(child);
     assert_eq!(holders(inode), []);
 }
 

@@ -1,0 +1,141 @@
+//! `portwatch kill`: frees ports by ending the processes that hold them.
+
+use std::io::{self, IsTerminal as _, Write as _};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use nix::unistd::Uid;
+use portwatch::kill::signal::SignalName;
+use portwatch::kill::{self, Guards, Options, Outcome, Plan, World, stat, text};
+use portwatch::model::{Listener, Process, Socket};
+use portwatch::render::{self, json};
+use portwatch::select::Selector;
+use portwatch::source::{Scanner, procfs};
+use rustix::process::Signal;
+
+use super::{Users, explain, note, print, selection, selector};
+use crate::cli::{Globals, KillArgs, Netns};
+use crate::exit_codes::{NO, Usage};
+
+pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
+    let selector = selector(&args.targets, &args.selectors)?;
+    if selector.is_empty() {
+        return Err(Usage(
+            "name a port to free, as in `portwatch kill 8000`, or a selector; \
+            `portwatch list` shows what is listening"
+                .to_owned(),
+        )
+        .into());
+    }
+    let SignalName(signal) = args.signal.parse().map_err(Usage)?;
+    let options = Options {
+        signal: if args.force { Signal::KILL } else { signal },
+        grace: args.grace,
+        force: !args.no_force,
+        settle: args.settle,
+    };
+    let mut scanner = Scanner::open(globals.probe);
+    if let Some(reason) = scanner.refusal() {
+        explain(globals, &format!("holders are read from {}: {reason}", scanner.method()));
+    }
+    let all_netns = args.selectors.netns != Netns::Own;
+    let guards = Guards::current(args.force_self);
+    let plan = plan(&mut scanner, &selector, all_netns, &guards)?;
+    if plan.groups.is_empty() {
+        if args.json {
+            print("[]\n")?;
+        } else if !args.quiet {
+            note(&format!("nothing is listening{}; nothing to free", selection(&args.targets, &selector)));
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    if !args.json && !args.quiet {
+        preview(&plan)?;
+    }
+    if args.dry_run {
+        return report(args, &kill::planned(plan));
+    }
+    if !args.yes && !confirmed(&plan)? {
+        note("nothing was signalled");
+        return Ok(ExitCode::from(NO));
+    }
+    let outcomes = kill::execute(
+        plan,
+        options,
+        &mut World {
+            rescan: &mut || Ok(scanner.scan(all_netns, &|socket| selector.matches_socket(socket))?.listeners),
+            holds: &procfs::holds,
+            guards: &guards,
+            waiting: &mut |processes, left| progress(processes, left, args),
+        },
+    )?;
+    if !args.json && !args.quiet && io::stderr().is_terminal() {
+        // Over the line of progress.
+        let _ = write!(io::stderr(), "\r\x1b[K");
+    }
+    report(args, &outcomes)
+}
+
+fn plan(scanner: &mut Scanner, selector: &Selector, all_netns: bool, guards: &Guards) -> anyhow::Result<Plan> {
+    let snapshot = scanner.scan(all_netns, &|socket| selector.matches_socket(socket))?;
+    let (selected, others): (Vec<Listener>, Vec<Listener>) =
+        snapshot.listeners.into_iter().partition(|listener| selector.matches(listener, snapshot.at));
+    let others: Vec<Socket> = others.into_iter().map(|listener| listener.socket).collect();
+    Ok(Plan::new(selected, &others, &selector.named_ports(), guards, &|pid| stat::read(pid).ok()))
+}
+
+/// Shows who would be hit, and who would not although it holds the port.
+fn preview(plan: &Plan) -> anyhow::Result<()> {
+    let users = Users::default();
+    let mut lines = String::new();
+    if !plan.victims.is_empty() {
+        lines = text::victims(plan, &|uid| users.name(uid).unwrap_or_else(|| uid.to_string()));
+    }
+    lines += &text::refusals(plan);
+    io::stderr().write_all(lines.as_bytes()).context("cannot write to standard error")
+}
+
+/// Asks where there is somebody to ask and something to think about.
+fn confirmed(plan: &Plan) -> anyhow::Result<bool> {
+    let on_terminal = io::stdin().is_terminal() && io::stderr().is_terminal();
+    if !on_terminal || !plan.wants_confirmation(Uid::effective().as_raw()) {
+        return Ok(true);
+    }
+    let count = plan.victims.len();
+    let what = if count == 1 { "this process".to_owned() } else { format!("these {count} processes") };
+    let mut stderr = io::stderr();
+    write!(stderr, "end {what}? [y/N] ").and_then(|()| stderr.flush()).context("cannot write to standard error")?;
+    let mut answer = String::new();
+    io::stdin().read_line(&mut answer).context("cannot read the answer")?;
+    Ok(matches!(answer.trim(), "y" | "Y" | "yes" | "Yes"))
+}
+
+/// One line, rewritten in place, on a terminal only.
+fn progress(processes: &[Arc<Process>], left: Duration, args: &KillArgs) {
+    if args.json || args.quiet || !io::stderr().is_terminal() {
+        return;
+    }
+    let who = match processes {
+        [one] => format!("{} ({})", render::escape(&one.name), one.id.pid),
+        many => format!("{} processes", many.len()),
+    };
+    let _ = write!(io::stderr(), "\r\x1b[Kwaiting for {who} to end, {:.0} s left", left.as_secs_f64().ceil());
+}
+
+fn report(args: &KillArgs, outcomes: &[Outcome]) -> anyhow::Result<ExitCode> {
+    if args.json {
+        print(&json::array(outcomes))?;
+    } else {
+        for outcome in outcomes {
+            let line = text::outcome(outcome);
+            if !args.quiet {
+                print(&format!("{line}\n"))?;
+            } else if !outcome.is_done() {
+                note(&line);
+            }
+        }
+    }
+    Ok(ExitCode::from(kill::exit_code(outcomes)))
+}
