@@ -1,3 +1,222 @@
-pub fn trials() -> Vec<crate::Test> {
-    vec![]
+//! `kill` frees ports, says what it did, and ends nobody else.
+
+use serde_json::{Value, json};
+
+use crate::puppet::{Puppet, Stage};
+use crate::subject::{binary, portwatch};
+use crate::{Test, test};
+
+/// Runs `kill --json` on a TCP port; the one outcome.
+#[track_caller]
+fn kill(port: u16, arguments: &[&str], code: i32) -> Value {
+    let target = format!("{port}/tcp");
+    let run = portwatch(&[&["kill", &target, "--json"], arguments].concat()).expect(code);
+    let outcomes = run.json();
+    assert_eq!(outcomes.as_array().map(Vec::len), Some(1), "{outcomes}");
+    assert_eq!((&outcomes[0]["port"], &outcomes[0]["proto"]), (&json!(port), &json!("tcp")));
+    assert!(outcomes[0]["elapsed_ms"].is_u64(), "{outcomes}");
+    outcomes[0].clone()
+}
+
+/// What an outcome says, without what varies.
+fn gist(outcome: &Value) -> (&str, Vec<u64>, Vec<u64>, bool, Vec<u64>) {
+    let pids = |field: &str| -> Vec<u64> {
+        let list = outcome[field].as_array().unwrap_or_else(|| panic!("no {field} in {outcome}"));
+        let mut pids: Vec<u64> = list.iter().map(|pid| pid.as_u64().expect("a pid")).collect();
+        pids.sort_unstable();
+        pids
+    };
+    let status = outcome["status"].as_str().expect("a status");
+    let still = outcome["still_listening"].as_bool().expect("still_listening");
+    (status, pids("killed"), pids("forced"), still, pids("remaining_pids"))
+}
+
+fn pids(puppets: &[&Puppet]) -> Vec<u64> {
+    let mut pids: Vec<u64> = puppets.iter().map(|puppet| u64::from(puppet.pid)).collect();
+    pids.sort_unstable();
+    pids
+}
+
+pub fn trials() -> Vec<Test> {
+    vec![
+        test("kill::a_server_ends_at_sigterm_and_the_port_is_free", || {
+            let stage = Stage::new();
+            let (server, neighbour) = (stage.puppet(), stage.puppet());
+            let sock = server.serve();
+            neighbour.serve();
+            let outcome = kill(sock.port(), &[], 0);
+            assert_eq!(gist(&outcome), ("cleaned", pids(&[&server]), vec![], false, vec![]), "{outcome}");
+            assert_eq!(server.wait(), Some(nix::libc::SIGTERM));
+            neighbour.tcp(&sock.address.to_string(), "");
+        }),
+        test("kill::a_server_that_ignores_sigterm_is_forced_after_the_grace", || {
+            let stage = Stage::new();
+            let server = stage.puppet();
+            server.ignore_term();
+            let sock = server.serve();
+            let outcome = kill(sock.port(), &["--grace", "200ms"], 0);
+            assert_eq!(gist(&outcome), ("cleaned", pids(&[&server]), pids(&[&server]), false, vec![]), "{outcome}");
+            assert!(outcome["elapsed_ms"].as_u64() >= Some(200), "{outcome}");
+            assert_eq!(server.wait(), Some(nix::libc::SIGKILL));
+        }),
+        test("kill::no_force_leaves_a_server_that_ignores_sigterm", || {
+            let stage = Stage::new();
+            let server = stage.puppet();
+            server.ignore_term();
+            let sock = server.serve();
+            let outcome = kill(sock.port(), &["--grace", "200ms", "--no-force"], 1);
+            assert_eq!(gist(&outcome), ("partial", vec![], vec![], true, pids(&[&server])), "{outcome}");
+            assert_eq!(outcome["failed"][0]["pid"], server.pid, "{outcome}");
+            assert!(server.is_alive());
+        }),
+        test("kill::force_begins_with_sigkill", || {
+            for flag in ["--force", "-9"] {
+                let stage = Stage::new();
+                let server = stage.puppet();
+                server.ignore_term();
+                let sock = server.serve();
+                let outcome = kill(sock.port(), &[flag], 0);
+                assert_eq!(gist(&outcome).0, "cleaned", "{outcome}");
+                assert_eq!(server.wait(), Some(nix::libc::SIGKILL));
+            }
+        }),
+        test("kill::every_holder_of_a_port_ends_and_no_other_child", || {
+            let stage = Stage::new();
+            let master = stage.puppet();
+            let bystander = master.fork();
+            let sock = master.serve();
+            let worker = master.fork();
+            let twin = stage.puppet();
+            let outcome = kill(sock.port(), &["--yes"], 0);
+            assert_eq!(gist(&outcome), ("cleaned", pids(&[&master, &worker]), vec![], false, vec![]), "{outcome}");
+            master.wait();
+            worker.wait();
+            assert!(bystander.is_alive() && twin.is_alive());
+        }),
+        test("kill::clients_of_the_port_live", || {
+            let stage = Stage::new();
+            let (server, client) = (stage.puppet(), stage.puppet());
+            let sock = server.serve();
+            client.connect(sock.address);
+            server.accept(sock.fd);
+            assert_eq!(gist(&kill(sock.port(), &[], 0)).1, pids(&[&server]));
+            assert!(client.is_alive());
+        }),
+        test("kill::a_zombie_leader_whose_thread_serves_is_ended", || {
+            let stage = Stage::new();
+            let server = stage.puppet();
+            let sock = server.serve();
+            server.serve_from_thread();
+            let outcome = kill(sock.port(), &["--grace", "500ms"], 0);
+            assert_eq!(gist(&outcome).0, "cleaned", "{outcome}");
+            server.wait();
+        }),
+        test("kill::udp_is_freed_when_asked_for_and_tcp_stays", || {
+            let stage = Stage::new();
+            let (tcp, udp) = (stage.puppet(), stage.puppet());
+            let sock = tcp.serve();
+            udp.udp(&sock.address.to_string(), "");
+            let run = portwatch(&["kill", &format!("{}/udp", sock.port()), "--json"]).expect(0);
+            assert_eq!(gist(&run.json()[0]).1, pids(&[&udp]));
+            assert!(tcp.is_alive());
+        }),
+        test("kill::nothing_there_is_free_and_no_failure", || {
+            let stage = Stage::new();
+            let puppet = stage.puppet();
+            // Bound and not listening: nobody else gets the port meanwhile.
+            let sock = puppet.bind("127.0.0.1:0", "");
+            let outcome = kill(sock.port(), &[], 0);
+            assert_eq!(gist(&outcome), ("free", vec![], vec![], false, vec![]), "{outcome}");
+            assert!(puppet.is_alive());
+        }),
+        test("kill::a_dry_run_plans_and_ends_nobody", || {
+            let stage = Stage::new();
+            let server = stage.puppet();
+            let sock = server.serve();
+            let outcome = kill(sock.port(), &["--dry-run"], 0);
+            assert_eq!(gist(&outcome).0, "planned", "{outcome}");
+            assert!(gist(&outcome).1.is_empty(), "{outcome}");
+            let text = portwatch(&["kill", &sock.port().to_string(), "--dry-run"]).expect(0);
+            assert!(text.text().contains(&server.pid.to_string()), "{}", text.text());
+            assert!(server.is_alive());
+        }),
+        test("kill::several_ports_have_an_outcome_each", || {
+            let stage = Stage::new();
+            let (first, second) = (stage.puppet(), stage.puppet());
+            let (one, two) = (first.serve(), second.serve());
+            let targets = [format!("{}/tcp", one.port()), format!("{}/tcp", two.port())];
+            let run = portwatch(&["kill", &targets[0], &targets[1], "--json", "--yes"]).expect(0);
+            let outcomes = run.json();
+            let mut ports: Vec<u64> =
+                outcomes.as_array().expect("an array").iter().map(|o| o["port"].as_u64().unwrap()).collect();
+            ports.sort_unstable();
+            let mut expected = vec![u64::from(one.port()), u64::from(two.port())];
+            expected.sort_unstable();
+            assert_eq!(ports, expected);
+            first.wait();
+            second.wait();
+        }),
+        test("kill::an_ancestor_that_holds_the_port_is_spared", || {
+            let stage = Stage::new();
+            let shell = stage.puppet();
+            // Kept from the child: portwatch itself must not hold the port as well.
+            let sock = shell.tcp("127.0.0.1:0", "cloexec");
+            let program = binary().to_str().expect("a path without surprises").to_owned();
+            let (code, output) = shell.run(&program, &["kill", &format!("{}/tcp", sock.port()), "--json"]);
+            let outcome: Value = serde_json::from_slice(&output).expect("JSON");
+            assert_eq!((code, gist(&outcome[0]).1, gist(&outcome[0]).3), (3, vec![], true), "{outcome}");
+            assert_eq!(outcome[0]["failed"][0]["pid"], shell.pid, "{outcome}");
+            assert!(shell.is_alive());
+        }),
+        test("kill::portwatch_never_ends_itself", || {
+            let stage = Stage::new();
+            let shell = stage.puppet();
+            // Inherited: portwatch holds the port, as does its parent.
+            let sock = shell.serve();
+            let program = binary().to_str().expect("a path without surprises").to_owned();
+            let (code, output) = shell.run(&program, &["kill", &format!("{}/tcp", sock.port()), "--json"]);
+            let outcome: Value = serde_json::from_slice(&output).expect("JSON");
+            assert!(code > 0, "{code} {outcome}");
+            assert!(gist(&outcome[0]).1.is_empty(), "{outcome}");
+            assert!(shell.is_alive());
+        }),
+        test("kill::the_one_who_takes_the_port_again_is_named", || {
+            let stage = Stage::new();
+            let supervisor = stage.puppet();
+            let server = supervisor.fork();
+            let sock = server.tcp("127.0.0.1:0", "reuseport");
+            // Bound beforehand, so that the supervisor has the port the moment it listens.
+            let spare = supervisor.bind(&sock.address.to_string(), "reuseport");
+            let target = format!("{}/tcp", sock.port());
+            let (run, _) = crate::gate::run(
+                crate::subject::command(&["kill", &target, "--json"]),
+                crate::gate::Moment::After(nix::libc::SYS_pidfd_send_signal),
+                |_| true,
+                || {
+                    server.wait();
+                    supervisor.listen(spare.fd);
+                },
+            );
+            let outcome = run.expect(1).json()[0].clone();
+            let (status, killed, _, still, remaining) = gist(&outcome);
+            assert_eq!((status, still), ("respawned", true), "{outcome}");
+            assert_eq!((killed, remaining), (pids(&[&server]), pids(&[&supervisor])), "{outcome}");
+            assert!(supervisor.is_alive());
+        }),
+        test("kill::bad_usage_is_exit_two_and_says_why_in_one_line", || {
+            for arguments in [
+                &["kill"][..],
+                &["kill", "http"],
+                &["kill", "0"],
+                &["kill", "70000"],
+                &["kill", "8000", "--signal", "NONSENSE"],
+                &["kill", "8000", "--grace", "soon"],
+                &["kill", "8000", "--force", "--no-force"],
+            ] {
+                let run = portwatch(arguments).expect(2);
+                assert_eq!(run.text(), "", "{arguments:?}");
+                assert!(!run.errors().trim().is_empty(), "{arguments:?}");
+            }
+        }),
+    ]
 }

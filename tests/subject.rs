@@ -72,7 +72,23 @@ pub fn portwatch(arguments: &[&str]) -> Run {
 
 /// Waits for the end of a run, which is killed where it hangs.
 pub fn finish(mut child: Child) -> Run {
-    let reader = |source: Option<Box<dyn Read + Send>>| {
+    let outputs = outputs(&mut child);
+    let ended = wait_readable(pidfd(&child));
+    if !ended {
+        child.kill().expect("kill");
+    }
+    let status = child.wait().expect("wait");
+    let (stdout, stderr) = outputs.join();
+    let run = Run { code: status.code(), stdout, stderr };
+    assert!(ended, "portwatch hangs: {} {}", run.text(), run.errors());
+    run
+}
+
+/// The outputs of a run that goes on, read as they come.
+pub struct Outputs(thread::JoinHandle<Vec<u8>>, thread::JoinHandle<Vec<u8>>);
+
+pub fn outputs(child: &mut Child) -> Outputs {
+    fn reader(source: Option<impl Read + Send + 'static>) -> thread::JoinHandle<Vec<u8>> {
         thread::spawn(move || {
             let mut bytes = Vec::new();
             if let Some(mut source) = source {
@@ -80,17 +96,15 @@ pub fn finish(mut child: Child) -> Run {
             }
             bytes
         })
-    };
-    let stdout = reader(child.stdout.take().map(|s| Box::new(s) as _));
-    let stderr = reader(child.stderr.take().map(|s| Box::new(s) as _));
-    let ended = wait_readable(pidfd(&child));
-    if !ended {
-        child.kill().expect("kill");
     }
-    let status = child.wait().expect("wait");
-    let run = Run { code: status.code(), stdout: stdout.join().unwrap(), stderr: stderr.join().unwrap() };
-    assert!(ended, "portwatch hangs: {} {}", run.text(), run.errors());
-    run
+    Outputs(reader(child.stdout.take()), reader(child.stderr.take()))
+}
+
+impl Outputs {
+    /// Standard output and standard error, once both have ended.
+    pub fn join(self) -> (Vec<u8>, Vec<u8>) {
+        (self.0.join().expect("a reader"), self.1.join().expect("a reader"))
+    }
 }
 
 pub fn pidfd(child: &Child) -> OwnedFd {

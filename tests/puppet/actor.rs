@@ -1,7 +1,6 @@
 //! The puppet's own side: reads one command a line from its control socket, does it, answers with one line
 //! (`ok …` or `err ERRNO TEXT`). It ends when the control socket does, so no puppet outlives the test run.
 
-use std::env;
 use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::io::{self, BufRead, BufReader, Write};
