@@ -106,8 +106,7 @@ fn constant_map(value: &[u8]) -> anyhow::Result<OwnedFd> {
 
 fn freeze(map: BorrowedFd<'_>) -> io::Result<()> {
     let mut attr = zeroed();
-    // SAFETY: the member of the union that BPF_MAP_FREEZE reads; all of it is zero.
-    unsafe { attr.__bindgen_anon_2.map_fd = map.as_raw_fd() as u32 };
+    attr.__bindgen_anon_2.map_fd = map.as_raw_fd() as u32;
     bpf_unit(bpf_cmd::BPF_MAP_FREEZE, &attr)
 }
 
