@@ -183,19 +183,42 @@ pub struct Snapshot {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
     /// `by` called listen (TCP) or bind (UDP), and it succeeded.
-    Opened { at: BootNs, socket: Socket, by: Arc<Process> },
+    Opened {
+        at: BootNs,
+        socket: Socket,
+        by: Arc<Process>,
+    },
     /// The socket stopped listening: closed, shut down or disconnected. `by` did it, where known.
-    Closed { at: BootNs, id: SocketId, by: Option<Arc<Process>> },
+    Closed {
+        at: BootNs,
+        id: SocketId,
+        by: Option<Arc<Process>>,
+    },
     /// A known holder forked; the child holds what the parent held.
-    Forked { at: BootNs, parent: ProcessId, child: Arc<Process> },
+    Forked {
+        at: BootNs,
+        parent: ProcessId,
+        child: Arc<Process>,
+    },
     /// A known holder replaced its program; descriptors marked close-on-exec are gone.
-    Execed { at: BootNs, process: Arc<Process> },
+    Execed {
+        at: BootNs,
+        process: Arc<Process>,
+    },
     /// The last thread of a known holder exits.
-    Exited { at: BootNs, id: ProcessId },
+    Exited {
+        at: BootNs,
+        id: ProcessId,
+    },
     /// A bind or listen failed because the address is in use.
-    Refused { at: BootNs, attempt: Attempt },
+    Refused {
+        at: BootNs,
+        attempt: Attempt,
+    },
     /// Something happened of which the source cannot tell enough: a snapshot must be read.
-    Unsure { at: BootNs },
+    Unsure {
+        at: BootNs,
+    },
     Snapshot(Snapshot),
 }
 
@@ -214,13 +237,30 @@ pub struct Attempt {
 /// What an event did to the table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
-    Opened { at: BootNs, listener: Listener },
+    Opened {
+        at: BootNs,
+        listener: Listener,
+    },
     /// The listener as it was. `by` closed it, else its last holder.
-    Closed { at: BootNs, listener: Listener, by: Option<Arc<Process>> },
+    Closed {
+        at: BootNs,
+        listener: Listener,
+        by: Option<Arc<Process>>,
+    },
     /// The set of holders changed; the listener as it is now.
-    Holders { at: BootNs, listener: Listener },
+    Holders {
+        at: BootNs,
+        listener: Listener,
+    },
     /// A failed bind, with the listener in its way where one is known.
-    Conflict { at: BootNs, attempt: Attempt, held_by: Option<Listener> },
+    Conflict {
+        at: BootNs,
+        attempt: Attempt,
+        held_by: Option<Listener>,
+    },
     /// `lost` events were lost; the table was read anew.
-    Resync { at: BootNs, lost: u64 },
+    Resync {
+        at: BootNs,
+        lost: u64,
+    },
 }

@@ -57,6 +57,14 @@ pub fn dump() -> anyhow::Result<Dump> {
     Ok(dump)
 }
 
+/// The UDP sockets alone, where netlink serves.
+///
+/// # Errors
+/// When netlink is refused.
+pub(super) fn dump_udp(netns: NetnsId) -> io::Result<Vec<Socket>> {
+    dump_netlink(Protocol::Udp, netns)
+}
+
 /// How often a dump that the kernel calls inconsistent is read again.
 const ATTEMPTS: usize = 4;
 

@@ -9,8 +9,8 @@ pub mod diag;
 mod ebpf;
 pub mod join;
 pub mod netns;
-pub mod procfs;
 pub mod process;
+pub mod procfs;
 
 use std::cell::RefCell;
 use std::collections::HashSet;

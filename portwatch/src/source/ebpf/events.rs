@@ -24,8 +24,7 @@ use tokio::io::unix::AsyncFd;
 
 use super::{Kernel, PodConfig, brief, record};
 use crate::model::{Attempt, Event, Listener, Process, ProcessId, Protocol, SocketId};
-use crate::source::process;
-use crate::source::{Refusal, Tier};
+use crate::source::{Refusal, Tier, diag, netns, process};
 
 const OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("CARGO_MANIFEST_DIR"), "/bpf/events.bpf.o"));
 
@@ -172,10 +171,31 @@ impl Probes {
                 events.push(event);
             }
         }
+        if events.iter().any(is_anonymous) {
+            self.name_anonymous(&mut events);
+        }
         if let Some(logger) = &mut self.logger {
             logger.flush();
         }
         events
+    }
+
+    /// post_bind tells the cookie of a socket, but neither its inode nor its namespace (the task's is a guess): asks
+    /// netlink for both. One dump serves the whole batch. A socket that is closed again, or in a namespace that is not
+    /// ours, keeps the guess.
+    fn name_anonymous(&mut self, events: &mut [Event]) {
+        let Ok(netns) = netns::own() else { return };
+        let Ok(sockets) = diag::dump_udp(netns) else { return };
+        let inodes: HashMap<u64, u64> = sockets.iter().map(|socket| (socket.id.cookie, socket.id.inode)).collect();
+        for event in events.iter_mut().filter(|event| is_anonymous(event)) {
+            if let Event::Opened { socket, .. } = event
+                && let Some(&inode) = inodes.get(&socket.id.cookie)
+            {
+                socket.id.inode = inode;
+                socket.netns = netns;
+                self.udp_known_inodes.insert(inode);
+            }
+        }
     }
 
     /// Compares what the kernel counted with what arrived: records lost since the last time, and whether one is still
@@ -456,6 +476,11 @@ impl Attach<'_> {
             self.gaps.push(Refusal { tier: self.tier, reason: format!("{part}: {error:#}") });
         }
     }
+}
+
+/// Whether the event is of a socket whose inode the kernel program could not tell.
+fn is_anonymous(event: &Event) -> bool {
+    matches!(event, Event::Opened { socket, .. } if socket.id.inode == 0)
 }
 
 fn typed<'a, T>(ebpf: &'a mut Ebpf, name: &str) -> anyhow::Result<&'a mut T>
