@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 use globset::{Glob, GlobMatcher};
 use jiff::{Span, SpanRelativeTo};
+use portwatch::kill::signal::SignalName;
 use portwatch::model::NetnsId;
 use portwatch::source::Probe;
 
@@ -143,7 +144,7 @@ pub(crate) struct KillArgs {
     pub(crate) yes: bool,
     /// Signal to begin with
     #[arg(short, long, default_value = "TERM", value_name = "SIGNAL")]
-    pub(crate) signal: String,
+    pub(crate) signal: SignalName,
     /// Begin with SIGKILL
     #[arg(short = '9', long, conflicts_with_all = ["signal", "no_force"])]
     pub(crate) force: bool,

@@ -15,7 +15,7 @@ use portwatch::select::Selector;
 use portwatch::source::{Scanner, procfs};
 use rustix::process::Signal;
 
-use super::{Users, explain, note, print, selection, selector};
+use super::{Users, columns, explain, note, print, selection, selector};
 use crate::cli::{Globals, KillArgs, Netns};
 use crate::exit_codes::{NO, Usage};
 
@@ -29,7 +29,7 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
         )
         .into());
     }
-    let SignalName(signal) = args.signal.parse().map_err(Usage)?;
+    let SignalName(signal) = args.signal;
     let options = Options {
         signal: if args.force { Signal::KILL } else { signal },
         grace: args.grace,
@@ -51,13 +51,14 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
         }
         return Ok(ExitCode::SUCCESS);
     }
-    if !args.json && !args.quiet {
+    let must_ask = !args.yes && !args.dry_run && is_question(&plan);
+    if must_ask || (!args.json && !args.quiet) {
         preview(&plan)?;
     }
     if args.dry_run {
         return report(args, &kill::planned(plan));
     }
-    if !args.yes && !confirmed(&plan)? {
+    if must_ask && !is_confirmed(&plan)? {
         note("nothing was signalled");
         return Ok(ExitCode::from(NO));
     }
@@ -91,18 +92,19 @@ fn preview(plan: &Plan) -> anyhow::Result<()> {
     let users = Users::default();
     let mut lines = String::new();
     if !plan.victims.is_empty() {
-        lines = text::victims(plan, &|uid| users.name(uid).unwrap_or_else(|| uid.to_string()));
+        let columns = io::stderr().is_terminal().then(|| columns(io::stderr()));
+        lines = text::victims(plan, &|uid| users.name(uid).unwrap_or_else(|| uid.to_string()), columns);
     }
     lines += &text::refusals(plan);
     io::stderr().write_all(lines.as_bytes()).context("cannot write to standard error")
 }
 
-/// Asks where there is somebody to ask and something to think about.
-fn confirmed(plan: &Plan) -> anyhow::Result<bool> {
-    let on_terminal = io::stdin().is_terminal() && io::stderr().is_terminal();
-    if !on_terminal || !plan.wants_confirmation(Uid::effective().as_raw()) {
-        return Ok(true);
-    }
+/// Whether there is somebody to ask and something to think about.
+fn is_question(plan: &Plan) -> bool {
+    io::stdin().is_terminal() && io::stderr().is_terminal() && plan.wants_confirmation(Uid::effective().as_raw())
+}
+
+fn is_confirmed(plan: &Plan) -> anyhow::Result<bool> {
     let count = plan.victims.len();
     let what = if count == 1 { "this process".to_owned() } else { format!("these {count} processes") };
     let mut stderr = io::stderr();

@@ -11,6 +11,7 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::fs;
 use std::io::{self, IsTerminal, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 
 use anstream::{AutoStream, ColorChoice};
@@ -119,7 +120,7 @@ pub(crate) fn view(users: &dyn Fn(u32) -> Option<String>) -> anyhow::Result<View
         clock: clock()?,
         users,
         euid: Uid::effective().as_raw(),
-        width: stdout.is_terminal().then(columns),
+        width: stdout.is_terminal().then(|| columns(&stdout)),
         // Never: no terminal, or NO_COLOR. Everything shown is escaped, so nothing needs to be stripped later.
         colours: AutoStream::choice(&stdout) != ColorChoice::Never,
     })
@@ -135,9 +136,9 @@ fn boot_ns() -> anyhow::Result<BootNs> {
     Ok(BootNs::try_from(std::time::Duration::from(now).as_nanos())?)
 }
 
-/// Columns of the terminal; 80 where it does not know.
-fn columns() -> usize {
-    let window = rustix::termios::tcgetwinsize(io::stdout()).ok().map(|size| usize::from(size.ws_col));
+/// Columns of a terminal; 80 where it does not know.
+pub(crate) fn columns(terminal: impl AsFd) -> usize {
+    let window = rustix::termios::tcgetwinsize(terminal).ok().map(|size| usize::from(size.ws_col));
     let variable = || std::env::var("COLUMNS").ok().and_then(|columns| columns.parse().ok());
     window.filter(|columns| *columns > 0).or_else(variable).filter(|columns| *columns > 0).unwrap_or(80)
 }

@@ -4,10 +4,11 @@ use std::fmt::Write as _;
 
 use super::outcome::{Outcome, Status};
 use super::plan::{Plan, Victim};
-use crate::render::{command_line, escape};
+use crate::render::{command_line, cut, escape, span};
 
-/// The victims as a small table, a line each: `PID NAME USER PORT COMMAND`. `user` names a uid.
-pub fn victims(plan: &Plan, user: &dyn Fn(u32) -> String) -> String {
+/// The victims as a small table, a line each: `PID NAME USER PORT COMMAND`. `user` names a uid. Lines are
+/// cut to `columns`, if given.
+pub fn victims(plan: &Plan, user: &dyn Fn(u32) -> String, columns: Option<usize>) -> String {
     let rows: Vec<[String; 5]> = plan.victims.iter().map(|v| victim(plan, v, user)).collect();
     let head = ["PID", "NAME", "USER", "PORT", "COMMAND"].map(str::to_owned);
     let mut widths = [0; 4];
@@ -20,7 +21,8 @@ pub fn victims(plan: &Plan, user: &dyn Fn(u32) -> String) -> String {
     for [pid, name, user, port, command] in [&head].into_iter().chain(&rows) {
         let [p, n, u, o] = widths;
         let line = format!("{pid:>p$}  {name:<n$}  {user:<u$}  {port:<o$}  {command}");
-        out.push_str(line.trim_end());
+        let line = line.trim_end();
+        out.push_str(&columns.map_or(line.into(), |columns| cut(line, columns)));
         out.push('\n');
     }
     out
@@ -52,7 +54,7 @@ pub fn refusals(plan: &Plan) -> String {
 /// One line on one port, without the line's end.
 pub fn outcome(outcome: &Outcome) -> String {
     let port = format!("{}/{}", outcome.port, outcome.proto);
-    let seconds = format!("{:.1} s", outcome.elapsed.as_secs_f64());
+    let seconds = span(outcome.elapsed);
     let note = outcome.diagnostics.as_ref().map(|d| escape(&d.message).into_owned());
     let with_note = |line: String| match &note {
         Some(note) => format!("{line}; {note}"),
@@ -149,13 +151,13 @@ mod tests {
     #[test]
     fn each_outcome_is_one_line() {
         check(|o| o.status = Status::Free, "8000/tcp is free already");
-        check(|o| o.killed = vec![7], "8000/tcp freed: terminated python3 (7) in 0.1 s");
+        check(|o| o.killed = vec![7], "8000/tcp freed: terminated python3 (7) in 120ms");
         check(
             |o| {
                 o.killed = vec![7, 8];
                 o.forced = vec![8];
             },
-            "8000/tcp freed: terminated python3 (7); killed by force e\\x1b[31mvil\\n (8) in 0.1 s",
+            "8000/tcp freed: terminated python3 (7); killed by force e\\x1b[31mvil\\n (8) in 120ms",
         );
         check(
             |o| {
