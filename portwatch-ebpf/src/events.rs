@@ -1,6 +1,6 @@
 //! The event programs: who begins and ends to listen, which binds fail, which holders fork, exec and exit.
 //!
-//! Three ways to learn of a listen, of which the loader picks one: fexit, kprobe + kretprobe, or the state tracepoint
+//! Three ways to learn of a listen, of which the loader picks one: fexit, kprobe, or the state tracepoint
 //! completed by sock_ops. The end of listening and the process events come from typed tracepoints in all three. All
 //! programs copy facts into one ring; what did not fit is counted.
 #![no_std]
@@ -48,14 +48,14 @@ static COUNTERS: Array<Counters> = Array::with_max_entries(COUNTER_SLOTS, BPF_F_
 #[map]
 static HOLDERS: HashMap<u32, u8> = HashMap::with_max_entries(32 << 10, 0);
 
-/// Records of sockets that enter LISTEN, by cookie, until sock_ops tells the final port. An LRU: an MPTCP parent gets
-/// no sock_ops call, and a listen may fail.
+/// Records of sockets that enter LISTEN, by the task in listen(), until sock_ops tells the final port in the same call.
+/// An LRU: a listen may fail. An MPTCP parent, which gets no sock_ops call, is overwritten by its subflow.
 #[map]
 static PENDING: LruHashMap<u64, Record> = LruHashMap::with_max_entries(4 << 10, 0);
 
-/// Function calls that a kretprobe will complete, by thread and function.
+/// Function calls that a kretprobe will complete, by thread and function. An LRU, for not all are.
 #[map]
-static CALLS: HashMap<Call, Args> = HashMap::with_max_entries(4 << 10, 0);
+static CALLS: LruHashMap<Call, Args> = LruHashMap::with_max_entries(4 << 10, 0);
 
 /// UDP sockets whose end is to be told although the kernel keeps no mark of their bind(): by cookie, or by address
 /// where there is none. With post_bind and sock_release, which see no marks, all UDP sockets.
@@ -76,10 +76,8 @@ struct Args {
     number: u64,
 }
 
-const LISTEN: u64 = 1;
-const TCP_GET_PORT: u64 = 2;
-const UDP_GET_PORT: u64 = 3;
-const BIND: u64 = 4;
+const TCP_GET_PORT: u64 = 1;
+const UDP_GET_PORT: u64 = 2;
 
 // ---- listening, by fexit ----------------------------------------------------------------------------------------
 
@@ -153,28 +151,21 @@ fn udp_unhash_entry(ctx: aya_ebpf::programs::FEntryContext) -> i32 {
     0
 }
 
-// ---- listening, by kprobe + kretprobe -----------------------------------------------------------------------------
+// ---- listening, by kprobe -----------------------------------------------------------------------------------------
+//
+// Not by the return of listen(): a kretprobe has as many instances as the machine has processors where the kernel is not
+// preemptible, and says nothing of the calls it missed. Entries are never missed.
 
+/// `int inet_hash(struct sock *sk)` and `inet6_hash`: the last step of listen(), with the final port. Should it fail, the
+/// socket leaves LISTEN, which is told.
 #[kprobe]
-fn listen_sk_enter(ctx: ProbeContext) -> u32 {
-    enter(LISTEN, ctx.arg(0), 0)
-}
-
-#[kprobe]
-fn listen_enter(ctx: ProbeContext) -> u32 {
-    let socket: Object = ctx.arg(0).unwrap_or(core::ptr::null());
-    enter(LISTEN, Some(read(socket, offset!(socket_sk))), 0)
-}
-
-#[kretprobe]
-fn listen_leave(ctx: RetProbeContext) -> u32 {
-    if let Some((sk, _)) = leave(LISTEN)
-        && ctx.ret::<i32>() == 0
-    {
-        listening(&ctx, sk, cookie_stored(sk));
-    }
+fn hash_enter(ctx: ProbeContext) -> u32 {
+    let sk: Object = ctx.arg(0).unwrap_or(core::ptr::null());
+    listening(&ctx, sk, cookie_stored(sk));
     0
 }
+
+// ---- failed binds, by kprobe + kretprobe ------------------------------------------------------------------------------
 
 #[kprobe]
 fn tcp_get_port_enter(ctx: ProbeContext) -> u32 {
@@ -206,41 +197,11 @@ fn udp_get_port_leave(ctx: RetProbeContext) -> u32 {
     0
 }
 
-/// On `__inet_bind` and `__inet6_bind`.
-#[kprobe]
-fn bind_enter(ctx: ProbeContext) -> u32 {
-    enter(BIND, ctx.arg(0), 0)
-}
-
-#[kretprobe]
-fn bind_leave(ctx: RetProbeContext) -> u32 {
-    if let Some((sk, _)) = leave(BIND)
-        && ctx.ret::<i32>() == 0
-        && protocol(sk) == IPPROTO_UDP
-    {
-        udp_bound(&ctx, sk, cookie_stored(sk));
-    }
-    0
-}
-
-#[kprobe]
-fn udp_unhash(ctx: ProbeContext) -> u32 {
-    let sk: Object = ctx.arg(0).unwrap_or(core::ptr::null());
-    udp_unbound(&ctx, sk);
-    0
-}
-
 #[inline(always)]
 fn enter(function: u64, sk: Option<u64>, number: u16) -> u32 {
     let call = Call { thread: bpf_get_current_pid_tgid(), function };
-    let args = Args { sk: sk.unwrap_or(0), number: u64::from(number) };
-    if CALLS.insert(call, args, u64::from(BPF_ANY)).is_ok() {
-        count(|c| &raw mut c.entered);
-    } else {
-        // Its return will find nothing: a call of which nothing is known.
-        count(|c| &raw mut c.produced);
-        count(|c| &raw mut c.dropped);
-    }
+    // Should the map be full, one failed bind goes unseen.
+    let _ = CALLS.insert(call, Args { sk: sk.unwrap_or(0), number: u64::from(number) }, u64::from(BPF_ANY));
     0
 }
 
@@ -249,7 +210,6 @@ fn leave(function: u64) -> Option<(Object, u16)> {
     let call = Call { thread: bpf_get_current_pid_tgid(), function };
     // SAFETY: the entry belongs to this thread, which is in this program.
     let args = unsafe { CALLS.get(call) }.copied()?;
-    count(|c| &raw mut c.left);
     let _ = CALLS.remove(call);
     Some((args.sk as Object, args.number as u16))
 }
@@ -270,7 +230,7 @@ fn state_changed(ctx: BtfTracePointContext) -> i32 {
         let cookie = cookie_typed(sk);
         if config!(port_by_sock_ops) {
             let record = socket_record(kind::OPENED, sk, cookie);
-            if PENDING.insert(cookie, record, u64::from(BPF_ANY)).is_err() {
+            if PENDING.insert(current() as u64, record, u64::from(BPF_ANY)).is_err() {
                 count(|c| &raw mut c.produced);
                 count(|c| &raw mut c.dropped);
             }
@@ -286,19 +246,18 @@ fn state_changed(ctx: BtfTracePointContext) -> i32 {
 #[sock_ops]
 fn listen_succeeded(ctx: SockOpsContext) -> u32 {
     if ctx.op() == BPF_SOCK_OPS_TCP_LISTEN_CB {
-        // SAFETY: the helper takes the context of a sock_ops program.
-        let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+        let task = current() as u64;
         // SAFETY: the entry was made by this task and is used by nobody else.
-        match unsafe { PENDING.get(cookie) }.copied() {
+        match unsafe { PENDING.get(task) }.copied() {
             Some(mut record) => {
-                let _ = PENDING.remove(cookie);
+                let _ = PENDING.remove(task);
                 hold(&ctx, record.tgid);
                 record.port = ctx.local_port() as u16;
                 record.at = now();
                 emit(&ctx, record);
             }
             None => {
-                debug!(&ctx, "listen callback without a state change, cookie {}", cookie);
+                debug!(&ctx, "listen callback without a change of state");
                 emit(&ctx, task_record(kind::UNSURE));
             }
         }

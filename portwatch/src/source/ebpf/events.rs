@@ -23,7 +23,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use super::{Kernel, PodConfig, brief, record};
-use crate::model::{Attempt, Event, Listener, Process, ProcessId, Protocol, SocketId};
+use crate::model::{Attempt, BootNs, Event, Listener, Process, ProcessId, Protocol, SocketId};
 use crate::source::{Refusal, Tier, diag, netns, process};
 
 const OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("CARGO_MANIFEST_DIR"), "/bpf/events.bpf.o"));
@@ -39,9 +39,6 @@ const MAX_PROCESSES: usize = 16 << 10;
 
 /// How long a record may stay between being counted and being readable before the counts are compared again.
 const IN_FLIGHT: Duration = Duration::from_millis(5);
-
-/// How many such looks a probed call may take to return before it counts as lost.
-const MAX_PATIENCE: u32 = 20;
 
 /// The attached probes of one tier and what they have told.
 pub(crate) struct Probes {
@@ -60,12 +57,6 @@ pub(crate) struct Probes {
     processes: HashMap<ProcessId, Arc<Process>>,
     received: u64,
     lost: u64,
-    /// Of `lost`, what the kernel counted itself.
-    dropped: u64,
-    /// Probed calls whose return was given up.
-    abandoned: u64,
-    /// How often in a row a call was found in progress.
-    patience: u32,
     logger: Option<EbpfLogger<&'static dyn log::Log>>,
     /// Holds the programs and their links.
     _ebpf: Ebpf,
@@ -89,7 +80,7 @@ impl Probes {
         let mut attach = Attach { ebpf: &mut ebpf, kernel, gaps: Vec::new(), tier };
         match tier {
             Tier::Fexit => attach.fexit()?,
-            Tier::Kprobe => attach.kprobe()?,
+            Tier::Kprobe => attach.kprobe(cgroup.as_ref())?,
             Tier::Tracepoint => attach.tracepoint(cgroup.as_ref())?,
             Tier::Poll => unreachable!("polling needs no programs"),
         }
@@ -116,9 +107,6 @@ impl Probes {
             processes: HashMap::new(),
             received: 0,
             lost: 0,
-            dropped: 0,
-            abandoned: 0,
-            patience: 0,
             logger,
             _ebpf: ebpf,
         })
@@ -151,11 +139,26 @@ impl Probes {
             }
             if in_flight {
                 // Somebody is between counting a record and submitting it, or its drop: look again soon.
-                let _ = tokio::time::timeout(IN_FLIGHT, self.ring.readable_mut()).await;
+                if let Ok(guard) = tokio::time::timeout(IN_FLIGHT, self.ring.readable_mut()).await {
+                    guard.context("cannot poll the event ring")?.clear_ready();
+                }
                 continue;
             }
             let mut guard = self.ring.readable_mut().await.context("cannot poll the event ring")?;
             guard.clear_ready();
+        }
+    }
+
+    /// What is in the ring now, up to the first batch that reaches past `at`.
+    pub(crate) fn pending(&mut self, at: BootNs) -> Vec<Event> {
+        let mut events = Vec::new();
+        loop {
+            let batch = self.drain();
+            let is_last = batch.last().is_none_or(|event| event.at() > at);
+            events.extend(batch);
+            if is_last {
+                return events;
+            }
         }
     }
 
@@ -202,26 +205,9 @@ impl Probes {
     /// on its way.
     fn account(&mut self) -> (u64, bool) {
         let counters = self.counters.sum();
-        let mut lost = counters.dropped.saturating_sub(self.dropped);
-        self.dropped = counters.dropped;
-        let mut in_flight = counters.produced > self.received + counters.dropped;
-        // A probed call that has not returned is in progress, or its kretprobe was skipped for want of an instance
-        // and never fires: what stays for a while is a loss.
-        let open_calls = counters.entered.saturating_sub(counters.left);
-        if open_calls > self.abandoned {
-            self.patience += 1;
-            if self.patience > MAX_PATIENCE {
-                lost += open_calls - self.abandoned;
-                self.abandoned = open_calls;
-            } else {
-                in_flight = true;
-            }
-        } else {
-            self.abandoned = open_calls;
-            self.patience = 0;
-        }
-        self.lost += lost;
-        (lost, in_flight)
+        let lost = counters.dropped.saturating_sub(self.lost);
+        self.lost = counters.dropped;
+        (lost, counters.produced > self.received + counters.dropped)
     }
 
     fn event(&mut self, record: &Record) -> Option<Event> {
@@ -386,32 +372,26 @@ impl Attach<'_> {
         Ok(())
     }
 
-    fn kprobe(&mut self) -> anyhow::Result<()> {
-        let (enter, function) = if self.kernel.has_listen_sk {
-            ("listen_sk_enter", "__inet_listen_sk")
-        } else {
-            ("listen_enter", "inet_listen")
-        };
-        self.probe_pair(enter, "listen_leave", &[function])?;
-        let udp = self
-            .probe("udp_unhash", "udp_lib_unhash")
-            .and_then(|()| self.probe_pair("bind_enter", "bind_leave", &["__inet_bind", "__inet6_bind"]));
-        self.gap("UDP", udp);
+    fn kprobe(&mut self, cgroup: Option<&File>) -> anyhow::Result<()> {
+        self.probe_all("hash_enter", &["inet_hash", "inet6_hash"])?;
+        match cgroup {
+            Some(cgroup) => {
+                let udp = self.udp_by_cgroup(cgroup);
+                self.gap("UDP", udp);
+            }
+            None => self.limit("UDP is seen by snapshots only: no cgroup2 tree is mounted"),
+        }
         let conflicts = self
-            .probe_pair("tcp_get_port_enter", "tcp_get_port_leave", &["inet_csk_get_port"])
-            .and_then(|()| self.probe_pair("udp_get_port_enter", "udp_get_port_leave", &["udp_lib_get_port"]));
+            .probe_pair("tcp_get_port_enter", "tcp_get_port_leave", "inet_csk_get_port")
+            .and_then(|()| self.probe_pair("udp_get_port_enter", "udp_get_port_leave", "udp_lib_get_port"));
         self.gap("failed binds", conflicts);
         Ok(())
     }
 
-    fn probe(&mut self, program: &str, function: &str) -> anyhow::Result<()> {
-        self.probe_all(program, &[function])
-    }
-
-    /// Attaches a kprobe and its kretprobe. The return first: an entry without its return would count as lost.
-    fn probe_pair(&mut self, enter: &str, leave: &str, functions: &[&str]) -> anyhow::Result<()> {
-        self.probe_all(leave, functions)?;
-        self.probe_all(enter, functions)
+    /// Attaches a kprobe and its kretprobe.
+    fn probe_pair(&mut self, enter: &str, leave: &str, function: &str) -> anyhow::Result<()> {
+        self.probe_all(leave, &[function])?;
+        self.probe_all(enter, &[function])
     }
 
     fn probe_all(&mut self, program: &str, functions: &[&str]) -> anyhow::Result<()> {
@@ -425,9 +405,9 @@ impl Attach<'_> {
 
     fn tracepoint(&mut self, cgroup: Option<&File>) -> anyhow::Result<()> {
         let Some(cgroup) = cgroup else {
-            let reason =
-                "no cgroup2 tree is mounted: ports of new listeners are read back, UDP is seen by snapshots only";
-            self.gaps.push(Refusal { tier: self.tier, reason: reason.into() });
+            self.limit(
+                "no cgroup2 tree is mounted: ports of new listeners are read back, UDP is seen by snapshots only",
+            );
             return Ok(());
         };
         let program: &mut SockOps = typed(self.ebpf, "listen_succeeded")?;
@@ -435,20 +415,21 @@ impl Attach<'_> {
             .load()
             .and_then(|()| program.attach(cgroup, CgroupAttachMode::Single))
             .map_err(|error| refused("sock_ops on the cgroup2 root", &error))?;
-        let mut udp = Ok(());
-        for name in ["udp_release", "udp_post_bind4", "udp_post_bind6"] {
-            udp = udp.and_then(|()| {
-                let program: &mut CgroupSock = typed(self.ebpf, name)?;
-                program
-                    .load()
-                    .and_then(|()| program.attach(cgroup, CgroupAttachMode::Single))
-                    .map_err(|error| refused("post_bind and sock_release on the cgroup2 root", &error))?;
-                Ok(())
-            });
-        }
+        let udp = self.udp_by_cgroup(cgroup);
         self.gap("UDP", udp);
-        self.gaps
-            .push(Refusal { tier: self.tier, reason: "failed binds are not seen without fexit or kprobes".into() });
+        self.limit("failed binds are not seen without fexit or kprobes");
+        Ok(())
+    }
+
+    fn udp_by_cgroup(&mut self, cgroup: &File) -> anyhow::Result<()> {
+        // The release first, so that no bind goes without it.
+        for name in ["udp_release", "udp_post_bind4", "udp_post_bind6"] {
+            let program: &mut CgroupSock = typed(self.ebpf, name)?;
+            program
+                .load()
+                .and_then(|()| program.attach(cgroup, CgroupAttachMode::Single))
+                .map_err(|error| refused("post_bind and sock_release on the cgroup2 root", &error))?;
+        }
         Ok(())
     }
 
@@ -468,6 +449,10 @@ impl Attach<'_> {
                 .map_err(|error| refused(&format!("tp_btf/{tracepoint}"), &error))?;
         }
         Ok(())
+    }
+
+    fn limit(&mut self, reason: &str) {
+        self.gaps.push(Refusal { tier: self.tier, reason: reason.to_owned() });
     }
 
     /// Notes a part that the tier can do without.
@@ -543,8 +528,6 @@ impl CounterMap {
             let counters = unsafe { self.slots.add(slot).read_volatile() };
             sum.produced += counters.produced;
             sum.dropped += counters.dropped;
-            sum.entered += counters.entered;
-            sum.left += counters.left;
         }
         sum
     }
