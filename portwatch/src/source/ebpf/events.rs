@@ -7,6 +7,7 @@
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::os::fd::AsFd as _;
+use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::Duration;
@@ -478,7 +479,15 @@ where
 
 fn refused(what: &str, error: &ProgramError) -> anyhow::Error {
     log::debug!("{what}: {error}");
-    anyhow!("cannot load {what}: {}", brief(error))
+    let reason = brief(error);
+    let why = if what.starts_with("kprobe/") && !Path::new("/sys/bus/event_source/devices/kprobe").exists() {
+        " (this kernel is built without kprobes)"
+    } else if what.starts_with('f') && reason.starts_with("EPERM") {
+        " (the kernel refuses trampolines)"
+    } else {
+        ""
+    };
+    anyhow!("cannot load {what}: {reason}{why}")
 }
 
 fn take(ebpf: &mut Ebpf, name: &str) -> anyhow::Result<Map> {
