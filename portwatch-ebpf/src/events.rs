@@ -9,39 +9,30 @@
 #![expect(internal_features, reason = "core offers no atomic addition for BPF otherwise")]
 
 mod kernel;
-
-use core::intrinsics::{AtomicOrdering, atomic_xadd};
+mod record;
+mod ring;
 
 use aya_ebpf::{
     EbpfContext,
-    bindings::{BPF_ANY, BPF_F_MMAPABLE, BPF_NOEXIST, BPF_SOCK_OPS_TCP_LISTEN_CB},
+    bindings::{BPF_ANY, BPF_NOEXIST, BPF_SOCK_OPS_TCP_LISTEN_CB},
     helpers::bpf_get_current_pid_tgid,
-    helpers::generated::{
-        bpf_get_current_task, bpf_get_smp_processor_id, bpf_get_socket_cookie, bpf_ktime_get_boot_ns,
+    helpers::generated::bpf_get_socket_cookie,
+    macros::{btf_tracepoint, cgroup_sock, fentry, fexit, kprobe, kretprobe, map, sock_ops},
+    maps::{HashMap, LruHashMap},
+    programs::{
+        BtfTracePointContext, FEntryContext, FExitContext, ProbeContext, RetProbeContext, SockContext, SockOpsContext,
     },
-    macros::{btf_tracepoint, cgroup_sock, fexit, kprobe, kretprobe, map, sock_ops},
-    maps::{Array, HashMap, LruHashMap, RingBuf},
-    programs::{BtfTracePointContext, FExitContext, ProbeContext, RetProbeContext, SockContext, SockOpsContext},
 };
 use aya_log_ebpf::{debug, warn};
-use kernel::{
-    Object, address, config, cookie_stored, cookie_typed, flags, follow, follow_typed, netns, offset, protocol, read,
-};
+use kernel::{Object, config, cookie_stored, cookie_typed, flags, follow, follow_typed, offset, protocol, read};
 use portwatch_ebpf::{
-    AF_INET, AF_INET6, COMM_LEN, COUNTER_SLOTS, Counters, IPPROTO_MPTCP, IPPROTO_TCP, IPPROTO_UDP, Record, TCP_CLOSE,
-    TCP_LISTEN, flag, kind,
+    AF_INET, AF_INET6, IPPROTO_MPTCP, IPPROTO_TCP, IPPROTO_UDP, Record, TCP_CLOSE, TCP_LISTEN, flag, kind,
 };
+use record::{current, current_netns, current_tgid, now, socket_record, task_record};
+use ring::{count_lost, emit};
 
 /// Linux's `EADDRINUSE`, the same number on every architecture.
 const EADDRINUSE: u16 = 98;
-
-/// Records for userspace. The loader may change the size.
-#[map]
-static EVENTS: RingBuf = RingBuf::with_byte_size(8 << 20, 0);
-
-/// One slot a CPU; userspace maps it into memory, so that looking costs no system call.
-#[map]
-static COUNTERS: Array<Counters> = Array::with_max_entries(COUNTER_SLOTS, BPF_F_MMAPABLE);
 
 /// Processes (tgid) whose forks, execs and exits matter. Filled here when a process begins to listen, and by userspace
 /// from snapshots.
@@ -144,8 +135,8 @@ fn udp_get_port_exit(ctx: FExitContext) -> i32 {
 }
 
 /// `void udp_lib_unhash(struct sock *sk)`, before the port is forgotten.
-#[aya_ebpf::macros::fentry]
-fn udp_unhash_entry(ctx: aya_ebpf::programs::FEntryContext) -> i32 {
+#[fentry]
+fn udp_unhash_entry(ctx: FEntryContext) -> i32 {
     let sk: Object = ctx.arg(0);
     udp_unbound(&ctx, sk);
     0
@@ -231,8 +222,7 @@ fn state_changed(ctx: BtfTracePointContext) -> i32 {
         if config!(port_by_sock_ops) {
             let record = socket_record(kind::OPENED, sk, cookie);
             if PENDING.insert(current() as u64, record, u64::from(BPF_ANY)).is_err() {
-                count(|c| &raw mut c.produced);
-                count(|c| &raw mut c.dropped);
+                count_lost();
             }
         } else {
             // The state is announced before the port is chosen; a snapshot will tell.
@@ -403,8 +393,7 @@ fn udp_bound<C: EbpfContext>(ctx: &C, sk: Object, cookie: u64) {
 #[inline(always)]
 fn remember_udp(key: u64) {
     if UDP_BOUND.insert(key, 1, u64::from(BPF_ANY)).is_err() {
-        count(|c| &raw mut c.produced);
-        count(|c| &raw mut c.dropped);
+        count_lost();
     }
 }
 
@@ -441,127 +430,7 @@ fn is_holder(tgid: u32) -> bool {
 fn hold<C: EbpfContext>(ctx: &C, tgid: u32) {
     if HOLDERS.insert(tgid, 1, u64::from(BPF_NOEXIST)).is_err() && !is_holder(tgid) {
         warn!(ctx, "more than 32768 holders: process {} is followed by snapshots only", tgid);
-        count(|c| &raw mut c.produced);
-        count(|c| &raw mut c.dropped);
-    }
-}
-
-#[inline(always)]
-fn now() -> u64 {
-    // SAFETY: no arguments.
-    unsafe { bpf_ktime_get_boot_ns() }
-}
-
-/// The acting task, nothing of a socket. Read from the task itself: sock_ops and cgroup programs lack the helpers that
-/// tell PID, uid and cgroup on many kernels.
-#[inline(always)]
-fn task_record(kind: u8) -> Record {
-    let task = current();
-    let leader = follow(task, offset!(task_group_leader));
-    // SAFETY: no arguments.
-    let cpu = unsafe { bpf_get_smp_processor_id() };
-    Record {
-        at: now(),
-        seq: 0,
-        cookie: 0,
-        inode: 0,
-        start: read(leader, offset!(task_start_boottime)),
-        cgroup: cgroup(task),
-        child_start: 0,
-        netns: 0,
-        uid: 0,
-        task_uid: read(follow(task, offset!(task_cred)), offset!(cred_euid)),
-        tgid: read(task, offset!(task_tgid)),
-        tid: read(task, offset!(task_pid)),
-        child: 0,
-        backlog: 0,
-        errno: 0,
-        cpu: cpu as u16,
-        port: 0,
-        protocol: 0,
-        family: 0,
-        kind,
-        flags: 0,
-        address: [0; 16],
-        comm: read::<[u8; COMM_LEN]>(leader, offset!(task_comm)),
-    }
-}
-
-#[inline(always)]
-fn current() -> Object {
-    // SAFETY: no arguments.
-    unsafe { bpf_get_current_task() as Object }
-}
-
-#[inline(always)]
-fn current_tgid() -> u32 {
-    read(current(), offset!(task_tgid))
-}
-
-/// The id of the task's cgroup in the version 2 tree: the inode number of its directory.
-#[inline(always)]
-fn cgroup(task: Object) -> u64 {
-    let group = follow(follow(task, offset!(task_cgroups)), offset!(css_set_dfl_cgrp));
-    read(follow(group, offset!(cgroup_kn)), offset!(kernfs_id))
-}
-
-#[inline(always)]
-fn socket_record(kind: u8, sk: Object, cookie: u64) -> Record {
-    let mut record = task_record(kind);
-    record.cookie = cookie;
-    record.inode = inode(sk);
-    record.netns = netns(sk);
-    record.uid = read(sk, offset!(sk_uid));
-    record.backlog = read(sk, offset!(sk_max_ack_backlog));
-    record.protocol = protocol(sk);
-    record.family = read(sk, offset!(skc_family));
-    record.port = read(sk, offset!(skc_num));
-    record.flags = flags(sk, record.protocol);
-    record.address = address(sk, record.family);
-    record
-}
-
-/// Inode number of the socket behind `sk`; 0 once it is orphaned.
-#[inline(always)]
-fn inode(sk: Object) -> u64 {
-    let socket = follow(sk, offset!(sk_socket));
-    if socket.is_null() { 0 } else { read(socket, offset!(socket_inode) + offset!(inode_ino)) }
-}
-
-#[inline(always)]
-fn current_netns() -> u32 {
-    read(follow(follow(current(), offset!(task_nsproxy)), offset!(nsproxy_net_ns)), offset!(net_inum))
-}
-
-#[inline(always)]
-fn slot() -> u32 {
-    // SAFETY: no arguments.
-    unsafe { bpf_get_smp_processor_id() & (COUNTER_SLOTS - 1) }
-}
-
-/// Adds one to a counter of this CPU. Plain stores may be interleaved by preemption, so the addition is atomic; its
-/// result is not asked for, which every kernel with eBPF can do.
-#[inline(always)]
-fn count(field: impl Fn(&mut Counters) -> *mut u64) {
-    if let Some(counters) = COUNTERS.get_ptr_mut(slot()) {
-        // SAFETY: the pointer is a slot of the map, valid while the program runs.
-        unsafe {
-            let counter = field(&mut *counters);
-            atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(counter, 1);
-        }
-    }
-}
-
-/// Hands a record to userspace, or counts it as dropped. It is counted as produced before the ring is asked, so that
-/// userspace, which compares the counts, can never miss a drop.
-#[inline(always)]
-fn emit<C: EbpfContext>(ctx: &C, mut record: Record) {
-    count(|c| &raw mut c.produced);
-    // SAFETY: as in `count`.
-    record.seq = COUNTERS.get_ptr(slot()).map_or(0, |c| unsafe { (*c).produced });
-    if EVENTS.output::<Record>(&record, 0).is_err() {
-        count(|c| &raw mut c.dropped);
-        debug!(ctx, "the ring is full: an event is lost");
+        count_lost();
     }
 }
 

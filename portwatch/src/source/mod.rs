@@ -207,7 +207,7 @@ impl Live {
                 continue;
             }
             let probes = match &kernel {
-                Some(Ok(kernel)) => ebpf::Probes::attach(kernel, tier, ring_bytes),
+                Some(Ok(kernel)) => ebpf::Probes::open(kernel, tier, ring_bytes),
                 Some(Err(error)) => Err(anyhow!("{error:#}")),
                 None => break,
             };

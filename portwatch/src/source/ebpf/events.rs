@@ -1,36 +1,28 @@
-//! The probes: attached in one of three ways, then drained from their ring.
+//! The attached probes: their ring drained into events, and their losses found.
 //!
 //! Losses are found by counting, not by guessing: the programs count every record before they ask the ring for room,
 //! and every one that found none. When the ring is empty and `produced - dropped` is more than was received, a record
 //! is being written this very moment; when `dropped` rose, a snapshot must tell what the lost records would have.
 
 use std::collections::{HashMap, HashSet};
-use std::fs::File;
-use std::os::fd::AsFd as _;
-use std::path::Path;
-use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, anyhow, bail};
+use anyhow::{Context as _, anyhow};
 use aya::Ebpf;
 use aya::maps::{HashMap as BpfHashMap, Map, MapData, RingBuf};
-use aya::programs::{
-    BtfTracePoint, CgroupAttachMode, CgroupSock, FEntry, FExit, KProbe, Program, ProgramError, SockOps,
-};
 use aya_log::EbpfLogger;
-use portwatch_ebpf::{COUNTER_SLOTS, Counters, Record, kind};
+use portwatch_ebpf::{Record, kind};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+use super::attach::{attach, open_cgroup2};
+use super::counters::CounterMap;
 use super::{Kernel, PodConfig, brief, record};
 use crate::model::{Attempt, BootNs, Event, Listener, Process, ProcessId, Protocol, SocketId};
 use crate::source::{Refusal, Tier, diag, netns, process};
 
 const OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("CARGO_MANIFEST_DIR"), "/bpf/events.bpf.o"));
-
-/// Where a cgroup2 tree is mounted: alone, or beside version 1.
-const CGROUP_ROOTS: [&str; 2] = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
 
 /// Records taken from the ring before the caller gets to see them.
 const BATCH: usize = 4096;
@@ -65,8 +57,8 @@ pub(crate) struct Probes {
 
 impl Probes {
     /// Loads and attaches the programs of one tier; from then on nothing is missed.
-    pub(crate) fn attach(kernel: &Kernel, tier: Tier, ring_bytes: Option<u32>) -> anyhow::Result<Probes> {
-        let cgroup = CGROUP_ROOTS.iter().find_map(|root| open_cgroup2(root));
+    pub(crate) fn open(kernel: &Kernel, tier: Tier, ring_bytes: Option<u32>) -> anyhow::Result<Probes> {
+        let cgroup = open_cgroup2();
         let mut config = PodConfig(kernel.config.0);
         config.0.listen_by_state = u32::from(tier == Tier::Tracepoint);
         config.0.port_by_sock_ops = u32::from(cgroup.is_some());
@@ -78,15 +70,7 @@ impl Probes {
         }
         let mut ebpf =
             loader.load(OBJECT).map_err(|error| anyhow!("cannot load the probes' object: {}", brief(&error)))?;
-        let mut attach = Attach { ebpf: &mut ebpf, kernel, gaps: Vec::new(), tier };
-        match tier {
-            Tier::Fexit => attach.fexit()?,
-            Tier::Kprobe => attach.kprobe(cgroup.as_ref())?,
-            Tier::Tracepoint => attach.tracepoint(cgroup.as_ref())?,
-            Tier::Poll => unreachable!("polling needs no programs"),
-        }
-        attach.common()?;
-        let gaps = attach.gaps;
+        let gaps = attach(&mut ebpf, kernel, tier, cgroup.as_ref())?;
 
         let ring = RingBuf::try_from(take(&mut ebpf, "EVENTS")?)?;
         let counters = CounterMap::new(&take(&mut ebpf, "COUNTERS")?)?;
@@ -327,224 +311,11 @@ impl Probes {
     }
 }
 
-/// Attaching, one program after the other.
-struct Attach<'a> {
-    ebpf: &'a mut Ebpf,
-    kernel: &'a Kernel,
-    gaps: Vec<Refusal>,
-    tier: Tier,
-}
-
-impl Attach<'_> {
-    fn fexit(&mut self) -> anyhow::Result<()> {
-        // MPTCP listeners pass the first alone; kernels before 6.5 have only the second.
-        if self.kernel.has_listen_sk {
-            self.exit_of("listen_sk_exit", "__inet_listen_sk")?;
-        } else {
-            self.exit_of("listen_exit", "inet_listen")?;
-        }
-        let udp = self.exit_of("bind4_exit", "__inet_bind").and_then(|()| {
-            let btf = self.kernel.loader_btf()?;
-            let program: &mut FEntry = typed(self.ebpf, "udp_unhash_entry")?;
-            program
-                .load("udp_lib_unhash", btf)
-                .and_then(|()| program.attach())
-                .map_err(|e| refused("fentry/udp_lib_unhash", &e))?;
-            Ok(())
-        });
-        self.gap("UDP", udp);
-        // A module on some kernels, and then absent from the kernel's own BTF.
-        let udp6 = self.exit_of("bind6_exit", "__inet6_bind");
-        self.gap("UDP over IPv6", udp6);
-        let conflicts = self
-            .exit_of("tcp_get_port_exit", "inet_csk_get_port")
-            .and_then(|()| self.exit_of("udp_get_port_exit", "udp_lib_get_port"));
-        self.gap("failed binds", conflicts);
-        Ok(())
-    }
-
-    fn exit_of(&mut self, program: &str, function: &str) -> anyhow::Result<()> {
-        let btf = self.kernel.loader_btf()?;
-        let program: &mut FExit = typed(self.ebpf, program)?;
-        program
-            .load(function, btf)
-            .and_then(|()| program.attach())
-            .map_err(|error| refused(&format!("fexit/{function}"), &error))?;
-        Ok(())
-    }
-
-    fn kprobe(&mut self, cgroup: Option<&File>) -> anyhow::Result<()> {
-        self.probe_all("hash_enter", &["inet_hash", "inet6_hash"])?;
-        match cgroup {
-            Some(cgroup) => {
-                let udp = self.udp_by_cgroup(cgroup);
-                self.gap("UDP", udp);
-            }
-            None => self.limit("UDP is seen by snapshots only: no cgroup2 tree is mounted"),
-        }
-        let conflicts = self
-            .probe_pair("tcp_get_port_enter", "tcp_get_port_leave", "inet_csk_get_port")
-            .and_then(|()| self.probe_pair("udp_get_port_enter", "udp_get_port_leave", "udp_lib_get_port"));
-        self.gap("failed binds", conflicts);
-        Ok(())
-    }
-
-    /// Attaches a kprobe and its kretprobe.
-    fn probe_pair(&mut self, enter: &str, leave: &str, function: &str) -> anyhow::Result<()> {
-        self.probe_all(leave, &[function])?;
-        self.probe_all(enter, &[function])
-    }
-
-    fn probe_all(&mut self, program: &str, functions: &[&str]) -> anyhow::Result<()> {
-        let program: &mut KProbe = typed(self.ebpf, program)?;
-        program.load().map_err(|error| refused(&format!("kprobe/{}", functions.join(",")), &error))?;
-        for function in functions {
-            program.attach(function, 0).map_err(|error| refused(&format!("kprobe/{function}"), &error))?;
-        }
-        Ok(())
-    }
-
-    fn tracepoint(&mut self, cgroup: Option<&File>) -> anyhow::Result<()> {
-        let Some(cgroup) = cgroup else {
-            self.limit(
-                "no cgroup2 tree is mounted: ports of new listeners are read back, UDP is seen by snapshots only",
-            );
-            return Ok(());
-        };
-        let program: &mut SockOps = typed(self.ebpf, "listen_succeeded")?;
-        program
-            .load()
-            .and_then(|()| program.attach(cgroup, CgroupAttachMode::Single))
-            .map_err(|error| refused("sock_ops on the cgroup2 root", &error))?;
-        let udp = self.udp_by_cgroup(cgroup);
-        self.gap("UDP", udp);
-        self.limit("failed binds are not seen without fexit or kprobes");
-        Ok(())
-    }
-
-    fn udp_by_cgroup(&mut self, cgroup: &File) -> anyhow::Result<()> {
-        // The release first, so that no bind goes without it.
-        for name in ["udp_release", "udp_post_bind4", "udp_post_bind6"] {
-            let program: &mut CgroupSock = typed(self.ebpf, name)?;
-            program
-                .load()
-                .and_then(|()| program.attach(cgroup, CgroupAttachMode::Single))
-                .map_err(|error| refused("post_bind and sock_release on the cgroup2 root", &error))?;
-        }
-        Ok(())
-    }
-
-    /// What all tiers share: the end of listening, and processes.
-    fn common(&mut self) -> anyhow::Result<()> {
-        for (program, tracepoint) in [
-            ("state_changed", "inet_sock_set_state"),
-            ("forked", "sched_process_fork"),
-            ("execed", "sched_process_exec"),
-            ("exited", "sched_process_exit"),
-        ] {
-            let btf = self.kernel.loader_btf()?;
-            let program: &mut BtfTracePoint = typed(self.ebpf, program)?;
-            program
-                .load(tracepoint, btf)
-                .and_then(|()| program.attach())
-                .map_err(|error| refused(&format!("tp_btf/{tracepoint}"), &error))?;
-        }
-        Ok(())
-    }
-
-    fn limit(&mut self, reason: &str) {
-        self.gaps.push(Refusal { tier: self.tier, reason: reason.to_owned() });
-    }
-
-    /// Notes a part that the tier can do without.
-    fn gap(&mut self, part: &str, result: anyhow::Result<()>) {
-        if let Err(error) = result {
-            self.gaps.push(Refusal { tier: self.tier, reason: format!("{part}: {error:#}") });
-        }
-    }
-}
-
 /// Whether the event is of a socket whose inode the kernel program could not tell.
 fn is_anonymous(event: &Event) -> bool {
     matches!(event, Event::Opened { socket, .. } if socket.id.inode == 0)
 }
 
-fn typed<'a, T>(ebpf: &'a mut Ebpf, name: &str) -> anyhow::Result<&'a mut T>
-where
-    &'a mut T: TryFrom<&'a mut Program, Error = ProgramError>,
-{
-    let program = ebpf.program_mut(name).with_context(|| format!("the probes' object lacks {name}"))?;
-    Ok(program.try_into()?)
-}
-
-fn refused(what: &str, error: &ProgramError) -> anyhow::Error {
-    log::debug!("{what}: {error}");
-    let reason = brief(error);
-    let why = if what.starts_with("kprobe/") && !Path::new("/sys/bus/event_source/devices/kprobe").exists() {
-        " (this kernel is built without kprobes)"
-    } else if what.starts_with('f') && reason.starts_with("EPERM") {
-        " (the kernel refuses trampolines)"
-    } else {
-        ""
-    };
-    anyhow!("cannot load {what}: {reason}{why}")
-}
-
 fn take(ebpf: &mut Ebpf, name: &str) -> anyhow::Result<Map> {
     ebpf.take_map(name).with_context(|| format!("the probes' object lacks the map {name}"))
-}
-
-/// The directory, if it is the root of a cgroup2 tree.
-fn open_cgroup2(root: &str) -> Option<File> {
-    let file = File::open(root).ok()?;
-    let kind = rustix::fs::fstatfs(&file).ok()?.f_type;
-    // CGROUP2_SUPER_MAGIC (include/uapi/linux/magic.h).
-    (kind == 0x6367_7270).then_some(file)
-}
-
-/// The kernel's counters, mapped into memory: looking at them costs no system call.
-struct CounterMap {
-    slots: NonNull<Counters>,
-}
-
-// SAFETY: the mapping belongs to this value alone and is only read, by volatile loads.
-unsafe impl Send for CounterMap {}
-
-impl CounterMap {
-    const BYTES: usize = COUNTER_SLOTS as usize * size_of::<Counters>();
-
-    fn new(map: &Map) -> anyhow::Result<CounterMap> {
-        let Map::Array(map) = map else { bail!("the probes' counters are no array") };
-        // SAFETY: a fresh mapping at an address that the kernel chooses.
-        let address = unsafe {
-            rustix::mm::mmap(
-                std::ptr::null_mut(),
-                Self::BYTES,
-                rustix::mm::ProtFlags::READ,
-                rustix::mm::MapFlags::SHARED,
-                map.fd().as_fd(),
-                0,
-            )
-        }
-        .context("cannot map the kernel's counters")?;
-        Ok(CounterMap { slots: NonNull::new(address.cast()).context("the kernel's counters were mapped at null")? })
-    }
-
-    fn sum(&self) -> Counters {
-        let mut sum = Counters::default();
-        for slot in 0..COUNTER_SLOTS as usize {
-            // SAFETY: within the mapping, aligned; the kernel may write at the same time, hence volatile.
-            let counters = unsafe { self.slots.add(slot).read_volatile() };
-            sum.produced += counters.produced;
-            sum.dropped += counters.dropped;
-        }
-        sum
-    }
-}
-
-impl Drop for CounterMap {
-    fn drop(&mut self) {
-        // SAFETY: the mapping made in `new`, not used after this.
-        let _ = unsafe { rustix::mm::munmap(self.slots.as_ptr().cast(), Self::BYTES) };
-    }
 }
