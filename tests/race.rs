@@ -14,6 +14,8 @@ fn recycle(moment: Moment, is_pid: bool) {
     let holder = stage.puppet();
     let sock = holder.serve();
     let pid = holder.pid;
+    // What it dies of is up to the test, not to the first signal.
+    holder.ignore_term();
     let target = format!("{}/tcp", sock.port());
     let (run, bystander) = gate::run(
         command(&["kill", &target, "--json", "--yes", "--grace", "500ms"]),

@@ -24,7 +24,7 @@ pub fn binary() -> PathBuf {
 
 /// A command that runs it as a script would: no terminal, no agent.
 pub fn command(arguments: &[&str]) -> Command {
-    plain_command(&binary(), arguments)
+    plain_command(binary(), arguments)
 }
 
 /// As [`command`], of a copy of the binary.
@@ -122,7 +122,8 @@ pub fn row(listener: &Value) -> Row {
         proto: if listener["proto"] == "udp" { "udp" } else { "tcp" },
         address,
         port: number(&listener["port"]) as u16,
-        inode: number(&listener["inode"]),
+        // Some events come before the inode is known; 0 is nobody's.
+        inode: listener["inode"].as_u64().unwrap_or(0),
         netns: number(&listener["netns"]) as u32,
         uid: number(&listener["uid"]) as u32,
         holders: holders

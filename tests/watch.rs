@@ -179,6 +179,23 @@ fn conflicts_are_told(tier: &'static str) {
     assert_eq!(event["listener"]["holders"][0]["pid"], owner.pid, "{event}");
 }
 
+fn v6only_is_true_or_unknown(probe: &'static str) {
+    let mut watch = Watch::start(probe);
+    let stage = Stage::new();
+    let puppet = stage.puppet();
+    // Of every address: the kernel itself sets the mark on a socket that is bound to one IPv6 address.
+    for (flags, v6only) in [("v6only", true), ("dual", false)] {
+        for sock in [puppet.tcp("[::]:0", flags), puppet.udp("[::]:0", flags)] {
+            let event = watch.until_event("open", sock.inode);
+            let told = event["listener"]["v6only"].as_bool();
+            assert!(told.is_none_or(|told| told == v6only), "{flags}: {event}");
+            let run = portwatch(&["--probe", probe, "list", "--json", &sock.port().to_string()]).expect(0);
+            let told = run.json()[0]["v6only"].as_bool();
+            assert!(told.is_none_or(|told| told == v6only), "{flags}: {}", run.text());
+        }
+    }
+}
+
 fn selectors_narrow(probe: &'static str) {
     let stage = Stage::new();
     let puppet = stage.puppet();
@@ -201,6 +218,7 @@ pub fn trials() -> Vec<Test> {
         test_each_tier("watch::events_name_the_process_that_did_it", events_name_who_did_it),
         test_each_probe("watch::a_listen_that_fails_is_no_listener", a_failed_listen),
         test_each_tier("watch::conflicts_name_the_loser_and_the_holder", conflicts_are_told),
+        test_each_probe("watch::whether_ipv4_is_refused_is_told_truly_or_not_at_all", v6only_is_true_or_unknown),
         test_each_probe("watch::selectors_narrow_what_is_told", selectors_narrow),
     ]
     .into_iter()

@@ -110,6 +110,7 @@ impl Stage {
     }
 
     /// A puppet whose command line ends in `arguments`.
+    #[expect(clippy::zombie_processes, reason = "reaped through its pidfd, as are puppets that are no direct child")]
     pub fn puppet_with_arguments<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Puppet {
         let mut command = Command::new("/proc/self/exe");
         command.arg0("puppet").args(arguments).env(CONTROL_VARIABLE, self.path("control")).stdin(Stdio::null());
