@@ -55,6 +55,10 @@ impl Kernel {
     /// Reads what is needed of the running kernel, or says in a sentence why programs can't be loaded.
     pub(super) fn open() -> anyhow::Result<Kernel> {
         check_privileges()?;
+        // Kernels before 5.11 charge maps to this limit, 64 KiB by default; where it may not be raised, newer ones do
+        // not mind.
+        let unlimited = rustix::process::Rlimit { current: None, maximum: None };
+        let _ = rustix::process::setrlimit(rustix::process::Resource::Memlock, unlimited);
         let own = Btf::read_kernel()?;
         let offsets = offsets::offsets(&own)?;
         let config = offsets::config(&own);
