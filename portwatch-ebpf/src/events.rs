@@ -1,6 +1,6 @@
 //! The event programs: who begins and ends to listen, which binds fail, which holders fork, exec and exit.
 //!
-//! Three ways to learn of a listen, of which the loader picks one: fexit, kprobe + kretprobe, or the state tracepoint
+//! Three ways to learn of a listen, of which the loader picks one: fexit, kprobe, or the state tracepoint
 //! completed by sock_ops. The end of listening and the process events come from typed tracepoints in all three. All
 //! programs copy facts into one ring; what did not fit is counted.
 #![no_std]
@@ -9,53 +9,44 @@
 #![expect(internal_features, reason = "core offers no atomic addition for BPF otherwise")]
 
 mod kernel;
-
-use core::intrinsics::{AtomicOrdering, atomic_xadd};
+mod record;
+mod ring;
 
 use aya_ebpf::{
     EbpfContext,
-    bindings::{BPF_ANY, BPF_F_MMAPABLE, BPF_NOEXIST, BPF_SOCK_OPS_TCP_LISTEN_CB},
+    bindings::{BPF_ANY, BPF_NOEXIST, BPF_SOCK_OPS_TCP_LISTEN_CB},
     helpers::bpf_get_current_pid_tgid,
-    helpers::generated::{
-        bpf_get_current_task, bpf_get_smp_processor_id, bpf_get_socket_cookie, bpf_ktime_get_boot_ns,
+    helpers::generated::bpf_get_socket_cookie,
+    macros::{btf_tracepoint, cgroup_sock, fentry, fexit, kprobe, kretprobe, map, sock_ops},
+    maps::{HashMap, LruHashMap},
+    programs::{
+        BtfTracePointContext, FEntryContext, FExitContext, ProbeContext, RetProbeContext, SockContext, SockOpsContext,
     },
-    macros::{btf_tracepoint, cgroup_sock, fexit, kprobe, kretprobe, map, sock_ops},
-    maps::{Array, HashMap, LruHashMap, RingBuf},
-    programs::{BtfTracePointContext, FExitContext, ProbeContext, RetProbeContext, SockContext, SockOpsContext},
 };
 use aya_log_ebpf::{debug, warn};
-use kernel::{
-    Object, address, config, cookie_stored, cookie_typed, flags, follow, follow_typed, netns, offset, protocol, read,
-};
+use kernel::{Object, config, cookie_stored, cookie_typed, flags, follow, follow_typed, offset, protocol, read};
 use portwatch_ebpf::{
-    AF_INET, AF_INET6, COMM_LEN, COUNTER_SLOTS, Counters, IPPROTO_MPTCP, IPPROTO_TCP, IPPROTO_UDP, Record, TCP_CLOSE,
-    TCP_LISTEN, flag, kind,
+    AF_INET, AF_INET6, IPPROTO_MPTCP, IPPROTO_TCP, IPPROTO_UDP, Record, TCP_CLOSE, TCP_LISTEN, flag, kind,
 };
+use record::{current, current_netns, current_tgid, now, socket_record, task_record};
+use ring::{count_lost, emit};
 
 /// Linux's `EADDRINUSE`, the same number on every architecture.
 const EADDRINUSE: u16 = 98;
-
-/// Records for userspace. The loader may change the size.
-#[map]
-static EVENTS: RingBuf = RingBuf::with_byte_size(8 << 20, 0);
-
-/// One slot a CPU; userspace maps it into memory, so that looking costs no system call.
-#[map]
-static COUNTERS: Array<Counters> = Array::with_max_entries(COUNTER_SLOTS, BPF_F_MMAPABLE);
 
 /// Processes (tgid) whose forks, execs and exits matter. Filled here when a process begins to listen, and by userspace
 /// from snapshots.
 #[map]
 static HOLDERS: HashMap<u32, u8> = HashMap::with_max_entries(32 << 10, 0);
 
-/// Records of sockets that enter LISTEN, by cookie, until sock_ops tells the final port. An LRU: an MPTCP parent gets
-/// no sock_ops call, and a listen may fail.
+/// Records of sockets that enter LISTEN, by the task in listen(), until sock_ops tells the final port in the same call.
+/// An LRU: a listen may fail. An MPTCP parent, which gets no sock_ops call, is overwritten by its subflow.
 #[map]
 static PENDING: LruHashMap<u64, Record> = LruHashMap::with_max_entries(4 << 10, 0);
 
-/// Function calls that a kretprobe will complete, by thread and function.
+/// Function calls that a kretprobe will complete, by thread and function. An LRU, for not all are.
 #[map]
-static CALLS: HashMap<Call, Args> = HashMap::with_max_entries(4 << 10, 0);
+static CALLS: LruHashMap<Call, Args> = LruHashMap::with_max_entries(4 << 10, 0);
 
 /// UDP sockets whose end is to be told although the kernel keeps no mark of their bind(): by cookie, or by address
 /// where there is none. With post_bind and sock_release, which see no marks, all UDP sockets.
@@ -76,10 +67,8 @@ struct Args {
     number: u64,
 }
 
-const LISTEN: u64 = 1;
-const TCP_GET_PORT: u64 = 2;
-const UDP_GET_PORT: u64 = 3;
-const BIND: u64 = 4;
+const TCP_GET_PORT: u64 = 1;
+const UDP_GET_PORT: u64 = 2;
 
 // ---- listening, by fexit ----------------------------------------------------------------------------------------
 
@@ -146,35 +135,28 @@ fn udp_get_port_exit(ctx: FExitContext) -> i32 {
 }
 
 /// `void udp_lib_unhash(struct sock *sk)`, before the port is forgotten.
-#[aya_ebpf::macros::fentry]
-fn udp_unhash_entry(ctx: aya_ebpf::programs::FEntryContext) -> i32 {
+#[fentry]
+fn udp_unhash_entry(ctx: FEntryContext) -> i32 {
     let sk: Object = ctx.arg(0);
     udp_unbound(&ctx, sk);
     0
 }
 
-// ---- listening, by kprobe + kretprobe -----------------------------------------------------------------------------
+// ---- listening, by kprobe -----------------------------------------------------------------------------------------
+//
+// Not by the return of listen(): a kretprobe has as many instances as the machine has processors where the kernel is not
+// preemptible, and says nothing of the calls it missed. Entries are never missed.
 
+/// `int inet_hash(struct sock *sk)` and `inet6_hash`: the last step of listen(), with the final port. Should it fail, the
+/// socket leaves LISTEN, which is told.
 #[kprobe]
-fn listen_sk_enter(ctx: ProbeContext) -> u32 {
-    enter(LISTEN, ctx.arg(0), 0)
-}
-
-#[kprobe]
-fn listen_enter(ctx: ProbeContext) -> u32 {
-    let socket: Object = ctx.arg(0).unwrap_or(core::ptr::null());
-    enter(LISTEN, Some(read(socket, offset!(socket_sk))), 0)
-}
-
-#[kretprobe]
-fn listen_leave(ctx: RetProbeContext) -> u32 {
-    if let Some((sk, _)) = leave(LISTEN)
-        && ctx.ret::<i32>() == 0
-    {
-        listening(&ctx, sk, cookie_stored(sk));
-    }
+fn hash_enter(ctx: ProbeContext) -> u32 {
+    let sk: Object = ctx.arg(0).unwrap_or(core::ptr::null());
+    listening(&ctx, sk, cookie_stored(sk));
     0
 }
+
+// ---- failed binds, by kprobe + kretprobe ------------------------------------------------------------------------------
 
 #[kprobe]
 fn tcp_get_port_enter(ctx: ProbeContext) -> u32 {
@@ -206,41 +188,11 @@ fn udp_get_port_leave(ctx: RetProbeContext) -> u32 {
     0
 }
 
-/// On `__inet_bind` and `__inet6_bind`.
-#[kprobe]
-fn bind_enter(ctx: ProbeContext) -> u32 {
-    enter(BIND, ctx.arg(0), 0)
-}
-
-#[kretprobe]
-fn bind_leave(ctx: RetProbeContext) -> u32 {
-    if let Some((sk, _)) = leave(BIND)
-        && ctx.ret::<i32>() == 0
-        && protocol(sk) == IPPROTO_UDP
-    {
-        udp_bound(&ctx, sk, cookie_stored(sk));
-    }
-    0
-}
-
-#[kprobe]
-fn udp_unhash(ctx: ProbeContext) -> u32 {
-    let sk: Object = ctx.arg(0).unwrap_or(core::ptr::null());
-    udp_unbound(&ctx, sk);
-    0
-}
-
 #[inline(always)]
 fn enter(function: u64, sk: Option<u64>, number: u16) -> u32 {
     let call = Call { thread: bpf_get_current_pid_tgid(), function };
-    let args = Args { sk: sk.unwrap_or(0), number: u64::from(number) };
-    if CALLS.insert(call, args, u64::from(BPF_ANY)).is_ok() {
-        count(|c| &raw mut c.entered);
-    } else {
-        // Its return will find nothing: a call of which nothing is known.
-        count(|c| &raw mut c.produced);
-        count(|c| &raw mut c.dropped);
-    }
+    // Should the map be full, one failed bind goes unseen.
+    let _ = CALLS.insert(call, Args { sk: sk.unwrap_or(0), number: u64::from(number) }, u64::from(BPF_ANY));
     0
 }
 
@@ -249,7 +201,6 @@ fn leave(function: u64) -> Option<(Object, u16)> {
     let call = Call { thread: bpf_get_current_pid_tgid(), function };
     // SAFETY: the entry belongs to this thread, which is in this program.
     let args = unsafe { CALLS.get(call) }.copied()?;
-    count(|c| &raw mut c.left);
     let _ = CALLS.remove(call);
     Some((args.sk as Object, args.number as u16))
 }
@@ -270,9 +221,8 @@ fn state_changed(ctx: BtfTracePointContext) -> i32 {
         let cookie = cookie_typed(sk);
         if config!(port_by_sock_ops) {
             let record = socket_record(kind::OPENED, sk, cookie);
-            if PENDING.insert(cookie, record, u64::from(BPF_ANY)).is_err() {
-                count(|c| &raw mut c.produced);
-                count(|c| &raw mut c.dropped);
+            if PENDING.insert(current() as u64, record, u64::from(BPF_ANY)).is_err() {
+                count_lost();
             }
         } else {
             // The state is announced before the port is chosen; a snapshot will tell.
@@ -286,19 +236,18 @@ fn state_changed(ctx: BtfTracePointContext) -> i32 {
 #[sock_ops]
 fn listen_succeeded(ctx: SockOpsContext) -> u32 {
     if ctx.op() == BPF_SOCK_OPS_TCP_LISTEN_CB {
-        // SAFETY: the helper takes the context of a sock_ops program.
-        let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+        let task = current() as u64;
         // SAFETY: the entry was made by this task and is used by nobody else.
-        match unsafe { PENDING.get(cookie) }.copied() {
+        match unsafe { PENDING.get(task) }.copied() {
             Some(mut record) => {
-                let _ = PENDING.remove(cookie);
+                let _ = PENDING.remove(task);
                 hold(&ctx, record.tgid);
                 record.port = ctx.local_port() as u16;
                 record.at = now();
                 emit(&ctx, record);
             }
             None => {
-                debug!(&ctx, "listen callback without a state change, cookie {}", cookie);
+                debug!(&ctx, "listen callback without a change of state");
                 emit(&ctx, task_record(kind::UNSURE));
             }
         }
@@ -444,8 +393,7 @@ fn udp_bound<C: EbpfContext>(ctx: &C, sk: Object, cookie: u64) {
 #[inline(always)]
 fn remember_udp(key: u64) {
     if UDP_BOUND.insert(key, 1, u64::from(BPF_ANY)).is_err() {
-        count(|c| &raw mut c.produced);
-        count(|c| &raw mut c.dropped);
+        count_lost();
     }
 }
 
@@ -482,127 +430,7 @@ fn is_holder(tgid: u32) -> bool {
 fn hold<C: EbpfContext>(ctx: &C, tgid: u32) {
     if HOLDERS.insert(tgid, 1, u64::from(BPF_NOEXIST)).is_err() && !is_holder(tgid) {
         warn!(ctx, "more than 32768 holders: process {} is followed by snapshots only", tgid);
-        count(|c| &raw mut c.produced);
-        count(|c| &raw mut c.dropped);
-    }
-}
-
-#[inline(always)]
-fn now() -> u64 {
-    // SAFETY: no arguments.
-    unsafe { bpf_ktime_get_boot_ns() }
-}
-
-/// The acting task, nothing of a socket. Read from the task itself: sock_ops and cgroup programs lack the helpers that
-/// tell PID, uid and cgroup on many kernels.
-#[inline(always)]
-fn task_record(kind: u8) -> Record {
-    let task = current();
-    let leader = follow(task, offset!(task_group_leader));
-    // SAFETY: no arguments.
-    let cpu = unsafe { bpf_get_smp_processor_id() };
-    Record {
-        at: now(),
-        seq: 0,
-        cookie: 0,
-        inode: 0,
-        start: read(leader, offset!(task_start_boottime)),
-        cgroup: cgroup(task),
-        child_start: 0,
-        netns: 0,
-        uid: 0,
-        task_uid: read(follow(task, offset!(task_cred)), offset!(cred_euid)),
-        tgid: read(task, offset!(task_tgid)),
-        tid: read(task, offset!(task_pid)),
-        child: 0,
-        backlog: 0,
-        errno: 0,
-        cpu: cpu as u16,
-        port: 0,
-        protocol: 0,
-        family: 0,
-        kind,
-        flags: 0,
-        address: [0; 16],
-        comm: read::<[u8; COMM_LEN]>(leader, offset!(task_comm)),
-    }
-}
-
-#[inline(always)]
-fn current() -> Object {
-    // SAFETY: no arguments.
-    unsafe { bpf_get_current_task() as Object }
-}
-
-#[inline(always)]
-fn current_tgid() -> u32 {
-    read(current(), offset!(task_tgid))
-}
-
-/// The id of the task's cgroup in the version 2 tree: the inode number of its directory.
-#[inline(always)]
-fn cgroup(task: Object) -> u64 {
-    let group = follow(follow(task, offset!(task_cgroups)), offset!(css_set_dfl_cgrp));
-    read(follow(group, offset!(cgroup_kn)), offset!(kernfs_id))
-}
-
-#[inline(always)]
-fn socket_record(kind: u8, sk: Object, cookie: u64) -> Record {
-    let mut record = task_record(kind);
-    record.cookie = cookie;
-    record.inode = inode(sk);
-    record.netns = netns(sk);
-    record.uid = read(sk, offset!(sk_uid));
-    record.backlog = read(sk, offset!(sk_max_ack_backlog));
-    record.protocol = protocol(sk);
-    record.family = read(sk, offset!(skc_family));
-    record.port = read(sk, offset!(skc_num));
-    record.flags = flags(sk, record.protocol);
-    record.address = address(sk, record.family);
-    record
-}
-
-/// Inode number of the socket behind `sk`; 0 once it is orphaned.
-#[inline(always)]
-fn inode(sk: Object) -> u64 {
-    let socket = follow(sk, offset!(sk_socket));
-    if socket.is_null() { 0 } else { read(socket, offset!(socket_inode) + offset!(inode_ino)) }
-}
-
-#[inline(always)]
-fn current_netns() -> u32 {
-    read(follow(follow(current(), offset!(task_nsproxy)), offset!(nsproxy_net_ns)), offset!(net_inum))
-}
-
-#[inline(always)]
-fn slot() -> u32 {
-    // SAFETY: no arguments.
-    unsafe { bpf_get_smp_processor_id() & (COUNTER_SLOTS - 1) }
-}
-
-/// Adds one to a counter of this CPU. Plain stores may be interleaved by preemption, so the addition is atomic; its
-/// result is not asked for, which every kernel with eBPF can do.
-#[inline(always)]
-fn count(field: impl Fn(&mut Counters) -> *mut u64) {
-    if let Some(counters) = COUNTERS.get_ptr_mut(slot()) {
-        // SAFETY: the pointer is a slot of the map, valid while the program runs.
-        unsafe {
-            let counter = field(&mut *counters);
-            atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(counter, 1);
-        }
-    }
-}
-
-/// Hands a record to userspace, or counts it as dropped. It is counted as produced before the ring is asked, so that
-/// userspace, which compares the counts, can never miss a drop.
-#[inline(always)]
-fn emit<C: EbpfContext>(ctx: &C, mut record: Record) {
-    count(|c| &raw mut c.produced);
-    // SAFETY: as in `count`.
-    record.seq = COUNTERS.get_ptr(slot()).map_or(0, |c| unsafe { (*c).produced });
-    if EVENTS.output::<Record>(&record, 0).is_err() {
-        count(|c| &raw mut c.dropped);
-        debug!(ctx, "the ring is full: an event is lost");
+        count_lost();
     }
 }
 

@@ -119,10 +119,6 @@ pub struct Counters {
     pub produced: u64,
     /// Records that found the ring full, and holders that found the map full.
     pub dropped: u64,
-    /// Function entries seen by kprobes whose return must follow.
-    pub entered: u64,
-    /// Returns seen by kretprobes.
-    pub left: u64,
 }
 
 /// Some bits of one byte of a kernel struct; `mask` 0 where the kernel has no such field.
@@ -196,6 +192,6 @@ pub struct Config {
 
 const _: () = assert!(size_of::<Record>() == 128);
 const _: () = assert!(size_of::<Held>() == 72);
-const _: () = assert!(size_of::<Counters>() == 32);
+const _: () = assert!(size_of::<Counters>() == 16);
 const _: () = assert!(size_of::<Offsets>() == 34 * 4 + 3 * 8);
 const _: () = assert!(size_of::<Config>() == 16);

@@ -51,11 +51,15 @@ fn log_to_stderr() {
     struct Stderr;
 
     impl log::Log for Stderr {
-        fn enabled(&self, _: &log::Metadata<'_>) -> bool {
-            true
+        /// The loader's own tracing is of interest to its developers alone.
+        fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
+            metadata.level() <= log::Level::Warn || !metadata.target().starts_with("aya")
         }
 
         fn log(&self, record: &log::Record<'_>) {
+            if !self.enabled(record.metadata()) {
+                return;
+            }
             note(&format!("{}: {}", record.level().as_str().to_lowercase(), record.args()));
         }
 

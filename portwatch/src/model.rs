@@ -222,6 +222,22 @@ pub enum Event {
     Snapshot(Snapshot),
 }
 
+impl Event {
+    /// When it was true; for a snapshot, when reading began.
+    pub fn at(&self) -> BootNs {
+        match self {
+            Event::Opened { at, .. }
+            | Event::Closed { at, .. }
+            | Event::Forked { at, .. }
+            | Event::Execed { at, .. }
+            | Event::Exited { at, .. }
+            | Event::Refused { at, .. }
+            | Event::Unsure { at }
+            | Event::Snapshot(Snapshot { at, .. }) => *at,
+        }
+    }
+}
+
 /// A bind or listen that failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Attempt {

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::model::{Change, Event};
+use crate::model::Change;
 use crate::source::{Live, Probe};
 use crate::table::Table;
 
@@ -26,6 +26,8 @@ pub struct Tracker {
     table: Table,
     /// The earliest moment at which a stale table may be refreshed.
     refresh_at: Instant,
+    /// What happened while the first snapshot was read, until it is asked for.
+    begun: Vec<Change>,
 }
 
 /// Idle time after a refresh, as a multiple of what it took.
@@ -38,8 +40,8 @@ impl Tracker {
     /// Attaches probes, then reads what is there already. `ring_bytes` as in [`Live::open`].
     pub fn open(probe: Probe, ring_bytes: Option<u32>) -> anyhow::Result<Tracker> {
         let live = Live::open(probe, ring_bytes)?;
-        let mut tracker = Tracker { live, table: Table::new(), refresh_at: Instant::now() };
-        tracker.refresh(0)?;
+        let mut tracker = Tracker { live, table: Table::new(), refresh_at: Instant::now(), begun: Vec::new() };
+        tracker.begun = tracker.refresh(0)?;
         Ok(tracker)
     }
 
@@ -53,6 +55,9 @@ impl Tracker {
 
     /// Waits for the next changes; at least one. Cancel safe.
     pub async fn next(&mut self) -> anyhow::Result<Vec<Change>> {
+        if !self.begun.is_empty() {
+            return Ok(std::mem::take(&mut self.begun));
+        }
         loop {
             let was_stale = self.table.is_stale();
             let batch = if was_stale {
@@ -90,9 +95,10 @@ impl Tracker {
         let begun = Instant::now();
         let holders: HashSet<u32> =
             self.table.listeners().flat_map(|l| l.holders.iter().map(|h| h.process.id.pid)).collect();
-        let snapshot = self.live.refresh(&holders, lost)?;
-        debug_assert!(matches!(snapshot, Event::Snapshot(_)));
-        let changes = self.table.apply(snapshot);
+        let mut changes = Vec::new();
+        for event in self.live.refresh(&holders, lost)? {
+            changes.extend(self.table.apply(event));
+        }
         self.refresh_at = Instant::now() + (begun.elapsed() * REST).max(MIN_REST);
         Ok(changes)
     }

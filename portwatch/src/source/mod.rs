@@ -207,7 +207,7 @@ impl Live {
                 continue;
             }
             let probes = match &kernel {
-                Some(Ok(kernel)) => ebpf::Probes::attach(kernel, tier, ring_bytes),
+                Some(Ok(kernel)) => ebpf::Probes::open(kernel, tier, ring_bytes),
                 Some(Err(error)) => Err(anyhow!("{error:#}")),
                 None => break,
             };
@@ -280,7 +280,10 @@ impl Live {
 
     /// Reads a snapshot now. `holders` are the processes that hold something as far as is known, by pid: the kernel
     /// goes on to report these, and those that the snapshot adds.
-    pub fn refresh(&mut self, holders: &HashSet<u32>, lost: u64) -> anyhow::Result<Event> {
+    ///
+    /// Events that came until the snapshot was read are returned before it: it shows that a socket is gone, they tell
+    /// who closed it and when. Where they are newer than the beginning of the snapshot, the table believes them.
+    pub fn refresh(&mut self, holders: &HashSet<u32>, lost: u64) -> anyhow::Result<Vec<Event>> {
         let mut snapshot = match &mut self.feed {
             Feed::Ebpf(probes) => {
                 probes.forget_all_but(holders);
@@ -302,7 +305,12 @@ impl Live {
             Feed::Poll(_) => self.scanner.scan(true, &|_| true)?,
         };
         snapshot.lost = lost;
-        Ok(Event::Snapshot(snapshot))
+        let mut events = match &mut self.feed {
+            Feed::Ebpf(probes) => probes.pending(process::boot_ns_now()),
+            Feed::Poll(_) => Vec::new(),
+        };
+        events.push(Event::Snapshot(snapshot));
+        Ok(events)
     }
 }
 

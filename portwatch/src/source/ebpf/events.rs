@@ -1,35 +1,28 @@
-//! The probes: attached in one of three ways, then drained from their ring.
+//! The attached probes: their ring drained into events, and their losses found.
 //!
 //! Losses are found by counting, not by guessing: the programs count every record before they ask the ring for room,
 //! and every one that found none. When the ring is empty and `produced - dropped` is more than was received, a record
 //! is being written this very moment; when `dropped` rose, a snapshot must tell what the lost records would have.
 
 use std::collections::{HashMap, HashSet};
-use std::fs::File;
-use std::os::fd::AsFd as _;
-use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, anyhow, bail};
+use anyhow::{Context as _, anyhow};
 use aya::Ebpf;
 use aya::maps::{HashMap as BpfHashMap, Map, MapData, RingBuf};
-use aya::programs::{
-    BtfTracePoint, CgroupAttachMode, CgroupSock, FEntry, FExit, KProbe, Program, ProgramError, SockOps,
-};
 use aya_log::EbpfLogger;
-use portwatch_ebpf::{COUNTER_SLOTS, Counters, Record, kind};
+use portwatch_ebpf::{Record, kind};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+use super::attach::{attach, open_cgroup2};
+use super::counters::CounterMap;
 use super::{Kernel, PodConfig, brief, record};
-use crate::model::{Attempt, Event, Listener, Process, ProcessId, Protocol, SocketId};
+use crate::model::{Attempt, BootNs, Event, Listener, Process, ProcessId, Protocol, SocketId};
 use crate::source::{Refusal, Tier, diag, netns, process};
 
 const OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("CARGO_MANIFEST_DIR"), "/bpf/events.bpf.o"));
-
-/// Where a cgroup2 tree is mounted: alone, or beside version 1.
-const CGROUP_ROOTS: [&str; 2] = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
 
 /// Records taken from the ring before the caller gets to see them.
 const BATCH: usize = 4096;
@@ -39,9 +32,6 @@ const MAX_PROCESSES: usize = 16 << 10;
 
 /// How long a record may stay between being counted and being readable before the counts are compared again.
 const IN_FLIGHT: Duration = Duration::from_millis(5);
-
-/// How many such looks a probed call may take to return before it counts as lost.
-const MAX_PATIENCE: u32 = 20;
 
 /// The attached probes of one tier and what they have told.
 pub(crate) struct Probes {
@@ -60,12 +50,6 @@ pub(crate) struct Probes {
     processes: HashMap<ProcessId, Arc<Process>>,
     received: u64,
     lost: u64,
-    /// Of `lost`, what the kernel counted itself.
-    dropped: u64,
-    /// Probed calls whose return was given up.
-    abandoned: u64,
-    /// How often in a row a call was found in progress.
-    patience: u32,
     logger: Option<EbpfLogger<&'static dyn log::Log>>,
     /// Holds the programs and their links.
     _ebpf: Ebpf,
@@ -73,8 +57,8 @@ pub(crate) struct Probes {
 
 impl Probes {
     /// Loads and attaches the programs of one tier; from then on nothing is missed.
-    pub(crate) fn attach(kernel: &Kernel, tier: Tier, ring_bytes: Option<u32>) -> anyhow::Result<Probes> {
-        let cgroup = CGROUP_ROOTS.iter().find_map(|root| open_cgroup2(root));
+    pub(crate) fn open(kernel: &Kernel, tier: Tier, ring_bytes: Option<u32>) -> anyhow::Result<Probes> {
+        let cgroup = open_cgroup2();
         let mut config = PodConfig(kernel.config.0);
         config.0.listen_by_state = u32::from(tier == Tier::Tracepoint);
         config.0.port_by_sock_ops = u32::from(cgroup.is_some());
@@ -86,15 +70,7 @@ impl Probes {
         }
         let mut ebpf =
             loader.load(OBJECT).map_err(|error| anyhow!("cannot load the probes' object: {}", brief(&error)))?;
-        let mut attach = Attach { ebpf: &mut ebpf, kernel, gaps: Vec::new(), tier };
-        match tier {
-            Tier::Fexit => attach.fexit()?,
-            Tier::Kprobe => attach.kprobe()?,
-            Tier::Tracepoint => attach.tracepoint(cgroup.as_ref())?,
-            Tier::Poll => unreachable!("polling needs no programs"),
-        }
-        attach.common()?;
-        let gaps = attach.gaps;
+        let gaps = attach(&mut ebpf, kernel, tier, cgroup.as_ref())?;
 
         let ring = RingBuf::try_from(take(&mut ebpf, "EVENTS")?)?;
         let counters = CounterMap::new(&take(&mut ebpf, "COUNTERS")?)?;
@@ -116,9 +92,6 @@ impl Probes {
             processes: HashMap::new(),
             received: 0,
             lost: 0,
-            dropped: 0,
-            abandoned: 0,
-            patience: 0,
             logger,
             _ebpf: ebpf,
         })
@@ -151,11 +124,26 @@ impl Probes {
             }
             if in_flight {
                 // Somebody is between counting a record and submitting it, or its drop: look again soon.
-                let _ = tokio::time::timeout(IN_FLIGHT, self.ring.readable_mut()).await;
+                if let Ok(guard) = tokio::time::timeout(IN_FLIGHT, self.ring.readable_mut()).await {
+                    guard.context("cannot poll the event ring")?.clear_ready();
+                }
                 continue;
             }
             let mut guard = self.ring.readable_mut().await.context("cannot poll the event ring")?;
             guard.clear_ready();
+        }
+    }
+
+    /// What is in the ring now, up to the first batch that reaches past `at`.
+    pub(crate) fn pending(&mut self, at: BootNs) -> Vec<Event> {
+        let mut events = Vec::new();
+        loop {
+            let batch = self.drain();
+            let is_last = batch.last().is_none_or(|event| event.at() > at);
+            events.extend(batch);
+            if is_last {
+                return events;
+            }
         }
     }
 
@@ -202,26 +190,9 @@ impl Probes {
     /// on its way.
     fn account(&mut self) -> (u64, bool) {
         let counters = self.counters.sum();
-        let mut lost = counters.dropped.saturating_sub(self.dropped);
-        self.dropped = counters.dropped;
-        let mut in_flight = counters.produced > self.received + counters.dropped;
-        // A probed call that has not returned is in progress, or its kretprobe was skipped for want of an instance
-        // and never fires: what stays for a while is a loss.
-        let open_calls = counters.entered.saturating_sub(counters.left);
-        if open_calls > self.abandoned {
-            self.patience += 1;
-            if self.patience > MAX_PATIENCE {
-                lost += open_calls - self.abandoned;
-                self.abandoned = open_calls;
-            } else {
-                in_flight = true;
-            }
-        } else {
-            self.abandoned = open_calls;
-            self.patience = 0;
-        }
-        self.lost += lost;
-        (lost, in_flight)
+        let lost = counters.dropped.saturating_sub(self.lost);
+        self.lost = counters.dropped;
+        (lost, counters.produced > self.received + counters.dropped)
     }
 
     fn event(&mut self, record: &Record) -> Option<Event> {
@@ -340,219 +311,11 @@ impl Probes {
     }
 }
 
-/// Attaching, one program after the other.
-struct Attach<'a> {
-    ebpf: &'a mut Ebpf,
-    kernel: &'a Kernel,
-    gaps: Vec<Refusal>,
-    tier: Tier,
-}
-
-impl Attach<'_> {
-    fn fexit(&mut self) -> anyhow::Result<()> {
-        // MPTCP listeners pass the first alone; kernels before 6.5 have only the second.
-        if self.kernel.has_listen_sk {
-            self.exit_of("listen_sk_exit", "__inet_listen_sk")?;
-        } else {
-            self.exit_of("listen_exit", "inet_listen")?;
-        }
-        let udp = self.exit_of("bind4_exit", "__inet_bind").and_then(|()| {
-            let btf = self.kernel.loader_btf()?;
-            let program: &mut FEntry = typed(self.ebpf, "udp_unhash_entry")?;
-            program
-                .load("udp_lib_unhash", btf)
-                .and_then(|()| program.attach())
-                .map_err(|e| refused("fentry/udp_lib_unhash", &e))?;
-            Ok(())
-        });
-        self.gap("UDP", udp);
-        // A module on some kernels, and then absent from the kernel's own BTF.
-        let udp6 = self.exit_of("bind6_exit", "__inet6_bind");
-        self.gap("UDP over IPv6", udp6);
-        let conflicts = self
-            .exit_of("tcp_get_port_exit", "inet_csk_get_port")
-            .and_then(|()| self.exit_of("udp_get_port_exit", "udp_lib_get_port"));
-        self.gap("failed binds", conflicts);
-        Ok(())
-    }
-
-    fn exit_of(&mut self, program: &str, function: &str) -> anyhow::Result<()> {
-        let btf = self.kernel.loader_btf()?;
-        let program: &mut FExit = typed(self.ebpf, program)?;
-        program
-            .load(function, btf)
-            .and_then(|()| program.attach())
-            .map_err(|error| refused(&format!("fexit/{function}"), &error))?;
-        Ok(())
-    }
-
-    fn kprobe(&mut self) -> anyhow::Result<()> {
-        let (enter, function) = if self.kernel.has_listen_sk {
-            ("listen_sk_enter", "__inet_listen_sk")
-        } else {
-            ("listen_enter", "inet_listen")
-        };
-        self.probe_pair(enter, "listen_leave", &[function])?;
-        let udp = self
-            .probe("udp_unhash", "udp_lib_unhash")
-            .and_then(|()| self.probe_pair("bind_enter", "bind_leave", &["__inet_bind", "__inet6_bind"]));
-        self.gap("UDP", udp);
-        let conflicts = self
-            .probe_pair("tcp_get_port_enter", "tcp_get_port_leave", &["inet_csk_get_port"])
-            .and_then(|()| self.probe_pair("udp_get_port_enter", "udp_get_port_leave", &["udp_lib_get_port"]));
-        self.gap("failed binds", conflicts);
-        Ok(())
-    }
-
-    fn probe(&mut self, program: &str, function: &str) -> anyhow::Result<()> {
-        self.probe_all(program, &[function])
-    }
-
-    /// Attaches a kprobe and its kretprobe. The return first: an entry without its return would count as lost.
-    fn probe_pair(&mut self, enter: &str, leave: &str, functions: &[&str]) -> anyhow::Result<()> {
-        self.probe_all(leave, functions)?;
-        self.probe_all(enter, functions)
-    }
-
-    fn probe_all(&mut self, program: &str, functions: &[&str]) -> anyhow::Result<()> {
-        let program: &mut KProbe = typed(self.ebpf, program)?;
-        program.load().map_err(|error| refused(&format!("kprobe/{}", functions.join(",")), &error))?;
-        for function in functions {
-            program.attach(function, 0).map_err(|error| refused(&format!("kprobe/{function}"), &error))?;
-        }
-        Ok(())
-    }
-
-    fn tracepoint(&mut self, cgroup: Option<&File>) -> anyhow::Result<()> {
-        let Some(cgroup) = cgroup else {
-            let reason =
-                "no cgroup2 tree is mounted: ports of new listeners are read back, UDP is seen by snapshots only";
-            self.gaps.push(Refusal { tier: self.tier, reason: reason.into() });
-            return Ok(());
-        };
-        let program: &mut SockOps = typed(self.ebpf, "listen_succeeded")?;
-        program
-            .load()
-            .and_then(|()| program.attach(cgroup, CgroupAttachMode::Single))
-            .map_err(|error| refused("sock_ops on the cgroup2 root", &error))?;
-        let mut udp = Ok(());
-        for name in ["udp_release", "udp_post_bind4", "udp_post_bind6"] {
-            udp = udp.and_then(|()| {
-                let program: &mut CgroupSock = typed(self.ebpf, name)?;
-                program
-                    .load()
-                    .and_then(|()| program.attach(cgroup, CgroupAttachMode::Single))
-                    .map_err(|error| refused("post_bind and sock_release on the cgroup2 root", &error))?;
-                Ok(())
-            });
-        }
-        self.gap("UDP", udp);
-        self.gaps
-            .push(Refusal { tier: self.tier, reason: "failed binds are not seen without fexit or kprobes".into() });
-        Ok(())
-    }
-
-    /// What all tiers share: the end of listening, and processes.
-    fn common(&mut self) -> anyhow::Result<()> {
-        for (program, tracepoint) in [
-            ("state_changed", "inet_sock_set_state"),
-            ("forked", "sched_process_fork"),
-            ("execed", "sched_process_exec"),
-            ("exited", "sched_process_exit"),
-        ] {
-            let btf = self.kernel.loader_btf()?;
-            let program: &mut BtfTracePoint = typed(self.ebpf, program)?;
-            program
-                .load(tracepoint, btf)
-                .and_then(|()| program.attach())
-                .map_err(|error| refused(&format!("tp_btf/{tracepoint}"), &error))?;
-        }
-        Ok(())
-    }
-
-    /// Notes a part that the tier can do without.
-    fn gap(&mut self, part: &str, result: anyhow::Result<()>) {
-        if let Err(error) = result {
-            self.gaps.push(Refusal { tier: self.tier, reason: format!("{part}: {error:#}") });
-        }
-    }
-}
-
 /// Whether the event is of a socket whose inode the kernel program could not tell.
 fn is_anonymous(event: &Event) -> bool {
     matches!(event, Event::Opened { socket, .. } if socket.id.inode == 0)
 }
 
-fn typed<'a, T>(ebpf: &'a mut Ebpf, name: &str) -> anyhow::Result<&'a mut T>
-where
-    &'a mut T: TryFrom<&'a mut Program, Error = ProgramError>,
-{
-    let program = ebpf.program_mut(name).with_context(|| format!("the probes' object lacks {name}"))?;
-    Ok(program.try_into()?)
-}
-
-fn refused(what: &str, error: &ProgramError) -> anyhow::Error {
-    log::debug!("{what}: {error}");
-    anyhow!("cannot load {what}: {}", brief(error))
-}
-
 fn take(ebpf: &mut Ebpf, name: &str) -> anyhow::Result<Map> {
     ebpf.take_map(name).with_context(|| format!("the probes' object lacks the map {name}"))
-}
-
-/// The directory, if it is the root of a cgroup2 tree.
-fn open_cgroup2(root: &str) -> Option<File> {
-    let file = File::open(root).ok()?;
-    let kind = rustix::fs::fstatfs(&file).ok()?.f_type;
-    // CGROUP2_SUPER_MAGIC (include/uapi/linux/magic.h).
-    (kind == 0x6367_7270).then_some(file)
-}
-
-/// The kernel's counters, mapped into memory: looking at them costs no system call.
-struct CounterMap {
-    slots: NonNull<Counters>,
-}
-
-// SAFETY: the mapping belongs to this value alone and is only read, by volatile loads.
-unsafe impl Send for CounterMap {}
-
-impl CounterMap {
-    const BYTES: usize = COUNTER_SLOTS as usize * size_of::<Counters>();
-
-    fn new(map: &Map) -> anyhow::Result<CounterMap> {
-        let Map::Array(map) = map else { bail!("the probes' counters are no array") };
-        // SAFETY: a fresh mapping at an address that the kernel chooses.
-        let address = unsafe {
-            rustix::mm::mmap(
-                std::ptr::null_mut(),
-                Self::BYTES,
-                rustix::mm::ProtFlags::READ,
-                rustix::mm::MapFlags::SHARED,
-                map.fd().as_fd(),
-                0,
-            )
-        }
-        .context("cannot map the kernel's counters")?;
-        Ok(CounterMap { slots: NonNull::new(address.cast()).context("the kernel's counters were mapped at null")? })
-    }
-
-    fn sum(&self) -> Counters {
-        let mut sum = Counters::default();
-        for slot in 0..COUNTER_SLOTS as usize {
-            // SAFETY: within the mapping, aligned; the kernel may write at the same time, hence volatile.
-            let counters = unsafe { self.slots.add(slot).read_volatile() };
-            sum.produced += counters.produced;
-            sum.dropped += counters.dropped;
-            sum.entered += counters.entered;
-            sum.left += counters.left;
-        }
-        sum
-    }
-}
-
-impl Drop for CounterMap {
-    fn drop(&mut self) {
-        // SAFETY: the mapping made in `new`, not used after this.
-        let _ = unsafe { rustix::mm::munmap(self.slots.as_ptr().cast(), Self::BYTES) };
-    }
 }

@@ -4,6 +4,8 @@
 //! probes. [`Kernel`] is what both need of the running kernel; making one checks the privileges first, because the
 //! errors that a missing capability causes later name anything but the capability.
 
+mod attach;
+mod counters;
 mod events;
 mod offsets;
 mod record;
