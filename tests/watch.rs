@@ -5,30 +5,38 @@ use crate::subject::{command, finish, portwatch, skip};
 use crate::watcher::Watch;
 use crate::{Test, test, test_each_probe, test_each_tier};
 
-fn holders_follow(probe: &'static str) {
+/// With `pause` called between the steps.
+fn holders_follow(probe: &str, pause: fn(&mut Watch)) {
     let mut watch = Watch::start(probe);
     let stage = Stage::new();
     let parent = stage.puppet();
     let sock = parent.serve();
     watch.until_true("listen", &stage, &[&parent]);
+    pause(&mut watch);
     let child = parent.fork();
     watch.until_true("fork", &stage, &[&parent, &child]);
+    pause(&mut watch);
     child.exec();
     watch.until_true("exec", &stage, &[&parent, &child]);
+    pause(&mut watch);
     let second = child.fork();
     watch.until_true("fork of the child", &stage, &[&parent, &child, &second]);
     child.set_cloexec(sock.fd, true);
+    pause(&mut watch);
     child.exec();
     watch.until_true("exec with close-on-exec", &stage, &[&parent, &child, &second]);
-    let own = child.tcp("[::]:0", "dual cloexec");
+    child.tcp("[::]:0", "dual cloexec");
     watch.until_true("another listener", &stage, &[&parent, &child, &second]);
+    pause(&mut watch);
     child.exec();
     watch.until_true("exec that closes the last descriptor", &stage, &[&parent, &child, &second]);
+    pause(&mut watch);
     parent.exit();
     watch.until_true("exit of the parent", &stage, &[&child, &second]);
+    pause(&mut watch);
     second.exit();
     watch.until_true("exit of the last holder", &stage, &[&child]);
-    assert!(watch.rows(&stage).is_empty(), "{own:?}");
+    assert!(watch.rows(&stage).is_empty());
     assert_eq!(watch.lost, 0);
 }
 
@@ -211,7 +219,10 @@ fn selectors_narrow(probe: &'static str) {
 
 pub fn trials() -> Vec<Test> {
     let mut tests = [
-        test_each_probe("watch::holders_follow_fork_exec_and_exit", holders_follow),
+        test_each_probe("watch::holders_follow_fork_exec_and_exit_at_once", |probe| holders_follow(probe, |_| {})),
+        test_each_tier("watch::holders_follow_each_of_fork_exec_and_exit_by_itself", |tier| {
+            holders_follow(tier, Watch::settle);
+        }),
         test_each_probe("watch::every_kind_of_socket_opens_and_closes", every_kind_of_socket),
         test_each_probe("watch::a_descriptor_passed_on_is_found_with_its_new_holder", a_passed_descriptor),
         test_each_probe("watch::a_thread_serves_after_its_leader_exited", a_zombie_leader),

@@ -108,6 +108,10 @@ impl Watch {
     /// The next event, applied to the state.
     pub fn next(&mut self, wanted: &str) -> Value {
         let line = self.line(wanted);
+        self.take(line)
+    }
+
+    fn take(&mut self, line: String) -> Value {
         let event: Value = serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line}"));
         if self.recent.len() == 12 {
             self.recent.pop_front();
@@ -115,6 +119,20 @@ impl Watch {
         self.recent.push_back(line);
         self.apply(&event);
         event
+    }
+
+    /// Lets it finish what it does until all its threads sleep, so that only the next event can wake it: what it is
+    /// still about to read anew would otherwise hide that it missed an event.
+    pub fn settle(&mut self) {
+        loop {
+            let before = self.switches();
+            while let Some(line) = self.line_within(Duration::from_millis(50)) {
+                self.take(line);
+            }
+            if self.switches() == before {
+                return;
+            }
+        }
     }
 
     fn apply(&mut self, event: &Value) {
