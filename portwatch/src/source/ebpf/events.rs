@@ -19,7 +19,7 @@ use tokio::io::unix::AsyncFd;
 use super::attach::{attach, open_cgroup2};
 use super::counters::CounterMap;
 use super::{Kernel, PodConfig, brief, record};
-use crate::model::{Attempt, BootNs, Event, Listener, Process, ProcessId, Protocol, SocketId};
+use crate::model::{Attempt, BootNs, Event, Listener, Process, ProcessId, Protocol, Socket, SocketId};
 use crate::source::{Refusal, Tier, diag, netns, process};
 
 const OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("CARGO_MANIFEST_DIR"), "/bpf/events.bpf.o"));
@@ -168,20 +168,21 @@ impl Probes {
         events
     }
 
-    /// post_bind tells the cookie of a socket, but neither its inode nor its namespace (the task's is a guess): asks
-    /// netlink for both. One dump serves the whole batch. A socket that is closed again, or in a namespace that is not
+    /// post_bind tells the cookie of a socket, but not its inode, its IPV6_V6ONLY or its namespace (the task's is a
+    /// guess): asks netlink for them. One dump serves the whole batch. A socket that is closed again, or in a namespace that is not
     /// ours, keeps the guess.
     fn name_anonymous(&mut self, events: &mut [Event]) {
         let Ok(netns) = netns::own() else { return };
         let Ok(sockets) = diag::dump_udp(netns) else { return };
-        let inodes: HashMap<u64, u64> = sockets.iter().map(|socket| (socket.id.cookie, socket.id.inode)).collect();
+        let by_cookie: HashMap<u64, &Socket> = sockets.iter().map(|socket| (socket.id.cookie, socket)).collect();
         for event in events.iter_mut().filter(|event| is_anonymous(event)) {
             if let Event::Opened { socket, .. } = event
-                && let Some(&inode) = inodes.get(&socket.id.cookie)
+                && let Some(&found) = by_cookie.get(&socket.id.cookie)
             {
-                socket.id.inode = inode;
+                socket.id.inode = found.id.inode;
+                socket.v6only = found.v6only;
                 socket.netns = netns;
-                self.udp_known_inodes.insert(inode);
+                self.udp_known_inodes.insert(found.id.inode);
             }
         }
     }

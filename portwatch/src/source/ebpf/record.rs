@@ -35,7 +35,8 @@ pub(super) fn socket(record: &Record) -> Option<Socket> {
         mptcp: record.flags & flag::MPTCP != 0,
         address: address(record.family, record.address)?,
         port: record.port,
-        v6only: v6only(record.family, record.flags),
+        // post_bind tells neither the inode nor this.
+        v6only: v6only(record.family, record.flags).filter(|_| record.inode != 0),
         netns: record.netns,
         uid: record.uid,
         backlog: (proto == Protocol::Tcp).then_some(record.backlog),
