@@ -8,7 +8,7 @@ use nix::unistd::Uid;
 use crate::{cargo, must, shown};
 
 /// What the kernel tests on the build machine must be able to run, instead of saying that they cannot.
-const REQUIRED: &str = "kernel,vm,docker,lossless";
+const REQUIRED: &str = "kernel,vm,docker,root,lossless";
 
 pub(crate) fn run() -> Result<()> {
     let mut failures = Vec::new();
