@@ -26,6 +26,11 @@ impl fmt::Display for Usage {
 
 impl std::error::Error for Usage {}
 
+/// Whether the error is that nobody reads the output any more.
+pub(crate) fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    of(error).is_none()
+}
+
 /// The code for an error; `None` where whoever read the output went away, which is no error.
 pub(crate) fn of(error: &anyhow::Error) -> Option<ExitCode> {
     if error.is::<Usage>() {

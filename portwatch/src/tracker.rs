@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::model::Change;
+use crate::model::{Change, Event};
 use crate::source::{Live, Probe};
 use crate::table::Table;
 
@@ -59,23 +59,28 @@ impl Tracker {
             return Ok(std::mem::take(&mut self.begun));
         }
         loop {
+            // In a flood there is always something to read, and the timers and signals of the runtime would never get
+            // their turn; neither would a refresh that is due.
+            tokio::task::yield_now().await;
             let was_stale = self.table.is_stale();
+            if was_stale && Instant::now() >= self.refresh_at {
+                let changes = self.refresh(0)?;
+                if changes.is_empty() {
+                    continue;
+                }
+                return Ok(changes);
+            }
             let batch = if was_stale {
                 match tokio::time::timeout_at(self.refresh_at, self.live.next()).await {
                     Ok(batch) => batch?,
-                    Err(_) => {
-                        let changes = self.refresh(0)?;
-                        if changes.is_empty() {
-                            continue;
-                        }
-                        return Ok(changes);
-                    }
+                    Err(_) => continue,
                 }
             } else {
                 self.live.next().await?
             };
             let mut changes = Vec::new();
             for event in batch.events {
+                self.let_go(&event);
                 changes.extend(self.table.apply(event));
             }
             if batch.must_refresh {
@@ -86,6 +91,21 @@ impl Tracker {
             }
             if !changes.is_empty() {
                 return Ok(changes);
+            }
+        }
+    }
+
+    /// Who holds nothing any more need not be followed: else everything that a shell starts would wake us for ever,
+    /// because it once had a port open.
+    fn let_go(&mut self, event: &Event) {
+        let (actor, child) = match event {
+            Event::Forked { parent, child, .. } => (*parent, Some(child.id)),
+            Event::Execed { process, .. } => (process.id, None),
+            _ => return,
+        };
+        if !self.table.is_stale() && !self.table.is_holder(actor) {
+            for id in child.into_iter().chain([actor]) {
+                self.live.unfollow(id);
             }
         }
     }

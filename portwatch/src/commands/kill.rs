@@ -11,13 +11,13 @@ use portwatch::kill::signal::SignalName;
 use portwatch::kill::{self, Guards, Options, Outcome, Plan, World, stat, text};
 use portwatch::model::{Listener, Process, Socket};
 use portwatch::render::{self, json};
-use portwatch::select::Selector;
+use portwatch::select::{Filters, Selector};
 use portwatch::source::{Scanner, procfs};
 use rustix::process::Signal;
 
 use super::{Users, columns, explain, note, print, selection, selector};
 use crate::cli::{Globals, KillArgs, Netns};
-use crate::exit_codes::{NO, Usage};
+use crate::exit_codes::{self, NO, Usage};
 
 pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
     let selector = selector(&args.targets, &args.selectors)?;
@@ -36,13 +36,18 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
         force: !args.no_force,
         settle: args.settle,
     };
+    if std::fs::read_link("/proc/self").ok() != Some(std::process::id().to_string().into()) {
+        anyhow::bail!(
+            "/proc belongs to another pid namespace, so its PIDs mean nothing here; mount one of this namespace"
+        );
+    }
     let mut scanner = Scanner::open(globals.probe);
     if let Some(reason) = scanner.refusal() {
         explain(globals, &format!("holders are read from {}: {reason}", scanner.method()));
     }
     let all_netns = args.selectors.netns != Netns::Own;
     let guards = Guards::current(args.force_self);
-    let plan = plan(&mut scanner, &selector, all_netns, &guards)?;
+    let (plan, left_out) = plan(&mut scanner, &selector, all_netns, &guards)?;
     if plan.groups.is_empty() {
         if args.json {
             print("[]\n")?;
@@ -53,7 +58,8 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
     }
     let must_ask = !args.yes && !args.dry_run && is_question(&plan);
     if must_ask || (!args.json && !args.quiet) {
-        preview(&plan)?;
+        // Somebody who asked for a port to be freed gets it freed, also where nobody reads this.
+        preview(&plan).or_else(|error| if must_ask { Err(error) } else { Ok(()) })?;
     }
     if args.dry_run {
         return report(args, &kill::planned(plan));
@@ -62,7 +68,7 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
         note("nothing was signalled");
         return Ok(ExitCode::from(NO));
     }
-    let outcomes = kill::execute(
+    let mut outcomes = kill::execute(
         plan,
         options,
         &mut World {
@@ -76,15 +82,27 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
         // Over the line of progress.
         let _ = write!(io::stderr(), "\r\x1b[K");
     }
+    outcomes.iter_mut().for_each(|outcome| outcome.correct(&left_out));
     report(args, &outcomes)
 }
 
-fn plan(scanner: &mut Scanner, selector: &Selector, all_netns: bool, guards: &Guards) -> anyhow::Result<Plan> {
-    let snapshot = scanner.scan(all_netns, &|socket| selector.matches_socket(socket))?;
-    let (selected, others): (Vec<Listener>, Vec<Listener>) =
-        snapshot.listeners.into_iter().partition(|listener| selector.matches(listener, snapshot.at));
-    let others: Vec<Socket> = others.into_iter().map(|listener| listener.socket).collect();
-    Ok(Plan::new(selected, &others, &selector.named_ports(), guards, &|pid| stat::read(pid).ok()))
+/// The plan, and the listeners on the same ports that the selectors leave out: a port that one of these has is not free.
+fn plan(
+    scanner: &mut Scanner,
+    selector: &Selector,
+    all_netns: bool,
+    guards: &Guards,
+) -> anyhow::Result<(Plan, Vec<Listener>)> {
+    let Filters { tcp, udp, netns, .. } = *selector.filters();
+    let ports = Selector::new(selector.targets().to_vec(), Filters { tcp, udp, netns, ..Filters::default() });
+    let snapshot = scanner.scan(all_netns, &|socket| ports.matches_socket(socket))?;
+    let (selected, left_out): (Vec<Listener>, Vec<Listener>) = snapshot
+        .listeners
+        .into_iter()
+        .partition(|listener| selector.matches_socket(&listener.socket) && selector.matches(listener, snapshot.at));
+    let others: Vec<Socket> = left_out.iter().map(|listener| listener.socket.clone()).collect();
+    let plan = Plan::new(selected, &others, &selector.named_ports(), guards, &|pid| stat::read(pid).ok());
+    Ok((plan, left_out))
 }
 
 /// Shows who would be hit, and who would not although it holds the port.
@@ -127,17 +145,24 @@ fn progress(processes: &[Arc<Process>], left: Duration, args: &KillArgs) {
 }
 
 fn report(args: &KillArgs, outcomes: &[Outcome]) -> anyhow::Result<ExitCode> {
+    let code = ExitCode::from(kill::exit_code(outcomes));
+    let mut text = String::new();
     if args.json {
-        print(&json::array(outcomes))?;
+        text = json::array(outcomes);
     } else {
         for outcome in outcomes {
             let line = text::outcome(outcome);
             if !args.quiet {
-                print(&format!("{line}\n"))?;
+                text += &line;
+                text.push('\n');
             } else if !outcome.is_done() {
                 note(&line);
             }
         }
     }
-    Ok(ExitCode::from(kill::exit_code(outcomes)))
+    match print(&text) {
+        // The work is done: whether it succeeded does not depend on who reads of it.
+        Err(error) if !exit_codes::is_broken_pipe(&error) => Err(error),
+        _ => Ok(code),
+    }
 }

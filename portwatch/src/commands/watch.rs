@@ -1,10 +1,11 @@
 //! `portwatch watch`: a live log of ports that open and close.
 
+use std::collections::HashSet;
 use std::io::{BufWriter, Write as _};
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use portwatch::model::{Attempt, Change, Holder, Listener, Socket, SocketId};
+use portwatch::model::{Attempt, BootNs, Change, Holder, Listener, Socket, SocketId};
 use portwatch::render::{self, json, text};
 use portwatch::select::Selector;
 use portwatch::source::Live;
@@ -42,6 +43,7 @@ async fn watch(args: &WatchArgs, globals: &Globals, selector: &Selector) -> anyh
         }
     };
     tokio::pin!(end);
+    let mut shown = Shown::default();
     loop {
         let changes = tokio::select! {
             // In this order: a flood of changes must not keep the end from coming.
@@ -52,7 +54,10 @@ async fn watch(args: &WatchArgs, globals: &Globals, selector: &Selector) -> anyh
             changes = tracker.next() => changes?,
         };
         view.clock = clock()?;
-        for change in changes.iter().filter(|change| concerns(change, selector)) {
+        for change in &changes {
+            if !shown.concerns(change, selector) {
+                continue;
+            }
             let line = if args.json { json::line(&json::change(change, &view)) } else { text::change(change, &view) };
             out.write_all(line.as_bytes()).context("cannot write to standard output")?;
             if !line.ends_with('\n') {
@@ -67,7 +72,9 @@ async fn watch(args: &WatchArgs, globals: &Globals, selector: &Selector) -> anyh
 fn announce(live: &Live, globals: &Globals) {
     let tier = live.tier();
     if tier.is_event_driven() {
-        note(&format!("watching ({tier})"));
+        let own = live.refusals().iter().filter(|refusal| refusal.tier == tier);
+        let limits: String = own.map(|limit| format!("; {}", render::escape(&limit.reason))).collect();
+        note(&format!("watching ({tier}){limits}"));
     } else {
         let interval = portwatch::source::POLL_INTERVAL.as_millis();
         let reason = live.refusals().first().map(|refusal| render::escape(&refusal.reason).into_owned());
@@ -79,17 +86,46 @@ fn announce(live: &Live, globals: &Globals) {
     }
 }
 
-/// Whether the one who watches asked for this.
-fn concerns(change: &Change, selector: &Selector) -> bool {
-    match change {
-        Change::Opened { at, listener } | Change::Closed { at, listener, .. } | Change::Holders { at, listener } => {
-            selector.matches_socket(&listener.socket) && selector.matches(listener, *at)
+/// The listeners shown as open: whatever becomes of them is shown too, also when those who were asked for have let go.
+#[derive(Default)]
+struct Shown(HashSet<SocketKey>);
+
+/// The cookie, or the inode where there is none; a later change may know more, so both are kept.
+type SocketKey = (bool, u64);
+
+impl Shown {
+    /// Whether the one who watches asked for this, or was shown how it began.
+    fn concerns(&mut self, change: &Change, selector: &Selector) -> bool {
+        match change {
+            Change::Opened { at, listener } | Change::Holders { at, listener } => {
+                let concerns = Self::selects(selector, listener, *at);
+                let keys = Self::keys(listener.socket.id);
+                if concerns {
+                    self.0.extend(keys.clone());
+                }
+                concerns || keys.into_iter().any(|key| self.0.contains(&key))
+            }
+            Change::Closed { at, listener, by } => {
+                let mut known = false;
+                for key in Self::keys(listener.socket.id) {
+                    known |= self.0.remove(&key);
+                }
+                let by = by
+                    .as_ref()
+                    .is_some_and(|by| selector.matches_socket(&listener.socket) && selector.matches_process(by));
+                known || by || Self::selects(selector, listener, *at)
+            }
+            Change::Conflict { at, attempt, .. } => Self::selects(selector, &wanted(attempt), *at),
+            Change::Resync { .. } => true,
         }
-        Change::Conflict { at, attempt, .. } => {
-            let wanted = wanted(attempt);
-            selector.matches_socket(&wanted.socket) && selector.matches(&wanted, *at)
-        }
-        Change::Resync { .. } => true,
+    }
+
+    fn selects(selector: &Selector, listener: &Listener, at: BootNs) -> bool {
+        selector.matches_socket(&listener.socket) && selector.matches(listener, at)
+    }
+
+    fn keys(id: SocketId) -> Vec<SocketKey> {
+        [(true, id.cookie), (false, id.inode)].into_iter().filter(|(_, number)| *number != 0).collect()
     }
 }
 

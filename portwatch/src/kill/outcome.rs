@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde::{Serialize, Serializer};
 
 use super::plan::Supervisor;
-use crate::model::Protocol;
+use crate::model::{Listener, Protocol};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -76,6 +76,29 @@ pub struct Owner {
 impl Outcome {
     pub fn is_done(&self) -> bool {
         matches!(self.status, Status::Free | Status::Cleaned | Status::Planned)
+    }
+}
+
+impl Outcome {
+    /// A port on which nothing was selected is not free if a listener that the selectors leave out has it.
+    pub fn correct(&mut self, left_out: &[Listener]) {
+        if self.status != Status::Free {
+            return;
+        }
+        let has = |listener: &&Listener| listener.socket.port == self.port && listener.socket.proto == self.proto;
+        let Some(listener) = left_out.iter().find(has) else { return };
+        let who = match listener.binder() {
+            Some(holder) => format!("{} ({})", holder.process.name, holder.process.id.pid),
+            None => "nobody visible".to_owned(),
+        };
+        self.status = Status::Partial;
+        self.still_listening = true;
+        self.remaining_pids = listener.holders.iter().map(|holder| holder.process.id.pid).collect();
+        self.diagnostics = Some(Diagnostics {
+            message: format!("held by {who}, which the selectors leave out"),
+            new_owners: Vec::new(),
+            supervisor: None,
+        });
     }
 }
 

@@ -15,7 +15,7 @@
 //! Only step 3 makes a [`Verified`], and only a [`Verified`] can signal: no path leads around the proof.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -107,6 +107,13 @@ impl OpenTarget {
         }
     }
 
+    /// The process of the pidfd in the numbers of this /proc, which may be another pid namespace's than ours: there
+    /// pidfd_open and /proc disagree about who a number is.
+    fn pid_in_proc(&self) -> Option<u32> {
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", self.pidfd.as_raw_fd())).ok()?;
+        info.lines().find_map(|line| line.strip_prefix("Pid:")).and_then(|pid| pid.trim().parse().ok())
+    }
+
     /// Asks `proof` by PID, then makes sure that the answer was about the process of this pidfd.
     pub fn verify(&self, proof: &mut Proof<'_>) -> Verdict<'_> {
         let answer = proof(self.target.id, &self.target.inodes);
@@ -114,6 +121,8 @@ impl OpenTarget {
             return Verdict::Gone;
         }
         match answer {
+            // The proof and the pidfd must mean the same process by this number.
+            Ok(true) if self.pid_in_proc() != Some(self.target.id.pid) => Verdict::NotHolder,
             Ok(true) => Verdict::Verified(Verified { pidfd: self.pidfd.as_fd() }),
             Ok(false) => Verdict::NotHolder,
             Err(error) => Verdict::Unknown(error),

@@ -268,13 +268,29 @@ impl Live {
     pub async fn next(&mut self) -> anyhow::Result<Batch> {
         match &mut self.feed {
             Feed::Ebpf(probes) => {
-                let (events, lost) = probes.next().await?;
+                let told = if probes.sees_udp() {
+                    probes.next().await
+                } else {
+                    // UDP has to be looked for; everything else is told.
+                    match tokio::time::timeout(POLL_INTERVAL, probes.next()).await {
+                        Ok(told) => told,
+                        Err(_) => return Ok(Batch { must_refresh: true, ..Batch::default() }),
+                    }
+                };
+                let (events, lost) = told?;
                 Ok(Batch { events, lost, must_refresh: lost > 0 })
             }
             Feed::Poll(interval) => {
                 interval.tick().await;
                 Ok(Batch { events: Vec::new(), lost: 0, must_refresh: true })
             }
+        }
+    }
+
+    /// Ends to report the forks and execs of a process that holds nothing.
+    pub fn unfollow(&mut self, id: ProcessId) {
+        if let Feed::Ebpf(probes) = &mut self.feed {
+            probes.unfollow(id.pid);
         }
     }
 
@@ -286,7 +302,7 @@ impl Live {
     pub fn refresh(&mut self, holders: &HashSet<u32>, lost: u64) -> anyhow::Result<Vec<Event>> {
         let mut snapshot = match &mut self.feed {
             Feed::Ebpf(probes) => {
-                probes.forget_all_but(holders);
+                probes.follow_only(holders);
                 // Only after a loss does it matter which sockets without holder other namespaces have: of all others
                 // the kernel has told.
                 let first = !std::mem::replace(&mut self.started, true);

@@ -131,6 +131,11 @@ impl Table {
         self.unread.is_some() || self.rows.any_unread()
     }
 
+    /// Whether the process holds any listener.
+    pub fn is_holder(&self, id: ProcessId) -> bool {
+        !self.rows.held_by(id).is_empty()
+    }
+
     /// The listeners in the way of binding `address` and `port`: the same protocol, namespace and port, and an address
     /// that overlaps, as a wildcard of either side does. Closest first: the same address, then the same family.
     pub fn listeners_at(&self, proto: Protocol, netns: NetnsId, address: IpAddr, port: u16) -> Vec<&Listener> {

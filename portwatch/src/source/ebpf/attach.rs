@@ -16,14 +16,17 @@ use crate::source::{Refusal, Tier};
 /// Where a cgroup2 tree is mounted: alone, or beside version 1.
 const CGROUP_ROOTS: [&str; 2] = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
 
-/// Attaches the programs of an event-driven tier; what it has to do without is returned.
-pub(super) fn attach(
-    ebpf: &mut Ebpf,
-    kernel: &Kernel,
-    tier: Tier,
-    cgroup: Option<&File>,
-) -> anyhow::Result<Vec<Refusal>> {
-    let mut attach = Attach { ebpf, kernel, gaps: Vec::new(), tier };
+/// What came of it.
+pub(super) struct Attached {
+    /// What the tier has to do without.
+    pub(super) gaps: Vec<Refusal>,
+    /// Whether UDP sockets raise events.
+    pub(super) sees_udp: bool,
+}
+
+/// Attaches the programs of an event-driven tier.
+pub(super) fn attach(ebpf: &mut Ebpf, kernel: &Kernel, tier: Tier, cgroup: Option<&File>) -> anyhow::Result<Attached> {
+    let mut attach = Attach { ebpf, kernel, gaps: Vec::new(), tier, sees_udp: false };
     // The end of listening first: nothing that is seen to begin may end unseen.
     attach.common()?;
     match tier {
@@ -32,7 +35,7 @@ pub(super) fn attach(
         Tier::Tracepoint => attach.tracepoint(cgroup)?,
         Tier::Poll => {}
     }
-    Ok(attach.gaps)
+    Ok(Attached { gaps: attach.gaps, sees_udp: attach.sees_udp })
 }
 
 /// The root of the cgroup2 tree, where one is mounted.
@@ -50,6 +53,7 @@ struct Attach<'a> {
     kernel: &'a Kernel,
     gaps: Vec<Refusal>,
     tier: Tier,
+    sees_udp: bool,
 }
 
 impl Attach<'_> {
@@ -69,7 +73,8 @@ impl Attach<'_> {
                 .map_err(|e| refused("fentry/udp_lib_unhash", &e))?;
             Ok(())
         });
-        self.gap("UDP", udp);
+        self.sees_udp = udp.is_ok();
+        self.gap("UDP is looked at every 500 ms", udp);
         // A module on some kernels, and then absent from the kernel's own BTF.
         let udp6 = self.exit_of("bind6_exit", "__inet6_bind");
         self.gap("UDP over IPv6", udp6);
@@ -91,13 +96,16 @@ impl Attach<'_> {
     }
 
     fn kprobe(&mut self, cgroup: Option<&File>) -> anyhow::Result<()> {
-        self.probe_all("hash_enter", &["inet_hash", "inet6_hash"])?;
+        // Newer kernels have one function for both families.
+        let functions: &[&str] = if self.kernel.has_inet6_hash { &["inet_hash", "inet6_hash"] } else { &["inet_hash"] };
+        self.probe_all("hash_enter", functions)?;
         match cgroup {
             Some(cgroup) => {
                 let udp = self.udp_by_cgroup(cgroup);
-                self.gap("UDP", udp);
+                self.sees_udp = udp.is_ok();
+                self.gap("UDP is looked at every 500 ms", udp);
             }
-            None => self.limit("UDP is seen by snapshots only: no cgroup2 tree is mounted"),
+            None => self.limit("UDP is looked at every 500 ms: no cgroup2 tree is mounted"),
         }
         let conflicts = self
             .probe_pair("tcp_get_port_enter", "tcp_get_port_leave", "inet_csk_get_port")
@@ -124,7 +132,7 @@ impl Attach<'_> {
     fn tracepoint(&mut self, cgroup: Option<&File>) -> anyhow::Result<()> {
         let Some(cgroup) = cgroup else {
             self.limit(
-                "no cgroup2 tree is mounted: ports of new listeners are read back, UDP is seen by snapshots only",
+                "no cgroup2 tree is mounted: ports of new listeners are read back, UDP is looked at every 500 ms",
             );
             return Ok(());
         };
@@ -134,7 +142,8 @@ impl Attach<'_> {
             .and_then(|()| program.attach(cgroup, CgroupAttachMode::Single))
             .map_err(|error| refused("sock_ops on the cgroup2 root", &error))?;
         let udp = self.udp_by_cgroup(cgroup);
-        self.gap("UDP", udp);
+        self.sees_udp = udp.is_ok();
+        self.gap("UDP is looked at every 500 ms", udp);
         self.limit("failed binds are not seen without fexit or kprobes");
         Ok(())
     }

@@ -16,7 +16,7 @@ use portwatch_ebpf::{Record, kind};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-use super::attach::{attach, open_cgroup2};
+use super::attach::{Attached, attach, open_cgroup2};
 use super::counters::CounterMap;
 use super::{Kernel, PodConfig, brief, record};
 use crate::model::{Attempt, BootNs, Event, Listener, Process, ProcessId, Protocol, Socket, SocketId};
@@ -38,13 +38,13 @@ pub(crate) struct Probes {
     tier: Tier,
     /// Parts of the tier that this kernel refused.
     gaps: Vec<Refusal>,
+    sees_udp: bool,
     ring: AsyncFd<RingBuf<MapData>>,
     counters: CounterMap,
     holders: BpfHashMap<MapData, u32, u8>,
     udp_bound: BpfHashMap<MapData, u64, u8>,
-    /// Cookies of UDP sockets that were bound since the start, or were there at the start; inodes where there is none.
-    udp_known: HashSet<u64>,
-    udp_known_inodes: HashSet<u64>,
+    /// UDP sockets that were bound since the start, or were there at the start.
+    udp: KnownUdp,
     /// Processes put into `holders`, as far as userspace knows.
     watched: HashSet<u32>,
     processes: HashMap<ProcessId, Arc<Process>>,
@@ -70,7 +70,7 @@ impl Probes {
         }
         let mut ebpf =
             loader.load(OBJECT).map_err(|error| anyhow!("cannot load the probes' object: {}", brief(&error)))?;
-        let gaps = attach(&mut ebpf, kernel, tier, cgroup.as_ref())?;
+        let Attached { gaps, sees_udp } = attach(&mut ebpf, kernel, tier, cgroup.as_ref())?;
 
         let ring = RingBuf::try_from(take(&mut ebpf, "EVENTS")?)?;
         let counters = CounterMap::new(&take(&mut ebpf, "COUNTERS")?)?;
@@ -80,14 +80,14 @@ impl Probes {
         Ok(Probes {
             tier,
             gaps,
+            sees_udp,
             // SAFETY: the ring owns its descriptor and always names the same one, open for as long as it lives.
             ring: unsafe { AsyncFd::register_with_interest(ring, Interest::READABLE) }
                 .context("cannot poll the event ring")?,
             counters,
             holders,
             udp_bound,
-            udp_known: HashSet::new(),
-            udp_known_inodes: HashSet::new(),
+            udp: KnownUdp::default(),
             watched: HashSet::new(),
             processes: HashMap::new(),
             received: 0,
@@ -182,7 +182,7 @@ impl Probes {
                 socket.id.inode = found.id.inode;
                 socket.v6only = found.v6only;
                 socket.netns = netns;
-                self.udp_known_inodes.insert(found.id.inode);
+                self.udp.add(found.id);
             }
         }
     }
@@ -204,14 +204,12 @@ impl Probes {
                 let socket = record::socket(record)?;
                 self.watched.insert(id.pid);
                 if socket.proto == Protocol::Udp {
-                    self.udp_known.insert(socket.id.cookie);
-                    self.udp_known_inodes.insert(socket.id.inode);
+                    self.udp.add(socket.id);
                 }
                 Event::Opened { at, socket, by: self.actor(record) }
             }
             kind::CLOSED => {
-                self.udp_known.remove(&record.cookie);
-                self.udp_known_inodes.remove(&record.inode);
+                self.udp.remove(record::id(record));
                 Event::Closed { at, id: record::id(record), by: Some(self.actor(record)) }
             }
             kind::FORKED => {
@@ -219,7 +217,8 @@ impl Probes {
                 self.watched.insert(record.child);
                 let id = ProcessId { pid: record.child, start: record.child_start };
                 let child = Arc::new(Process { id, ppid: parent.id.pid, ..Process::clone(&parent) });
-                Event::Forked { at, parent: parent.id, child: self.remember(child) }
+                // Not remembered: it will soon be another's uid, name or command.
+                Event::Forked { at, parent: parent.id, child }
             }
             kind::EXECED => {
                 self.processes.remove(&id);
@@ -250,11 +249,14 @@ impl Probes {
     /// The process behind a record, with all that can still be read of it.
     fn actor(&mut self, record: &Record) -> Arc<Process> {
         let id = record::actor(record);
-        if let Some(process) = self.processes.get(&id) {
+        // Processes change their uid and their name; these two tell of it.
+        let name = record::name(&record.comm);
+        let is_current = |process: &&Arc<Process>| process.uid == Some(record.task_uid) && process.name == name;
+        if let Some(process) = self.processes.get(&id).filter(is_current) {
             return Arc::clone(process);
         }
         let process = process::read_exact(id)
-            .unwrap_or_else(|| Process { uid: Some(record.task_uid), ..Process::bare(id, record::name(&record.comm)) });
+            .unwrap_or_else(|| Process { uid: Some(record.task_uid), ..Process::bare(id, name) });
         self.remember(Arc::new(process))
     }
 
@@ -266,13 +268,15 @@ impl Probes {
         process
     }
 
-    /// Forgets the processes that hold nothing any more. Call it before a snapshot is read: whatever they begin to
-    /// hold meanwhile is in the snapshot, and [`Self::follow`] adds them again.
-    pub(crate) fn forget_all_but(&mut self, holders: &HashSet<u32>) {
+    /// Follows these processes and no others. Call it before a snapshot is read: whatever others begin to hold meanwhile
+    /// is in the snapshot, and [`Self::follow`] adds them again.
+    pub(crate) fn follow_only(&mut self, holders: &HashSet<u32>) {
         let gone: Vec<u32> = self.watched.difference(holders).copied().collect();
         for pid in gone {
-            self.watched.remove(&pid);
-            let _ = self.holders.remove(&pid);
+            self.unfollow(pid);
+        }
+        for &pid in holders {
+            self.follow_process(pid);
         }
     }
 
@@ -281,25 +285,36 @@ impl Probes {
     pub(crate) fn follow(&mut self, listeners: &[Listener]) {
         for listener in listeners {
             for holder in &listener.holders {
-                // A full map is counted by the kernel for its own insertions; here the next snapshot will do.
-                if self.watched.insert(holder.process.id.pid) {
-                    let _ = self.holders.insert(holder.process.id.pid, 1, 0);
-                }
+                self.follow_process(holder.process.id.pid);
             }
             // One that is closed by now stays in the map until its place is needed.
-            let SocketId { cookie, inode } = listener.socket.id;
-            if listener.socket.proto == Protocol::Udp {
-                self.udp_known_inodes.insert(inode);
-                if cookie != 0 && self.udp_known.insert(cookie) {
-                    let _ = self.udp_bound.insert(cookie, 1, 0);
-                }
+            if listener.socket.proto == Protocol::Udp && self.udp.add(listener.socket.id) {
+                let _ = self.udp_bound.insert(listener.socket.id.cookie, 1, 0);
             }
         }
     }
 
+    /// Should the map be full, the next snapshot will do.
+    fn follow_process(&mut self, pid: u32) {
+        self.watched.insert(pid);
+        let _ = self.holders.insert(pid, 1, 0);
+    }
+
     /// Whether a UDP socket without a mark of bind() is known to be bound: seen when it was, or there from the start.
+    /// Where UDP is not seen, all count.
     pub(crate) fn knows_udp(&self, id: SocketId) -> bool {
-        self.udp_known.contains(&id.cookie) || self.udp_known_inodes.contains(&id.inode)
+        !self.sees_udp || self.udp.contains(id)
+    }
+
+    /// Whether UDP sockets raise events; else somebody has to look.
+    pub(crate) fn sees_udp(&self) -> bool {
+        self.sees_udp
+    }
+
+    /// Forgets a process that holds nothing.
+    pub(crate) fn unfollow(&mut self, pid: u32) {
+        self.watched.remove(&pid);
+        let _ = self.holders.remove(&pid);
     }
 
     /// The process, from memory or from /proc.
@@ -309,6 +324,34 @@ impl Probes {
         }
         let process = process::read_exact(id).unwrap_or_else(|| Process::bare(id, "?"));
         self.remember(Arc::new(process))
+    }
+}
+
+/// UDP sockets by cookie and inode, either of which may be unknown (0).
+#[derive(Debug, Default)]
+struct KnownUdp {
+    inode_of: HashMap<u64, u64>,
+    inodes: HashSet<u64>,
+}
+
+impl KnownUdp {
+    /// Whether the cookie is new.
+    fn add(&mut self, id: SocketId) -> bool {
+        if id.inode != 0 {
+            self.inodes.insert(id.inode);
+        }
+        id.cookie != 0 && self.inode_of.insert(id.cookie, id.inode).is_none()
+    }
+
+    fn remove(&mut self, id: SocketId) {
+        self.inodes.remove(&id.inode);
+        if let Some(inode) = self.inode_of.remove(&id.cookie) {
+            self.inodes.remove(&inode);
+        }
+    }
+
+    fn contains(&self, id: SocketId) -> bool {
+        self.inode_of.contains_key(&id.cookie) || self.inodes.contains(&id.inode)
     }
 }
 

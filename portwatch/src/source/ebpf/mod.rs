@@ -47,6 +47,8 @@ pub(super) struct Kernel {
     task_file: Option<u32>,
     /// Whether this kernel's BTF lists `__inet_listen_sk`.
     has_listen_sk: bool,
+    /// Whether it lists `inet6_hash`.
+    has_inet6_hash: bool,
     /// What the probes' loader resolves names with; parsed when the first probe is.
     btf: OnceCell<aya::Btf>,
 }
@@ -68,6 +70,7 @@ impl Kernel {
             config: PodConfig(config),
             task_file: own.function_id("bpf_iter_task_file"),
             has_listen_sk,
+            has_inet6_hash: own.has_function("inet6_hash"),
             btf: OnceCell::new(),
         })
     }
