@@ -3,6 +3,7 @@
 use std::thread;
 use std::time::Duration;
 
+use crate::puppet::Stage;
 use crate::watcher::Watch;
 use crate::{Test, test_each_tier};
 
@@ -30,6 +31,33 @@ fn nothing_runs(tier: &'static str) {
     panic!("the host was never quiet for {QUIET:?}");
 }
 
+fn former_holders_are_let_go(tier: &'static str) {
+    let mut watch = Watch::start(tier);
+    let stage = Stage::new();
+    let puppet = stage.puppet();
+    let sock = puppet.serve();
+    watch.until_event("open", sock.inode);
+    puppet.close(sock.fd);
+    watch.until_event("close", sock.inode);
+    // The first fork is still told.
+    puppet.fork().exit();
+    for _ in 0..ATTEMPTS {
+        watch.settle();
+        let before = watch.switches();
+        for _ in 0..5 {
+            puppet.fork().exit();
+        }
+        let after = watch.switches();
+        if watch.line_within(Duration::ZERO).is_none() {
+            assert_eq!(before, after, "voluntary context switches by thread, over five forks");
+            return;
+        }
+    }
+    panic!("the host was never quiet for five forks");
+}
+
 pub fn trials() -> Vec<Test> {
-    test_each_tier("watch::idle_means_no_context_switch_in_ten_seconds", nothing_runs)
+    let idle = test_each_tier("watch::idle_means_no_context_switch_in_ten_seconds", nothing_runs);
+    let former = test_each_tier("watch::forks_of_a_former_holder_wake_nobody", former_holders_are_let_go);
+    idle.into_iter().chain(former).collect()
 }

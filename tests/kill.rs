@@ -49,6 +49,16 @@ pub fn trials() -> Vec<Test> {
             assert_eq!(server.wait(), Some(nix::libc::SIGTERM));
             neighbour.tcp(&sock.address.to_string(), "");
         }),
+        test("kill::a_port_that_only_left_out_listeners_have_is_not_called_free", || {
+            let stage = Stage::new();
+            let server = stage.puppet();
+            let sock = server.serve();
+            for filter in [&["--command", "nosuch*"][..], &["-6"], &["--older-than", "1d"]] {
+                let outcome = kill(sock.port(), filter, 1);
+                assert_eq!(gist(&outcome), ("partial", vec![], vec![], true, pids(&[&server])), "{outcome}");
+            }
+            assert!(server.is_alive());
+        }),
         test("kill::a_server_that_ignores_sigterm_is_forced_after_the_grace", || {
             let stage = Stage::new();
             let server = stage.puppet();

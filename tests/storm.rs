@@ -7,7 +7,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::puppet::{Puppet, Stage};
-use crate::subject::is_required;
+use crate::subject::{is_required, portwatch};
 use crate::watcher::Watch;
 use crate::{Test, test_each_tier};
 
@@ -136,8 +136,20 @@ fn a_stopped_watch(tier: &'static str) {
     assert!(missing("open", &opened, &shown.opens, &puppets) as u64 <= watch.lost);
 }
 
+/// A flood that would go on for minutes; the watch ends at its time all the same.
+fn time_passes_in_a_flood(tier: &'static str) {
+    let stage = Stage::new();
+    let puppets: Vec<Puppet> = (0..PUPPETS).map(|_| stage.puppet()).collect();
+    for puppet in &puppets {
+        puppet.begin("storm 10000000");
+    }
+    portwatch(&["--probe", tier, "watch", "--for", "300ms"]).expect(0);
+    assert!(puppets.iter().all(Puppet::is_alive));
+}
+
 pub fn trials() -> Vec<Test> {
     let every = test_each_tier("watch::every_listener_of_a_storm_is_shown_or_counted", every_listener);
     let stopped = test_each_tier("watch::a_stopped_watch_says_what_it_lost_and_is_true_again", a_stopped_watch);
-    every.into_iter().chain(stopped).collect()
+    let flood = test_each_tier("watch::time_passes_in_a_flood", time_passes_in_a_flood);
+    every.into_iter().chain(stopped).chain(flood).collect()
 }
