@@ -45,7 +45,8 @@ fn every_kind_of_socket(probe: &'static str) {
     let stage = Stage::new();
     let (one, two) = (stage.puppet(), stage.puppet());
     let far = stage.puppet();
-    far.unshare_net();
+    // Where it may not, it does as well as a neighbour.
+    let _ = far.unshare_net();
     let all = &[&one, &two, &far];
     let mut fds = Vec::new();
     for (address, flags) in [

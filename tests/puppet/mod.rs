@@ -332,8 +332,17 @@ impl Puppet {
         self.tell("thread-serve");
     }
 
-    pub fn unshare_net(&self) {
-        self.tell("unshare-net");
+    /// Moves into a network namespace of its own; false, loudly, where only root may.
+    #[track_caller]
+    pub fn unshare_net(&self) -> bool {
+        match self.attempt("unshare-net") {
+            Ok(_) => true,
+            Err(refused) if !rustix::process::geteuid().is_root() => {
+                crate::subject::skip("root", &refused.text);
+                false
+            }
+            Err(refused) => panic!("{}", refused.text),
+        }
     }
 
     pub fn become_user(&self, uid: u32) {
