@@ -136,15 +136,14 @@ fn a_stopped_watch(tier: &'static str) {
     assert!(missing("open", &opened, &shown.opens, &puppets) as u64 <= watch.lost);
 }
 
-/// A flood that would go on for minutes; the watch ends at its time all the same.
+/// A flood that would go on for minutes; the watch ends at its time all the same. One process suffices to keep the
+/// ring from ever being empty, and leaves the machine a processor.
 fn time_passes_in_a_flood(tier: &'static str) {
     let stage = Stage::new();
-    let puppets: Vec<Puppet> = (0..PUPPETS).map(|_| stage.puppet()).collect();
-    for puppet in &puppets {
-        puppet.begin("storm 10000000");
-    }
+    let puppet = stage.puppet();
+    puppet.begin("storm 10000000");
     portwatch(&["--probe", tier, "watch", "--for", "300ms"]).expect(0);
-    assert!(puppets.iter().all(Puppet::is_alive));
+    assert!(puppet.is_alive());
 }
 
 pub fn trials() -> Vec<Test> {
