@@ -7,7 +7,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::puppet::{Puppet, Stage};
-use crate::subject::{is_required, portwatch};
+use crate::subject::{is_required, portwatch, skip};
 use crate::watcher::Watch;
 use crate::{Test, test_each_tier};
 
@@ -139,6 +139,11 @@ fn a_stopped_watch(tier: &'static str) {
 /// A flood that would go on for minutes; the watch ends at its time all the same. One process suffices to keep the
 /// ring from ever being empty, and leaves the machine a processor.
 fn time_passes_in_a_flood(tier: &'static str) {
+    if env::var_os("PORTWATCH_TEST_EMULATED").is_some() {
+        // Probes come and go by patching kernel code; while a flood runs that very code, an emulated processor hangs
+        // in it for good (seen with 5.10 under QEMU's TCG: soft lockup of the flooding process, not of portwatch).
+        return skip("native", "an emulated processor may hang where code that runs is patched");
+    }
     let stage = Stage::new();
     let puppet = stage.puppet();
     puppet.begin("storm 10000000");
