@@ -87,6 +87,12 @@ fn every_listener(tier: &'static str) {
         }
         shown.count(&event);
     }
+    // A close that began before a snapshot which still saw the socket is in doubt, and told with the next snapshot:
+    // soon, but after this. One that is never told makes `next` give up.
+    while watch.lost == 0 && missing("close", &opened, &shown.closes, &puppets) > 0 {
+        let event = watch.next("a close that was in doubt");
+        shown.count(&event);
+    }
     let not_shown = missing("open", &opened, &shown.opens, &puppets);
     let not_closed = missing("close", &opened, &shown.closes, &puppets);
     if watch.lost == 0 {
