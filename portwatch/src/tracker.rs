@@ -60,19 +60,20 @@ impl Tracker {
         }
         loop {
             // In a flood there is always something to read, and the timers and signals of the runtime would never get
-            // their turn.
+            // their turn; neither would a refresh that is due.
             tokio::task::yield_now().await;
             let was_stale = self.table.is_stale();
+            if was_stale && Instant::now() >= self.refresh_at {
+                let changes = self.refresh(0)?;
+                if changes.is_empty() {
+                    continue;
+                }
+                return Ok(changes);
+            }
             let batch = if was_stale {
                 match tokio::time::timeout_at(self.refresh_at, self.live.next()).await {
                     Ok(batch) => batch?,
-                    Err(_) => {
-                        let changes = self.refresh(0)?;
-                        if changes.is_empty() {
-                            continue;
-                        }
-                        return Ok(changes);
-                    }
+                    Err(_) => continue,
                 }
             } else {
                 self.live.next().await?

@@ -33,6 +33,9 @@ const MAX_PROCESSES: usize = 16 << 10;
 /// How long a record may stay between being counted and being readable before the counts are compared again.
 const IN_FLIGHT: Duration = Duration::from_millis(5);
 
+/// The parent of all kernel threads (`rest_init` in init/main.c starts it second).
+const KTHREADD: u32 = 2;
+
 /// The attached probes of one tier and what they have told.
 pub(crate) struct Probes {
     tier: Tier,
@@ -50,6 +53,8 @@ pub(crate) struct Probes {
     processes: HashMap<ProcessId, Arc<Process>>,
     received: u64,
     lost: u64,
+    /// The `comm` of portwatch itself.
+    own_name: String,
     logger: Option<EbpfLogger<&'static dyn log::Log>>,
     /// Holds the programs and their links.
     _ebpf: Ebpf,
@@ -90,6 +95,7 @@ impl Probes {
             udp: KnownUdp::default(),
             watched: HashSet::new(),
             processes: HashMap::new(),
+            own_name: process::read(std::process::id()).map(|own| own.name).unwrap_or_default(),
             received: 0,
             lost: 0,
             logger,
@@ -210,7 +216,7 @@ impl Probes {
             }
             kind::CLOSED => {
                 self.udp.remove(record::id(record));
-                Event::Closed { at, id: record::id(record), by: Some(self.actor(record)) }
+                Event::Closed { at, id: record::id(record), by: self.closer(record) }
             }
             kind::FORKED => {
                 let parent = self.actor(record);
@@ -244,6 +250,16 @@ impl Probes {
             }
             _ => Event::Unsure { at },
         })
+    }
+
+    /// Who closed a socket, unless it was let go of by someone who never held it: whoever reads a descriptor table
+    /// (our own iterator, another portwatch) holds each file for a moment, and if its owner closes it in that moment,
+    /// the reader's release is the last. Likewise the kernel, which ends sockets that were in flight.
+    fn closer(&mut self, record: &Record) -> Option<Arc<Process>> {
+        let process = self.actor(record);
+        let is_portwatch = process.id.pid == std::process::id() || process.name == self.own_name;
+        let is_kernel_thread = process.ppid == KTHREADD;
+        (!is_portwatch && !is_kernel_thread).then_some(process)
     }
 
     /// The process behind a record, with all that can still be read of it.
