@@ -1,4 +1,4 @@
-//! The command line: what may be typed, and its help. What it means is decided in `commands`.
+//! The command line: the verbs, and what they share. The arguments of a verb stand beside it in `commands`.
 
 use std::net::IpAddr;
 use std::time::Duration;
@@ -6,11 +6,17 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 use globset::{Glob, GlobMatcher};
 use jiff::{Span, SpanRelativeTo};
-use portwatch::kill::signal::SignalName;
 use portwatch::model::NetnsId;
 use portwatch::source::Probe;
 
-const TARGETS: &str = "\
+use crate::commands::kill::KillArgs;
+use crate::commands::list::ListArgs;
+use crate::commands::status::StatusArgs;
+use crate::commands::watch::WatchArgs;
+use crate::commands::who::WhoArgs;
+
+/// For the end of the help of every verb with targets.
+pub(crate) const TARGETS: &str = "\
 Targets: 8000  :8000  3000,8080  3000-3005  8000/tcp  5353/udp  127.0.0.1:8000  [::1]:8000  @dev (3000, 8000, 8080)
 Exit codes: 0 done, 1 the answer is no, 2 usage, 3 not permitted, 4 portwatch itself failed";
 
@@ -57,124 +63,6 @@ pub(crate) enum Verb {
     Kill(KillArgs),
     /// Show how listeners are learnt on this host, and why not in a better way
     Status(StatusArgs),
-}
-
-#[derive(Debug, Args)]
-#[command(after_help = format!("\
-Examples:
-  portwatch list 3000-3999
-  portwatch list --user www-data --wide
-  portwatch list --command '*python*' --older-than 24h
-  portwatch list --netns all --json
-
-{TARGETS}"))]
-pub(crate) struct ListArgs {
-    /// Ports to show; all without
-    #[arg(value_name = "TARGET")]
-    pub(crate) targets: Vec<String>,
-    /// One JSON array
-    #[arg(long)]
-    pub(crate) json: bool,
-    /// Whole commands, and a row for every holder
-    #[arg(short, long)]
-    pub(crate) wide: bool,
-    #[command(flatten)]
-    pub(crate) selectors: Selectors,
-}
-
-#[derive(Debug, Args)]
-#[command(after_help = format!("\
-Examples:
-  portwatch who 8000
-  portwatch who 127.0.0.1:5432 --json
-  portwatch who --pid 4242
-
-{TARGETS}"))]
-pub(crate) struct WhoArgs {
-    /// Ports to explain
-    #[arg(value_name = "TARGET")]
-    pub(crate) targets: Vec<String>,
-    /// One JSON array
-    #[arg(long)]
-    pub(crate) json: bool,
-    #[command(flatten)]
-    pub(crate) selectors: Selectors,
-}
-
-#[derive(Debug, Args)]
-#[command(after_help = format!("\
-Examples:
-  portwatch watch
-  portwatch watch 8000-8999 --json
-  portwatch watch --user al --for 10s
-
-{TARGETS}"))]
-pub(crate) struct WatchArgs {
-    /// Ports to watch; all without
-    #[arg(value_name = "TARGET")]
-    pub(crate) targets: Vec<String>,
-    /// One JSON object a line
-    #[arg(long)]
-    pub(crate) json: bool,
-    /// Stop after this long, such as 10s or 5m
-    #[arg(long = "for", value_name = "DURATION", value_parser = duration)]
-    pub(crate) duration: Option<Duration>,
-    #[command(flatten)]
-    pub(crate) selectors: Selectors,
-}
-
-#[derive(Debug, Args)]
-#[command(after_help = format!("\
-Examples:
-  portwatch kill 8000
-  portwatch kill 3000-3005 --dry-run
-  portwatch kill 8000 -s INT --grace 30s --no-force
-  portwatch kill --cwd '/home/al/project*' -y
-
-{TARGETS}"))]
-pub(crate) struct KillArgs {
-    /// Ports to free
-    #[arg(value_name = "TARGET")]
-    pub(crate) targets: Vec<String>,
-    /// Show the plan and end nothing
-    #[arg(short = 'n', long)]
-    pub(crate) dry_run: bool,
-    /// Do not ask
-    #[arg(short, long)]
-    pub(crate) yes: bool,
-    /// Signal to begin with
-    #[arg(short, long, default_value = "TERM", value_name = "SIGNAL")]
-    pub(crate) signal: SignalName,
-    /// Begin with SIGKILL
-    #[arg(short = '9', long, conflicts_with_all = ["signal", "no_force"])]
-    pub(crate) force: bool,
-    /// How long a process may take to end before it gets SIGKILL
-    #[arg(long, default_value = "5s", value_name = "DURATION", value_parser = duration)]
-    pub(crate) grace: Duration,
-    /// Never go on to SIGKILL
-    #[arg(long)]
-    pub(crate) no_force: bool,
-    /// How long to look for something that takes the port again, where something could
-    #[arg(long, default_value = "250ms", value_name = "DURATION", value_parser = duration)]
-    pub(crate) settle: Duration,
-    /// Allow to end the ancestors of portwatch, such as the shell it runs in
-    #[arg(long)]
-    pub(crate) force_self: bool,
-    /// One JSON array
-    #[arg(long)]
-    pub(crate) json: bool,
-    /// Say nothing but errors
-    #[arg(short, long, conflicts_with = "json")]
-    pub(crate) quiet: bool,
-    #[command(flatten)]
-    pub(crate) selectors: Selectors,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct StatusArgs {
-    /// One JSON object
-    #[arg(long)]
-    pub(crate) json: bool,
 }
 
 /// Filters that all verbs share. Different ones narrow each other; one given twice means either.
@@ -240,7 +128,7 @@ fn glob(text: &str) -> Result<GlobMatcher, String> {
 }
 
 /// Anything that people write for a length of time: `90s`, `24h`, `1h 30m`, `2 days` (of 24 hours).
-fn duration(text: &str) -> Result<Duration, String> {
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     if text == "0" {
         return Ok(Duration::ZERO);
     }

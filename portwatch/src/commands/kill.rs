@@ -6,18 +6,66 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use clap::Args;
 use nix::unistd::Uid;
 use portwatch::kill::signal::SignalName;
-use portwatch::kill::{self, Guards, Options, Outcome, Plan, World, stat, text};
+use portwatch::kill::{self, Guards, Options, Outcome, Plan, World, text};
 use portwatch::model::{Listener, Process, Socket};
 use portwatch::render::{self, json};
 use portwatch::select::{Filters, Selector};
-use portwatch::source::{Scanner, procfs};
+use portwatch::source::{Scanner, procfs, stat};
 use rustix::process::Signal;
 
 use super::{Users, columns, explain, note, print, selection, selector};
-use crate::cli::{Globals, KillArgs, Netns};
+use crate::cli::{Globals, Netns, Selectors, TARGETS, duration};
 use crate::exit_codes::{self, NO, Usage};
+
+#[derive(Debug, Args)]
+#[command(after_help = format!("\
+Examples:
+  portwatch kill 8000
+  portwatch kill 3000-3005 --dry-run
+  portwatch kill 8000 -s INT --grace 30s --no-force
+  portwatch kill --cwd '/home/al/project*' -y
+
+{TARGETS}"))]
+pub(crate) struct KillArgs {
+    /// Ports to free
+    #[arg(value_name = "TARGET")]
+    pub(crate) targets: Vec<String>,
+    /// Show the plan and end nothing
+    #[arg(short = 'n', long)]
+    pub(crate) dry_run: bool,
+    /// Do not ask
+    #[arg(short, long)]
+    pub(crate) yes: bool,
+    /// Signal to begin with
+    #[arg(short, long, default_value = "TERM", value_name = "SIGNAL")]
+    pub(crate) signal: SignalName,
+    /// Begin with SIGKILL
+    #[arg(short = '9', long, conflicts_with_all = ["signal", "no_force"])]
+    pub(crate) force: bool,
+    /// How long a process may take to end before it gets SIGKILL
+    #[arg(long, default_value = "5s", value_name = "DURATION", value_parser = duration)]
+    pub(crate) grace: Duration,
+    /// Never go on to SIGKILL
+    #[arg(long)]
+    pub(crate) no_force: bool,
+    /// How long to look for something that takes the port again, where something could
+    #[arg(long, default_value = "250ms", value_name = "DURATION", value_parser = duration)]
+    pub(crate) settle: Duration,
+    /// Allow to end the ancestors of portwatch, such as the shell it runs in
+    #[arg(long)]
+    pub(crate) force_self: bool,
+    /// One JSON array
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Say nothing but errors
+    #[arg(short, long, conflicts_with = "json")]
+    pub(crate) quiet: bool,
+    #[command(flatten)]
+    pub(crate) selectors: Selectors,
+}
 
 pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
     let selector = selector(&args.targets, &args.selectors)?;

@@ -2,11 +2,35 @@
 
 use std::process::ExitCode;
 
+use clap::Args;
 use portwatch::render::json;
 use portwatch::render::table::{Detail, table};
 
 use super::{Users, note, print, read, selection, selector, view};
-use crate::cli::{Globals, ListArgs};
+use crate::cli::{Globals, Selectors, TARGETS};
+
+#[derive(Debug, Args)]
+#[command(after_help = format!("\
+Examples:
+  portwatch list 3000-3999
+  portwatch list --user www-data --wide
+  portwatch list --command '*python*' --older-than 24h
+  portwatch list --netns all --json
+
+{TARGETS}"))]
+pub(crate) struct ListArgs {
+    /// Ports to show; all without
+    #[arg(value_name = "TARGET")]
+    pub(crate) targets: Vec<String>,
+    /// One JSON array
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Whole commands, and a row for every holder
+    #[arg(short, long)]
+    pub(crate) wide: bool,
+    #[command(flatten)]
+    pub(crate) selectors: Selectors,
+}
 
 pub(crate) fn run(args: &ListArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
     let selector = selector(&args.targets, &args.selectors)?;

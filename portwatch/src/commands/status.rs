@@ -2,12 +2,13 @@
 
 use std::process::ExitCode;
 
+use clap::Args;
 use portwatch::render::json;
 use portwatch::source::{self, Refusal, Tier};
 use serde::Serialize;
 
 use super::{print, refused};
-use crate::cli::{Globals, StatusArgs};
+use crate::cli::Globals;
 use crate::exit_codes::NO;
 
 #[derive(Serialize)]
@@ -16,6 +17,13 @@ struct Status<'a> {
     reasons: &'a [Refusal],
     holders: &'a str,
     agent: Option<()>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StatusArgs {
+    /// One JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// The agent does not exist yet, so it is never there and healthy: the answer is no.

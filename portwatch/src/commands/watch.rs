@@ -3,8 +3,10 @@
 use std::collections::HashSet;
 use std::io::{BufWriter, Write as _};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Context as _;
+use clap::Args;
 use portwatch::model::{Attempt, BootNs, Change, Holder, Listener, Socket, SocketId};
 use portwatch::render::{self, json, text};
 use portwatch::select::Selector;
@@ -13,7 +15,29 @@ use portwatch::tracker::Tracker;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::{Users, clock, explain, note, refused, selector, view};
-use crate::cli::{Globals, WatchArgs};
+use crate::cli::{Globals, Selectors, TARGETS, duration};
+
+#[derive(Debug, Args)]
+#[command(after_help = format!("\
+Examples:
+  portwatch watch
+  portwatch watch 8000-8999 --json
+  portwatch watch --user al --for 10s
+
+{TARGETS}"))]
+pub(crate) struct WatchArgs {
+    /// Ports to watch; all without
+    #[arg(value_name = "TARGET")]
+    pub(crate) targets: Vec<String>,
+    /// One JSON object a line
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Stop after this long, such as 10s or 5m
+    #[arg(long = "for", value_name = "DURATION", value_parser = duration)]
+    pub(crate) duration: Option<Duration>,
+    #[command(flatten)]
+    pub(crate) selectors: Selectors,
+}
 
 pub(crate) fn run(args: &WatchArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
     let selector = selector(&args.targets, &args.selectors)?;

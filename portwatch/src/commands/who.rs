@@ -1,15 +1,37 @@
 //! `portwatch who`: everything about a port.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::process::ExitCode;
 
+use clap::Args;
 use portwatch::model::Listener;
 use portwatch::render::json::{self, Ancestor, Ancestors};
 use portwatch::render::text;
+use portwatch::source::stat::{self, Stat};
 
 use super::{Users, note, print, read, selection, selector, view};
-use crate::cli::{Globals, WhoArgs};
+use crate::cli::{Globals, Selectors, TARGETS};
 use crate::exit_codes::{NO, Usage};
+
+#[derive(Debug, Args)]
+#[command(after_help = format!("\
+Examples:
+  portwatch who 8000
+  portwatch who 127.0.0.1:5432 --json
+  portwatch who --pid 4242
+
+{TARGETS}"))]
+pub(crate) struct WhoArgs {
+    /// Ports to explain
+    #[arg(value_name = "TARGET")]
+    pub(crate) targets: Vec<String>,
+    /// One JSON array
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) selectors: Selectors,
+}
 
 pub(crate) fn run(args: &WhoArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
     let selector = selector(&args.targets, &args.selectors)?;
@@ -36,24 +58,9 @@ pub(crate) fn run(args: &WhoArgs, globals: &Globals) -> anyhow::Result<ExitCode>
 
 /// The ancestors of every holder, nearest first, as far as /proc shows them.
 fn ancestors_of(listeners: &[Listener]) -> Ancestors {
-    let mut parents = HashMap::new();
-    let holders = listeners.iter().flat_map(|listener| &listener.holders);
-    holders.map(|holder| (holder.process.id.pid, ancestors(holder.process.ppid, &mut parents))).collect()
-}
-
-/// From `pid` up to the first process of the pid namespace. A parent that exits meanwhile ends the chain there.
-fn ancestors(mut pid: u32, known: &mut HashMap<u32, Option<(Ancestor, u32)>>) -> Vec<Ancestor> {
-    let mut chain: Vec<Ancestor> = Vec::new();
-    // A pid that is used again while the chain is read could close a circle.
-    while pid != 0 && chain.iter().all(|ancestor| ancestor.pid != pid) {
-        let Some((ancestor, parent)) = known.entry(pid).or_insert_with(|| read_parent(pid)) else { break };
-        chain.push(ancestor.clone());
-        pid = *parent;
-    }
-    chain
-}
-
-fn read_parent(pid: u32) -> Option<(Ancestor, u32)> {
-    let stat = procfs::process::Process::new(i32::try_from(pid).ok()?).and_then(|process| process.stat()).ok()?;
-    Some((Ancestor { pid, name: stat.comm }, u32::try_from(stat.ppid).unwrap_or(0)))
+    let known: RefCell<HashMap<u32, Option<Stat>>> = RefCell::default();
+    let stat = |pid| known.borrow_mut().entry(pid).or_insert_with(|| stat::read(pid).ok()).clone();
+    let named = |pid| stat(pid).map(|Stat { name, .. }| Ancestor { pid, name });
+    let holders = listeners.iter().flat_map(|listener| &listener.holders).map(|holder| holder.process.id.pid);
+    holders.map(|pid| (pid, stat::ancestors(pid, &stat).into_iter().filter_map(named).collect())).collect()
 }

@@ -16,9 +16,9 @@ use super::outcome::Outcome;
 use super::plan::{Guards, Plan, Refused, Victim, push_new};
 use super::report;
 use super::signal::SignalName;
-use super::stat::{self, Stat};
 use super::target::{OpenError, OpenTarget, SignalError, Target, Verdict, prove_by_proc};
 use crate::model::{Listener, Process, ProcessId};
+use crate::source::stat::{self, Stat};
 
 /// How long SIGKILL is waited for. Only a process inside the kernel that cannot be interrupted takes longer.
 const FORCE_WAIT: Duration = Duration::from_secs(2);

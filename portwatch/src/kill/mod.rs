@@ -7,14 +7,13 @@
 //!
 //! This module owns who is signalled ([`plan`]), how it is made sure that nobody else is ([`target`]), the waiting
 //! ([`execute`]) and what is said of it ([`outcome`], [`text`]). It does not scan: its callers hand it what was scanned, and a
-//! way to scan again. It reads `/proc/PID/stat` ([`stat`]).
+//! way to scan again.
 
 pub mod execute;
 pub mod outcome;
 pub mod plan;
 mod report;
 pub mod signal;
-pub mod stat;
 pub mod target;
 pub mod text;
 

@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use super::stat::{self, Stat};
 use crate::cgroup;
 use crate::model::{Listener, NetnsId, Process, ProcessId, Protocol, Socket, SocketId};
+use crate::source::stat::{self, Stat};
 
 /// Programs that a person types into. With a terminal, they do not bring back what was killed.
 const SHELLS: [&str; 13] =

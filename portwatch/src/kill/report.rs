@@ -9,8 +9,8 @@ use super::execute::{Life, Run, Stage};
 use super::outcome::{Diagnostics, Failure, Outcome, Owner, Status};
 use super::plan::{Group, Supervisor, push_new};
 use super::signal::SignalName;
-use super::stat;
 use crate::model::{Listener, Process};
+use crate::source::stat;
 
 /// `al (uid 1000)`, or `uid 1000` for a user without a name.
 pub(super) fn user(uid: u32) -> String {

@@ -21,8 +21,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-use super::stat;
 use crate::model::ProcessId;
+use crate::source::stat;
 
 /// Tells whether this process holds one of the sockets (by inode) at this moment.
 pub type Proof<'a> = dyn FnMut(ProcessId, &[u64]) -> io::Result<bool> + 'a;

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, fcntl};
 
-use super::stat;
 use crate::model::{Holder, Listener, Process, ProcessId, Protocol, Socket, SocketId};
+use crate::source::stat;
 
 /// The number under which helpers have the (first) socket.
 const SOCKET_FD: RawFd = 3;

@@ -10,13 +10,11 @@ use nix::time::{ClockId, clock_gettime};
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 
+use super::stat::{self, Stat};
 use crate::model::{BootNs, Process, ProcessId};
 
 /// More of a command line than this many bytes is cut off.
 pub const MAX_COMMAND_BYTES: usize = 128 * 1024;
-
-/// How many ancestors [`ancestors`] gives at most.
-pub const MAX_ANCESTORS: usize = 64;
 
 /// A cgroup file has one line per hierarchy, each a path of at most 4 KiB.
 const MAX_CGROUP_BYTES: usize = 64 * 1024;
@@ -33,7 +31,7 @@ pub fn boot_ns_now() -> BootNs {
 /// user's process are `None`, and for an instant a process in the midst of exec has no command.
 pub fn read(pid: u32) -> Option<Process> {
     let dir = open(pid)?;
-    let stat = read_stat(dir.as_fd())?;
+    let stat = stat::read_at(dir.as_fd(), c"stat")?;
     Some(details(pid, dir.as_fd(), stat))
 }
 
@@ -41,70 +39,11 @@ pub fn read(pid: u32) -> Option<Process> {
 /// `None`: it is gone, whoever has its number now.
 pub fn read_exact(id: ProcessId) -> Option<Process> {
     let dir = open(id.pid)?;
-    let stat = read_stat(dir.as_fd())?;
+    let stat = stat::read_at(dir.as_fd(), c"stat")?;
     if !id.is_same(ProcessId { pid: id.pid, start: stat.start }) {
         return None;
     }
     Some(Process { id, ..details(id.pid, dir.as_fd(), stat) })
-}
-
-/// Pid and name of the parent, its parent and so on, the nearest first; at most [`MAX_ANCESTORS`]. It ends at the first
-/// that cannot be read, or that started after its child: then the parent is gone and its number in use again.
-pub fn ancestors(pid: u32) -> Vec<(u32, String)> {
-    let mut line: Vec<(u32, String)> = Vec::new();
-    let Some(mut child) = open(pid).and_then(|dir| read_stat(dir.as_fd())) else { return line };
-    while child.ppid != 0 && line.len() < MAX_ANCESTORS {
-        let parent = child.ppid;
-        if parent == pid || line.iter().any(|&(seen, _)| seen == parent) {
-            break;
-        }
-        match open(parent).and_then(|dir| read_stat(dir.as_fd())) {
-            Some(stat) if stat.start <= child.start => {
-                line.push((parent, stat.name.clone()));
-                child = stat;
-            }
-            _ => break,
-        }
-    }
-    line
-}
-
-/// The part of `/proc/PID/stat` that portwatch needs.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Stat {
-    pub(super) name: String,
-    /// `Z` for a zombie.
-    pub(super) state: char,
-    pub(super) ppid: u32,
-    /// Rounded down to 10 ms.
-    pub(super) start: BootNs,
-}
-
-/// Reads `stat` relative to a `/proc/PID` directory.
-pub(super) fn read_stat(dir: BorrowedFd<'_>) -> Option<Stat> {
-    read_stat_at(dir, c"stat")
-}
-
-/// As [`read_stat`], by a path relative to any directory under `/proc/PID`.
-pub(super) fn read_stat_at(dir: BorrowedFd<'_>, path: &std::ffi::CStr) -> Option<Stat> {
-    // 52 numbers of at most 20 digits, and a name of at most 64 bytes.
-    let mut buffer = [0u8; 2048];
-    let file = open_at(dir, path)?;
-    let length = read_retrying(file.as_fd(), &mut buffer)?;
-    parse_stat(&buffer[..length])
-}
-
-/// The name stands in parentheses and may itself hold any byte, `)` and line feeds too: it ends at the last `)`.
-fn parse_stat(line: &[u8]) -> Option<Stat> {
-    let open = line.iter().position(|&byte| byte == b'(')?;
-    let close = line.iter().rposition(|&byte| byte == b')')?;
-    let name = String::from_utf8_lossy(line.get(open + 1..close)?).into_owned();
-    let mut fields = std::str::from_utf8(&line[close + 1..]).ok()?.split_ascii_whitespace();
-    // Numbered as in proc(5): state is field 3, ppid 4, starttime 22.
-    let state = fields.next()?.chars().next()?;
-    let ppid = fields.next()?.parse().ok()?;
-    let ticks: u64 = fields.nth(22 - 5)?.parse().ok()?;
-    Some(Stat { name, state, ppid, start: ticks.checked_mul(ProcessId::TICK_NS)? })
 }
 
 fn open(pid: u32) -> Option<OwnedFd> {
@@ -166,7 +105,7 @@ fn open_at(dir: BorrowedFd<'_>, path: &std::ffi::CStr) -> Option<OwnedFd> {
     rustix::fs::openat(dir, path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()
 }
 
-fn read_retrying(file: BorrowedFd<'_>, buffer: &mut [u8]) -> Option<usize> {
+pub(super) fn read_retrying(file: BorrowedFd<'_>, buffer: &mut [u8]) -> Option<usize> {
     loop {
         match rustix::io::read(file, &mut *buffer) {
             Ok(length) => return Some(length),
@@ -206,21 +145,6 @@ mod tests {
     use std::process::{Child, Command, Stdio};
 
     use super::*;
-
-    #[test]
-    fn stat_lines() {
-        let line = |name: &str| format!("7 ({name}) S 3 7 7 0 -1 4 1 2 3 4 5 6 7 8 20 0 1 0 12345 999 1\n");
-        for name in ["bash", "", "a b", "a) S 9 (", ") R 1", "two\nlines", "((("] {
-            let expected = Stat { name: name.into(), state: 'S', ppid: 3, start: 123_450_000_000 };
-            assert_eq!(parse_stat(line(name).as_bytes()), Some(expected));
-        }
-        let mut bytes = line("x?y").into_bytes();
-        bytes[4] = 0xff;
-        assert_eq!(parse_stat(&bytes).unwrap().name, "x\u{fffd}y");
-        for broken in ["", "7", "7 (bash", "7 )bash( S 1", "7 (bash) S", "7 (bash) S 3 7 7", "7 (bash) S x 7 7"] {
-            assert_eq!(parse_stat(broken.as_bytes()), None, "{broken}");
-        }
-    }
 
     #[test]
     fn command_lines() {
@@ -292,17 +216,12 @@ mod tests {
         assert_eq!(read_exact(fine), Some(Process { id: fine, ..process.clone() }));
         assert_eq!(read_exact(ProcessId { pid, start: process.id.start + ProcessId::TICK_NS }), None);
 
-        let line = ancestors(pid);
-        assert_eq!(line[0].0, std::process::id());
-        assert!(line.len() <= MAX_ANCESTORS);
-
         let pinned = open(pid).unwrap();
         child.kill().unwrap();
         child.wait().unwrap();
-        assert_eq!(read_stat(pinned.as_fd()), None);
+        assert_eq!(stat::read_at(pinned.as_fd(), c"stat"), None);
         assert_eq!(read(pid), None);
         assert_eq!(read_exact(process.id), None);
-        assert_eq!(ancestors(pid), []);
     }
 
     #[test]

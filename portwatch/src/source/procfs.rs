@@ -25,7 +25,7 @@ use rustix::io::Errno;
 use crate::model::{NetnsId, Process, ProcessId, Snapshot, Socket};
 use crate::source::join::{HeldFd, join};
 use crate::source::netns::{self, Namespaces};
-use crate::source::{diag, process};
+use crate::source::{diag, process, stat};
 
 /// The descriptors found, and how far the walk could see.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -336,7 +336,7 @@ impl<'a> Walker<'a> {
 
     fn is_zombie(&mut self, pid: u32) -> bool {
         self.set_path(format_args!("{pid}"));
-        let stat = open_dir(self.proc, self.path.as_str(), OFlags::PATH).map(|dir| process::read_stat(dir.as_fd()));
+        let stat = open_dir(self.proc, self.path.as_str(), OFlags::PATH).map(|dir| stat::read_at(dir.as_fd(), c"stat"));
         matches!(stat, Ok(Some(stat)) if stat.state == 'Z')
     }
 
@@ -357,7 +357,7 @@ impl<'a> Walker<'a> {
                 found.push((inode, fd));
             }
         })?;
-        if let Some(stat) = (!found.is_empty()).then(|| process::read_stat_at(table.as_fd(), stat)).flatten() {
+        if let Some(stat) = (!found.is_empty()).then(|| stat::read_at(table.as_fd(), stat)).flatten() {
             let process = ProcessId { pid, start: stat.start };
             self.held.fds.extend(self.found.drain(..).map(|(inode, fd)| HeldFd { inode, process, fd }));
         }

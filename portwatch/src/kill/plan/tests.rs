@@ -9,11 +9,14 @@ fn host() -> impl Fn(u32) -> Option<Stat> {
     let stat = |pid, name: &str, ppid| Stat {
         pid,
         name: name.into(),
+        state: 'S',
         ppid,
+        process_group: pid,
+        session: pid,
         terminal: false,
         kernel_thread: false,
         exiting: false,
-        start: u64::from(pid) * ProcessId::TICK_NS,
+        start: ProcessId::TICK_NS,
     };
     family(&[
         stat(1, "init", 0),
