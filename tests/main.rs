@@ -11,17 +11,24 @@
 #![expect(unreachable_pub, reason = "a program exports nothing: pub says that other modules use it")]
 #![expect(missing_debug_implementations, reason = "nobody prints a test or a running watch")]
 
+mod container;
+mod diagnose;
 mod gate;
 mod hostile;
 mod idle;
 mod kill;
 mod list;
 mod oracle;
+mod prefork;
 mod puppet;
 mod race;
+mod shell;
 mod storm;
+mod stubborn;
 mod subject;
+mod supervised;
 mod user;
+mod wait;
 mod watch;
 mod watcher;
 mod who;
@@ -72,6 +79,13 @@ fn main() -> ExitCode {
         idle::trials(),
         kill::trials(),
         race::trials(),
+        prefork::trials(),
+        stubborn::trials(),
+        supervised::trials(),
+        container::trials(),
+        diagnose::trials(),
+        wait::trials(),
+        shell::trials(),
         hostile::trials(),
         user::trials(),
     ];
