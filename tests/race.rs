@@ -1,10 +1,13 @@
 //! A process that dies, and whose PID another process gets, between any two steps of a kill: the other one lives.
 
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+
 use nix::libc;
 
 use crate::gate::{self, Moment};
 use crate::puppet::Stage;
-use crate::subject::{command, skip};
+use crate::subject::{binary, command, finish, skip};
 use crate::{Test, test};
 
 /// Runs `kill` on a port whose holder dies at `moment`, its PID going to a bystander, which must live.
@@ -45,8 +48,35 @@ fn recycle(moment: Moment, is_pid: bool) {
     bystander.serve();
 }
 
+/// Kill in a pid namespace of its own that sees the /proc of the host, as `unshare --pid --fork` leaves it: there a PID
+/// of /proc and the same number given to pidfd_open(2) are different processes.
+fn foreign_proc() {
+    let stage = Stage::new();
+    let server = stage.puppet();
+    let sock = server.serve();
+    let mut command = Command::new("sh");
+    // The shell stays outside; its child, the first process of the new namespace, is portwatch.
+    command.args(["-c", "\"$@\"; exit $?", "sh"]).arg(binary());
+    command.args(["kill", &format!("{}/tcp", sock.port()), "--json"]);
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    // SAFETY: unshare is a bare system call, which may be made between fork and exec.
+    unsafe {
+        command.pre_exec(|| match libc::unshare(libc::CLONE_NEWPID) {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        });
+    }
+    let run = match command.spawn() {
+        Ok(child) => finish(child).expect(4),
+        Err(error) => return skip("root", &format!("no pid namespace can be made: {error}")),
+    };
+    assert!(run.errors().contains("/proc belongs to another pid namespace"), "{}", run.errors());
+    assert!(server.is_alive());
+}
+
 pub fn trials() -> Vec<Test> {
     vec![
+        test("kill::where_proc_is_of_another_pid_namespace_nobody_is_signalled", foreign_proc),
         test("kill::a_pid_recycled_before_its_pidfd_is_opened_is_not_hit", || {
             recycle(Moment::Before(libc::SYS_pidfd_open), true);
         }),

@@ -77,6 +77,9 @@ pub(crate) fn read(selector: &Selector, selectors: &Selectors, globals: &Globals
     // Another namespace by number is found like any other: by reading all of them.
     let all_netns = selectors.netns != Netns::Own;
     let snapshot = scanner.scan(all_netns, &|socket| selector.matches_socket(socket))?;
+    for text in scanner.notes() {
+        explain(globals, text);
+    }
     let mut listeners = snapshot.listeners;
     listeners.retain(|listener| selector.matches(listener, snapshot.at));
     listeners.sort_by_key(|Listener { socket, .. }| {

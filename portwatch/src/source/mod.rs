@@ -16,11 +16,12 @@ pub mod stat;
 use std::cell::RefCell;
 use std::collections::HashSet;
 use std::fmt;
+use std::io;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{anyhow, bail};
+use anyhow::anyhow;
 use serde::Serialize;
 
 use crate::model::{Event, Process, ProcessId, Snapshot, Socket, SocketId};
@@ -88,6 +89,7 @@ pub struct Refusal {
 pub struct Scanner {
     walk: Option<ebpf::Walk>,
     refusal: Option<String>,
+    notes: Vec<String>,
 }
 
 impl fmt::Debug for Scanner {
@@ -100,7 +102,7 @@ impl Scanner {
     /// Never fails: what is refused is kept as a reason, and /proc serves.
     pub fn open(probe: Probe) -> Scanner {
         if probe == Probe::Only(Tier::Poll) {
-            return Scanner { walk: None, refusal: None };
+            return Scanner { walk: None, refusal: None, notes: Vec::new() };
         }
         Scanner::with_kernel(ebpf::Kernel::open().as_ref())
     }
@@ -111,8 +113,8 @@ impl Scanner {
             Err(error) => Err(format!("{error:#}")),
         };
         match walk {
-            Ok(walk) => Scanner { walk: Some(walk), refusal: None },
-            Err(reason) => Scanner { walk: None, refusal: Some(reason) },
+            Ok(walk) => Scanner { walk: Some(walk), refusal: None, notes: Vec::new() },
+            Err(reason) => Scanner { walk: None, refusal: Some(reason), notes: Vec::new() },
         }
     }
 
@@ -124,6 +126,11 @@ impl Scanner {
     /// Why the iterator is not used, if it was tried.
     pub fn refusal(&self) -> Option<&str> {
         self.refusal.as_deref()
+    }
+
+    /// What the latest scan could not see, as sentences for people.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
     }
 
     /// Reads every listener that `keep` wants and who holds it: held ones of all network namespaces and ghosts of the
@@ -142,12 +149,17 @@ impl Scanner {
         is_bound: &dyn Fn(SocketId) -> bool,
         details: &mut dyn FnMut(ProcessId) -> Arc<Process>,
     ) -> anyhow::Result<Snapshot> {
-        let Some(walk) = &mut self.walk else { return procfs::scan(all_netns, keep) };
+        let Some(walk) = &mut self.walk else {
+            let scan = procfs::scan(all_netns, keep)?;
+            self.notes = scan.notes;
+            return Ok(scan.snapshot);
+        };
         let at = process::boot_ns_now();
         // Sockets first: one that only the walk sees is newer. One that only netlink sees has no visible holder, or
         // was closed in between: hence the second look.
         let others = if all_netns { netns::visible()? } else { netns::Namespaces::default() };
         let dumped = procfs::dump_all(&others, keep)?;
+        self.notes = dumped.notes;
         let mut walked = walk.read(keep)?;
         let seen: HashSet<u64> = walked.sockets.iter().map(|socket| socket.id.inode).collect();
         let mut ghosts = dumped.sockets;
@@ -228,7 +240,13 @@ impl Live {
             && tier.is_event_driven()
         {
             let reason = refusals.pop().map(|refusal| refusal.reason).unwrap_or_default();
-            bail!("--probe {tier} is not to be had: {reason}; leave out --probe to use the next best");
+            let sentence = format!("--probe {tier} is not to be had: {reason}; leave out --probe to use the next best");
+            let is_denied = |error: &anyhow::Error| {
+                error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::PermissionDenied)
+            };
+            let denied = kernel.is_some_and(|kernel| kernel.is_err_and(|error| is_denied(&error)));
+            let kind = if denied { io::ErrorKind::PermissionDenied } else { io::ErrorKind::Unsupported };
+            return Err(io::Error::new(kind, sentence).into());
         }
         let mut interval = tokio::time::interval(POLL_INTERVAL);
         interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);

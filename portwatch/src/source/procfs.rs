@@ -92,15 +92,7 @@ pub fn holds(pid: u32, inode: u64) -> io::Result<bool> {
 ///
 /// # Errors
 /// When the sockets of the caller's own namespace cannot be listed at all.
-pub fn scan(all_netns: bool, keep: &dyn Fn(&Socket) -> bool) -> anyhow::Result<Snapshot> {
-    scan_with_notes(all_netns, keep).map(|scan| scan.snapshot)
-}
-
-/// As [`scan`], and says what could not be read.
-///
-/// # Errors
-/// As [`scan`].
-pub fn scan_with_notes(all_netns: bool, keep: &dyn Fn(&Socket) -> bool) -> anyhow::Result<Scan> {
+pub fn scan(all_netns: bool, keep: &dyn Fn(&Socket) -> bool) -> anyhow::Result<Scan> {
     let at = process::boot_ns_now();
     let others = if all_netns { netns::visible()? } else { Namespaces::default() };
     let dumped = dump_all(&others, keep)?;
@@ -143,7 +135,7 @@ pub fn scan_with_notes(all_netns: bool, keep: &dyn Fn(&Socket) -> bool) -> anyho
 pub(super) struct Dumped {
     pub(super) sockets: Vec<Socket>,
     pub(super) complete: Vec<NetnsId>,
-    notes: Vec<String>,
+    pub(super) notes: Vec<String>,
 }
 
 pub(super) fn dump_all(others: &Namespaces, keep: &dyn Fn(&Socket) -> bool) -> anyhow::Result<Dumped> {

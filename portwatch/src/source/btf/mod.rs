@@ -245,17 +245,6 @@ impl<'a> Btf<'a> {
         ids.next().filter(|_| ids.next().is_none())
     }
 
-    /// How many arguments a function takes, `...` counting as one. `None` if there is no such function, or several
-    /// that differ.
-    pub fn function_arg_count(&self, name: &str) -> Option<usize> {
-        let mut counts = self.named(&self.functions, name).map(|type_id| {
-            let prototype = self.record(self.record(type_id).ok()?.value).ok()?;
-            (prototype.kind == kind::FUNC_PROTO).then_some(prototype.vlen)
-        });
-        let first = counts.next()??;
-        counts.all(|other| other == Some(first)).then_some(first)
-    }
-
     /// The ids of those of `types` that have this name. A scan, as the few dozen names that a caller wants cost less
     /// than a map of all.
     fn named(&self, types: &[Named], name: &str) -> impl Iterator<Item = u32> {

@@ -27,12 +27,19 @@ pub(super) struct Attached {
 /// Attaches the programs of an event-driven tier.
 pub(super) fn attach(ebpf: &mut Ebpf, kernel: &Kernel, tier: Tier, cgroup: Option<&File>) -> anyhow::Result<Attached> {
     let mut attach = Attach { ebpf, kernel, gaps: Vec::new(), tier, sees_udp: false };
-    // The end of listening first: nothing that is seen to begin may end unseen.
-    attach.common()?;
+    // What decides about the tier first: where it is refused, nothing else was attached in vain. A listener that begins
+    // here and ends before its end can be seen is settled by the first snapshot, which is read when all is attached.
     match tier {
         Tier::Fexit => attach.fexit()?,
-        Tier::Kprobe => attach.kprobe(cgroup)?,
+        Tier::Kprobe => attach.kprobe()?,
         Tier::Tracepoint => attach.tracepoint(cgroup)?,
+        Tier::Poll => {}
+    }
+    attach.common()?;
+    match tier {
+        Tier::Fexit => attach.fexit_extras(),
+        Tier::Kprobe => attach.kprobe_extras(cgroup),
+        Tier::Tracepoint => attach.tracepoint_extras(cgroup),
         Tier::Poll => {}
     }
     Ok(Attached { gaps: attach.gaps, sees_udp: attach.sees_udp })
@@ -64,6 +71,10 @@ impl Attach<'_> {
         } else {
             self.exit_of("listen_exit", "inet_listen")?;
         }
+        Ok(())
+    }
+
+    fn fexit_extras(&mut self) {
         let udp = self.exit_of("bind4_exit", "__inet_bind").and_then(|()| {
             let btf = self.kernel.loader_btf()?;
             let program: &mut FEntry = typed(self.ebpf, "udp_unhash_entry")?;
@@ -82,7 +93,6 @@ impl Attach<'_> {
             .exit_of("tcp_get_port_exit", "inet_csk_get_port")
             .and_then(|()| self.exit_of("udp_get_port_exit", "udp_lib_get_port"));
         self.gap("failed binds", conflicts);
-        Ok(())
     }
 
     fn exit_of(&mut self, program: &str, function: &str) -> anyhow::Result<()> {
@@ -95,10 +105,13 @@ impl Attach<'_> {
         Ok(())
     }
 
-    fn kprobe(&mut self, cgroup: Option<&File>) -> anyhow::Result<()> {
+    fn kprobe(&mut self) -> anyhow::Result<()> {
         // Newer kernels have one function for both families.
         let functions: &[&str] = if self.kernel.has_inet6_hash { &["inet_hash", "inet6_hash"] } else { &["inet_hash"] };
-        self.probe_all("hash_enter", functions)?;
+        self.probe_all("hash_enter", functions)
+    }
+
+    fn kprobe_extras(&mut self, cgroup: Option<&File>) {
         match cgroup {
             Some(cgroup) => {
                 let udp = self.udp_by_cgroup(cgroup);
@@ -111,7 +124,6 @@ impl Attach<'_> {
             .probe_pair("tcp_get_port_enter", "tcp_get_port_leave", "inet_csk_get_port")
             .and_then(|()| self.probe_pair("udp_get_port_enter", "udp_get_port_leave", "udp_lib_get_port"));
         self.gap("failed binds", conflicts);
-        Ok(())
     }
 
     /// Attaches a kprobe and its kretprobe.
@@ -141,11 +153,16 @@ impl Attach<'_> {
             .load()
             .and_then(|()| program.attach(cgroup, CgroupAttachMode::Single))
             .map_err(|error| refused("sock_ops on the cgroup2 root", &error))?;
-        let udp = self.udp_by_cgroup(cgroup);
-        self.sees_udp = udp.is_ok();
-        self.gap("UDP is looked at every 500 ms", udp);
-        self.limit("failed binds are not seen without fexit or kprobes");
         Ok(())
+    }
+
+    fn tracepoint_extras(&mut self, cgroup: Option<&File>) {
+        if let Some(cgroup) = cgroup {
+            let udp = self.udp_by_cgroup(cgroup);
+            self.sees_udp = udp.is_ok();
+            self.gap("UDP is looked at every 500 ms", udp);
+        }
+        self.limit("failed binds are not seen without fexit or kprobes");
     }
 
     fn udp_by_cgroup(&mut self, cgroup: &File) -> anyhow::Result<()> {

@@ -14,6 +14,7 @@ mod walk;
 
 use std::cell::OnceCell;
 use std::fs;
+use std::io;
 use std::os::unix::fs::MetadataExt as _;
 
 use anyhow::{Context as _, anyhow, bail};
@@ -97,7 +98,8 @@ fn bytes_of<T: Pod>(value: &T) -> &[u8] {
     unsafe { std::slice::from_raw_parts(std::ptr::from_ref(value).cast(), size_of::<T>()) }
 }
 
-/// Names the first thing that stands in the way of loading programs.
+/// Names the first thing that stands in the way of loading programs: an [`io::Error`] of kind `PermissionDenied` where
+/// more privileges would help.
 fn check_privileges() -> anyhow::Result<()> {
     // capability.h: CAP_SYS_ADMIN 21, CAP_PERFMON 38, CAP_BPF 39.
     const SYS_ADMIN: u64 = 1 << 21;
@@ -107,10 +109,12 @@ fn check_privileges() -> anyhow::Result<()> {
     if effective & SYS_ADMIN == 0 {
         for (bit, name) in [(BPF, "CAP_BPF"), (PERFMON, "CAP_PERFMON")] {
             if effective & bit == 0 {
-                if geteuid().is_root() {
-                    bail!("kernel programs need {name}, which this root lacks (a container?)");
-                }
-                bail!("not root: kernel programs need CAP_BPF and CAP_PERFMON (missing: {name})");
+                let sentence = if geteuid().is_root() {
+                    format!("kernel programs need {name}, which this root lacks (a container?)")
+                } else {
+                    format!("not root: kernel programs need CAP_BPF and CAP_PERFMON (missing: {name})")
+                };
+                return Err(io::Error::new(io::ErrorKind::PermissionDenied, sentence).into());
             }
         }
     }

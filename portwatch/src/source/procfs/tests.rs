@@ -92,7 +92,7 @@ fn a_scan_shows_own_listeners_with_their_holder() {
     let ports: Vec<u16> =
         [v4.local_addr(), v6.local_addr(), dual.local_addr(), udp.local_addr()].map(|a| a.unwrap().port()).into();
     let before = process::boot_ns_now();
-    let scan = scan_with_notes(false, &|socket| ports.contains(&socket.port)).unwrap();
+    let scan = super::scan(false, &|socket| ports.contains(&socket.port)).unwrap();
     assert!(scan.snapshot.at >= before);
     assert_eq!(scan.snapshot.complete, [netns::own().unwrap()]);
     let expect = |proto: Protocol, endpoint: SocketAddr, mut fds: Vec<u32>| {
@@ -118,7 +118,7 @@ fn a_scan_shows_own_listeners_with_their_holder() {
     let (inode, port) = (inode_of(&v4), v4.local_addr().unwrap().port());
     drop((v4, twin));
     assert!(!holds(std::process::id(), inode).unwrap());
-    let listeners = scan_with_notes(true, &|s| s.proto == Protocol::Tcp && s.port == port).unwrap().snapshot.listeners;
+    let listeners = super::scan(true, &|s| s.proto == Protocol::Tcp && s.port == port).unwrap().snapshot.listeners;
     // Children of the other tests hold whatever was open when they were forked.
     assert!(listeners.iter().all(|l| l.socket.id.inode != inode || !l.is_ghost()));
 }
