@@ -4,6 +4,7 @@
 //! run, and what is compared is interleaved. Each command's answer is checked once: a fast wrong answer is no result.
 
 mod commands;
+mod free;
 mod live;
 
 use std::fs;
@@ -38,6 +39,8 @@ struct Effort {
     listens_limit: Duration,
     blocks: usize,
     block: Duration,
+    /// How often each command frees a port of each kind of server.
+    frees: usize,
 }
 
 const FULL: Effort = Effort {
@@ -47,6 +50,7 @@ const FULL: Effort = Effort {
     listens_limit: Duration::from_secs(10),
     blocks: 10,
     block: Duration::from_millis(200),
+    frees: 11,
 };
 
 const QUICK: Effort = Effort {
@@ -56,6 +60,7 @@ const QUICK: Effort = Effort {
     listens_limit: Duration::from_secs(3),
     blocks: 4,
     block: Duration::from_millis(100),
+    frees: 3,
 };
 
 const CROWD: world::Args = world::Args { processes: 1000, fds: 100, listeners: 10 };
@@ -75,6 +80,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let mut wrong = Vec::new();
     let mut figures = serde_json::Map::new();
 
+    if !args.quick {
+        free::fetch_peers();
+    }
     let crowd = World::start(CROWD)?;
     println!(
         "### Who listens? {} processes with {} open files each, {} listeners\n",
@@ -84,6 +92,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     println!("{}", commands::markdown(&rows));
     wrong.extend(rows.iter().filter_map(commands::Row::complaint));
     figures.insert("commands".into(), commands::figures(&rows));
+
+    println!("### From a command to a port that can be bound, in that crowd\n");
+    let rows = free::measure(&portwatch, &effort)?;
+    println!("{}", free::markdown(&rows));
+    wrong.extend(rows.iter().filter_map(free::Row::complaint));
+    figures.insert("free".into(), free::figures(&rows));
 
     println!("### From listen() to the line of `watch --json`\n");
     println!("| host | listens | p50 µs | p99 µs |\n|---|--:|--:|--:|");

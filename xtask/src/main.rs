@@ -7,6 +7,7 @@
 mod bench;
 mod ci;
 mod ebpf;
+mod server;
 mod vm;
 mod world;
 
@@ -36,6 +37,8 @@ enum Verb {
     Ci,
     #[command(hide = true)]
     World(world::Args),
+    #[command(hide = true)]
+    Server(server::Args),
 }
 
 fn main() -> ExitCode {
@@ -45,6 +48,7 @@ fn main() -> ExitCode {
         Verb::Bench(args) => bench::run(&args),
         Verb::Ci => ci::run(),
         Verb::World(args) => world::run(&args),
+        Verb::Server(args) => server::run(&args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -103,7 +107,10 @@ fn output_of(command: &mut Command) -> Result<String> {
     String::from_utf8(output.stdout).with_context(|| format!("`{line}` printed what is not UTF-8"))
 }
 
-/// Whether a program of that name is on the PATH.
-fn installed(program: &str) -> bool {
-    env::var_os("PATH").is_some_and(|path| env::split_paths(&path).any(|folder| folder.join(program).is_file()))
+/// A program by its name: on the PATH, or among the tools that were fetched.
+fn find(program: &str) -> Option<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let tools = target().join("tools");
+    let fetched = [tools.join("bin"), tools.join("npm/node_modules/.bin")];
+    env::split_paths(&path).chain(fetched).map(|folder| folder.join(program)).find(|file| file.is_file())
 }

@@ -34,7 +34,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    if !crate::installed("qemu-system-x86_64") {
+    if crate::find("qemu-system-x86_64").is_none() {
         bail!("qemu-system-x86_64 is missing: install Debian's packages qemu-system-x86, cpio and busybox-static");
     }
     let releases: Vec<&kernel::Release> =

@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use super::{Effort, quantile};
-use crate::installed;
+use crate::find;
 
 /// One command and its times.
 pub(super) struct Row {
@@ -37,9 +37,12 @@ impl Row {
 
     /// Runs once and looks for the ports in what is printed.
     fn check(&mut self) {
-        if !self.ours && !installed(&self.argv[0]) {
-            self.skipped = Some("is not installed".into());
-            return;
+        if !self.ours {
+            let Some(program) = find(&self.argv[0]) else {
+                self.skipped = Some("is not installed".into());
+                return;
+            };
+            self.argv[0] = program.to_string_lossy().into_owned();
         }
         self.skipped = match self.command().output() {
             Err(error) => Some(format!("does not run: {error}")),
@@ -100,7 +103,7 @@ pub(super) fn measure(portwatch: &Path, ports: &[u16], effort: &Effort) -> Resul
 
 /// The median of `ss`, which every row is compared with.
 fn yardstick(rows: &[Row]) -> Option<f64> {
-    let ss = rows.iter().find(|row| row.argv[0] == "ss" && !row.times_ms.is_empty())?;
+    let ss = rows.iter().find(|row| row.name.starts_with("ss ") && !row.times_ms.is_empty())?;
     Some(quantile(&mut ss.times_ms.clone(), 0.5))
 }
 
