@@ -1,14 +1,17 @@
 //! The command line: the verbs, and what they share. The arguments of a verb stand beside it in `commands`.
 
 use std::net::IpAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use globset::{Glob, GlobMatcher};
 use jiff::{Span, SpanRelativeTo};
+use portwatch::agent::SOCKET;
 use portwatch::model::NetnsId;
 use portwatch::source::Probe;
 
+use crate::commands::agent::AgentArgs;
 use crate::commands::kill::KillArgs;
 use crate::commands::list::ListArgs;
 use crate::commands::status::StatusArgs;
@@ -46,6 +49,22 @@ pub(crate) struct Globals {
     /// How to learn of listeners: auto, fexit, kprobe, tracepoint or poll
     #[arg(long, global = true, default_value = "auto", value_name = "TIER", help_heading = "Global options")]
     pub(crate) probe: Probe,
+    /// Where the agent listens
+    #[arg(
+        long,
+        global = true,
+        env = "PORTWATCH_SOCKET",
+        default_value = SOCKET,
+        value_name = "PATH",
+        help_heading = "Global options"
+    )]
+    pub(crate) socket: PathBuf,
+    /// Ask the agent, or fail
+    #[arg(long, global = true, conflicts_with = "no_agent", help_heading = "Global options")]
+    pub(crate) agent: bool,
+    /// Do not ask the agent
+    #[arg(long, global = true, help_heading = "Global options")]
+    pub(crate) no_agent: bool,
     /// Say on stderr what was tried and refused, and what the kernel programs log
     #[arg(short, long, global = true, help_heading = "Global options")]
     pub(crate) verbose: bool,
@@ -61,7 +80,9 @@ pub(crate) enum Verb {
     Watch(WatchArgs),
     /// Free ports, by ending the processes that hold them
     Kill(KillArgs),
-    /// Show how listeners are learnt on this host, and why not in a better way
+    /// Track listeners for everybody on this host, until it is told to end
+    Agent(AgentArgs),
+    /// Show the agent's health, and how listeners are learnt on this host
     Status(StatusArgs),
 }
 

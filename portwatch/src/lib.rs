@@ -3,7 +3,9 @@
 //! Data flows one way: a [`source`] turns what the kernel says into [`model::Event`]s, the [`table`] applies them and
 //! says what changed, a [`select::Selector`] picks listeners, [`kill`] acts on them and [`render`] shows them.
 
+pub mod agent;
 pub mod cgroup;
+pub mod client;
 pub mod kill;
 pub mod model;
 pub mod render;
@@ -11,3 +13,4 @@ pub mod select;
 pub mod source;
 pub mod table;
 pub mod tracker;
+pub mod wire;

@@ -11,7 +11,9 @@ use serde_json::ser::{CompactFormatter, Formatter};
 
 use super::{View, is_hazard};
 use crate::cgroup;
-use crate::model::{Attempt, BootNs, Change, Holder, Listener as Row, NetnsId, Process as Proc, Protocol, Socket};
+use crate::model::{
+    Ancestor, Attempt, BootNs, Change, Holder, Listener as Row, NetnsId, Process as Proc, Protocol, Socket,
+};
 
 /// A listener with its holders, as `list --json` shows it.
 #[derive(Debug, Serialize)]
@@ -73,13 +75,6 @@ pub struct Identity<'a> {
 pub struct Place<'a> {
     pub unit: Option<&'a str>,
     pub container: Option<&'a str>,
-}
-
-/// A parent, or a parent's parent, and so on.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Ancestor {
-    pub pid: u32,
-    pub name: String,
 }
 
 /// The ancestors of each holder by pid, nearest first.

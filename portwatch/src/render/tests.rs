@@ -1,8 +1,9 @@
 use std::sync::Arc;
 
-use super::json::{Ancestor, Ancestors};
+use super::json::Ancestors;
 use super::table::Detail;
 use super::*;
+use crate::model::Ancestor;
 use crate::model::{Attempt, Change, Holder, Listener, ProcessId, Protocol, SocketId};
 
 const SECOND: u64 = 1_000_000_000;

@@ -1,9 +1,9 @@
 //! What `who` and `watch` say to people.
 
-use super::json::{Ancestor, Ancestors};
+use super::json::Ancestors;
 use super::{BOLD, DIM, GREEN, RED, View, YELLOW, age, command_line, cut, escape, span};
 use crate::cgroup;
-use crate::model::{BootNs, Change, Holder, Listener, Process, Socket};
+use crate::model::{Ancestor, BootNs, Change, Holder, Listener, Process, Socket};
 
 /// Holders that one line of `watch` names.
 const NAMED_HOLDERS: usize = 4;
