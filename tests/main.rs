@@ -11,6 +11,7 @@
 #![expect(unreachable_pub, reason = "a program exports nothing: pub says that other modules use it")]
 #![expect(missing_debug_implementations, reason = "nobody prints a test or a running watch")]
 
+mod agent;
 mod container;
 mod diagnose;
 mod gate;
@@ -86,6 +87,7 @@ fn main() -> ExitCode {
         diagnose::trials(),
         wait::trials(),
         shell::trials(),
+        agent::trials(),
         hostile::trials(),
         user::trials(),
     ];

@@ -67,6 +67,8 @@ impl Subscriber {
 pub(super) struct Core {
     tracker: Tracker,
     subscribers: Vec<Subscriber>,
+    /// Questions that are not answered yet, and when they were asked.
+    waiting: Vec<(BootNs, Ask)>,
     load: Load,
     started: Instant,
     opens: u64,
@@ -77,8 +79,17 @@ pub(super) struct Core {
 
 impl Core {
     pub(super) fn new(tracker: Tracker, load: Load) -> Core {
-        let (subscribers, started) = (Vec::new(), Instant::now());
-        Core { tracker, subscribers, load, started, opens: 0, closes: 0, conflicts: 0, resyncs: 0 }
+        Core {
+            tracker,
+            subscribers: Vec::new(),
+            waiting: Vec::new(),
+            load,
+            started: Instant::now(),
+            opens: 0,
+            closes: 0,
+            conflicts: 0,
+            resyncs: 0,
+        }
     }
 
     /// Ends only when events cannot be read any more.
@@ -87,8 +98,24 @@ impl Core {
             // Fair between the two: a flood of either does not starve the other.
             tokio::select! {
                 changes = self.tracker.next() => self.publish(changes?),
-                Some(ask) = questions.recv() => self.answer(ask),
+                Some(ask) = questions.recv() => {
+                    // Whoever asks has seen things happen: they are in the answer.
+                    let changes = self.tracker.catch_up()?;
+                    self.publish(changes);
+                    self.waiting.push((process::boot_ns_now(), ask));
+                }
             }
+            self.answer_what_is_known();
+        }
+    }
+
+    /// Answers every question, unless it is in doubt who holds what: then the snapshot is waited for that settles it,
+    /// which is due after four times as long as one takes.
+    fn answer_what_is_known(&mut self) {
+        let (stale, read_at) = (self.tracker.table().is_stale(), self.tracker.read_at());
+        let known = |asked: BootNs| !stale || asked <= read_at;
+        for (_, ask) in self.waiting.extract_if(.., |(asked, _)| known(*asked)).collect::<Vec<_>>() {
+            self.answer(ask);
         }
     }
 

@@ -24,7 +24,7 @@ use std::time::Duration;
 use anyhow::anyhow;
 use serde::{Deserialize, Serialize};
 
-use crate::model::{Event, Process, ProcessId, Snapshot, Socket, SocketId};
+use crate::model::{BootNs, Event, Process, ProcessId, Snapshot, Socket, SocketId};
 
 /// How listeners are learnt, best first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -306,6 +306,14 @@ impl Live {
         }
     }
 
+    /// What the kernel has told by now, at least until `at`; nothing where it tells nothing.
+    pub fn pending(&mut self, at: BootNs) -> Vec<Event> {
+        match &mut self.feed {
+            Feed::Ebpf(probes) => probes.pending(at),
+            Feed::Poll(_) => Vec::new(),
+        }
+    }
+
     /// Ends to report the forks and execs of a process that holds nothing.
     pub fn unfollow(&mut self, id: ProcessId) {
         if let Feed::Ebpf(probes) = &mut self.feed {
@@ -340,10 +348,7 @@ impl Live {
             Feed::Poll(_) => self.scanner.scan(true, &|_| true)?,
         };
         snapshot.lost = lost;
-        let mut events = match &mut self.feed {
-            Feed::Ebpf(probes) => probes.pending(process::boot_ns_now()),
-            Feed::Poll(_) => Vec::new(),
-        };
+        let mut events = self.pending(process::boot_ns_now());
         events.push(Event::Snapshot(snapshot));
         Ok(events)
     }
