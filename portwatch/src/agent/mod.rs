@@ -69,6 +69,7 @@ async fn serve(config: &Config, ready: impl FnOnce(&Tracker)) -> anyhow::Result<
     // The socket first: a second agent must not attach probes only to find out that it is the second.
     let socket = socket::open(&config.socket)?;
     let tracker = Tracker::open(config.probe, config.ring_bytes)?;
+    give_back_memory();
     ready(&tracker);
     let (asks, questions) = mpsc::channel(ASKS);
     let load = peer::Load::default();
@@ -78,6 +79,15 @@ async fn serve(config: &Config, ready: impl FnOnce(&Tracker)) -> anyhow::Result<
         never = peer::accept(socket.listener(), asks, load) => match never {},
         _ = terminate.recv() => Ok(()),
         _ = interrupt.recv() => Ok(()),
+    }
+}
+
+/// What the loader needed to know of the kernel's types is twice what the agent needs from then on.
+fn give_back_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: takes an integer, and only returns free memory to the kernel.
+    unsafe {
+        nix::libc::malloc_trim(0);
     }
 }
 
