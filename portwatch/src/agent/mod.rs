@@ -11,6 +11,7 @@
 //! ([`peer`]) that knows nothing but its socket and how to ask. Everything is bounded: requests in bytes, connections
 //! in all and of one user, changes that wait for a subscriber. Nothing here runs by the clock while nobody is connected.
 
+mod access;
 mod core;
 mod peer;
 mod socket;

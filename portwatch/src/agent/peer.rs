@@ -8,16 +8,16 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use futures_util::{SinkExt, StreamExt as _};
-use tokio::net::unix::UCred;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 use tokio_util::codec::{Framed, LinesCodec, LinesCodecError};
 
+use super::access::Identity;
 use super::core::{Ask, Subscription};
-use crate::model::{Ancestor, Listener, NetnsId};
+use crate::model::{Ancestor, Listener};
 use crate::select::{Selector, Shown};
-use crate::source::{netns, stat};
+use crate::source::stat;
 use crate::wire::{ErrorKind, MAX_REQUEST, Request, Response, Selection, VERSION};
 
 /// Connections at once: of all users, and of one that is not root, so that nobody can shut the others out.
@@ -76,15 +76,6 @@ impl Drop for Place {
     }
 }
 
-/// Who is at the other end, as the kernel says.
-#[derive(Clone, Copy, Debug)]
-struct Identity {
-    /// Effective uid when it connected, in our user namespace.
-    uid: u32,
-    /// Its own, where that can be read.
-    netns: Option<NetnsId>,
-}
-
 /// Takes connections for ever, each served by a task of its own. Needs a [`tokio::task::LocalSet`].
 pub(super) async fn accept(listener: &UnixListener, asks: mpsc::Sender<Ask>, load: Load) -> Infallible {
     loop {
@@ -95,20 +86,15 @@ pub(super) async fn accept(listener: &UnixListener, asks: mpsc::Sender<Ask>, loa
         };
         let (asks, load) = (asks.clone(), load.clone());
         tokio::task::spawn_local(async move {
-            let Ok(credentials) = stream.peer_cred() else { return };
+            let Ok(identity) = Identity::of(&stream) else { return };
             let mut peer = Peer::new(stream, asks);
             // Whatever ends a connection, there is nobody to tell but the one who is gone.
-            let _ = match load.enter(credentials.uid()) {
-                Some(_place) => peer.serve(identity(&credentials)).await,
+            let _ = match load.enter(identity.uid) {
+                Some(_place) => peer.serve(identity).await,
                 None => peer.refuse(ErrorKind::Busy, "too many connections; try again later").await,
             };
         });
     }
-}
-
-fn identity(credentials: &UCred) -> Identity {
-    let pid = credentials.pid().and_then(|pid| u32::try_from(pid).ok());
-    Identity { uid: credentials.uid(), netns: pid.and_then(|pid| netns::of_pid(pid).ok()) }
 }
 
 struct Peer {
