@@ -100,6 +100,14 @@ impl Namespaces {
     }
 }
 
+/// A descriptor of a network namespace that can be seen.
+///
+/// # Errors
+/// When nobody visible is in it, nor is it mounted.
+pub fn open(id: NetnsId) -> anyhow::Result<File> {
+    visible()?.found.remove(&id).with_context(|| format!("network namespace {id} is not to be seen from here"))
+}
+
 /// Reads every listening socket in another network namespace.
 ///
 /// # Errors

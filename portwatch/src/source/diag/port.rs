@@ -1,6 +1,5 @@
 //! Sockets of every state that have a local port, and the destruction of one that listens.
 
-use std::fs::File;
 use std::io;
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
@@ -31,12 +30,12 @@ pub enum State {
     Listen,
     Closing,
     NewSynRecv,
-    /// Bound to a port, neither listening nor connected: told by kernels from 6.8 on, where it is asked for.
+    /// A TCP socket bound to a port, neither listening nor connected: told by kernels from 6.8 on.
     BoundInactive,
 }
 
 impl State {
-    const ALL: [State; 13] = [
+    const ALL: [State; 12] = [
         State::Established,
         State::SynSent,
         State::SynRecv,
@@ -49,7 +48,6 @@ impl State {
         State::Listen,
         State::Closing,
         State::NewSynRecv,
-        State::BoundInactive,
     ];
 
     fn of(number: u8) -> Option<State> {
@@ -109,7 +107,12 @@ pub fn dump_ports(proto: Protocol, ports: RangeInclusive<u16>) -> io::Result<Vec
     for row in rows(&mut link, proto, &ports, StateFlags::from_bits_retain(StateFlags::all().bits() | BOUND_INACTIVE))?
     {
         let id = &row.header.socket_id;
-        let Some(state) = State::of(row.header.state) else { continue };
+        let state = match State::of(row.header.state) {
+            // What the pseudo state asks for is shown as what it is: closed, and yet it has a port.
+            Some(State::Close) if proto == Protocol::Tcp => State::BoundInactive,
+            Some(state) => state,
+            None => continue,
+        };
         sockets.push(PortSocket {
             id: SocketId { inode: row.header.inode.into(), cookie: cookie_of(id.cookie) },
             proto,
@@ -180,11 +183,7 @@ pub fn destroy(socket: &Socket) -> anyhow::Result<()> {
     if netns::own().context("cannot read /proc/thread-self/ns/net; is /proc mounted?")? == socket.netns {
         return destroy_here(socket);
     }
-    let namespace: File = netns::visible()?
-        .found
-        .remove(&socket.netns)
-        .with_context(|| format!("network namespace {} is not to be seen from here", socket.netns))?;
-    netns::enter(&namespace, || destroy_here(socket))
+    netns::enter(&netns::open(socket.netns)?, || destroy_here(socket))
 }
 
 /// Tries before giving up on one of several SO_REUSEPORT twins.
@@ -263,8 +262,13 @@ mod tests {
                 (State::Listen, listener.local_addr().unwrap(), unspecified),
             ]
         );
-        drop(accepted);
-        drop(client);
+        // Found by 6.8 and later; the assertion is that nothing else is.
+        let bound =
+            rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::STREAM, None).unwrap();
+        rustix::net::bind(&bound, &SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+        let endpoint = SocketAddr::try_from(rustix::net::getsockname(&bound).unwrap()).unwrap();
+        let found = dump_ports(Protocol::Tcp, endpoint.port()..=endpoint.port()).unwrap();
+        assert!(found.iter().all(|s| (s.state, s.local) == (State::BoundInactive, endpoint)), "{found:?}");
         let port = other.local_addr().unwrap().port();
         assert_eq!(dump_ports(Protocol::Tcp, port..=port).unwrap().len(), 1);
         let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
@@ -299,6 +303,28 @@ mod tests {
             assert_eq!(left.iter().any(|s| s.id == socket.id), index != 0, "{socket:?}");
         }
         assert!(destroy(&sockets[0]).unwrap_err().to_string().ends_with("is gone already"));
+    }
+
+    #[test]
+    fn one_of_several_twins_is_destroyed() {
+        use rustix::net::{AddressFamily, SocketType, bind, getsockname, listen, socket, sockopt};
+        let mut endpoint = SocketAddr::from(([127, 0, 0, 1], 0));
+        let mut twins = Vec::new();
+        for _ in 0..8 {
+            let twin = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+            sockopt::set_socket_reuseport(&twin, true).unwrap();
+            bind(&twin, &endpoint).unwrap();
+            listen(&twin, 1).unwrap();
+            endpoint = SocketAddr::try_from(getsockname(&twin).unwrap()).unwrap();
+            twins.push(twin);
+        }
+        let all = || diag::dump().unwrap().sockets.into_iter().filter(|s| s.endpoint() == endpoint);
+        let cookie = sockopt::socket_cookie(&twins[5]).unwrap();
+        let socket = all().find(|s| s.id.cookie == cookie).unwrap();
+        if let Err(error) = destroy(&socket) {
+            return eprintln!("NOT TESTED: SOCK_DESTROY: {error:#}");
+        }
+        assert_eq!((all().count(), all().any(|s| s.id.cookie == cookie)), (7, false));
     }
 
     #[test]
