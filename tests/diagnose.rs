@@ -445,7 +445,7 @@ fn settings() -> Vec<Test> {
             assert_eq!(
                 text.replace(&format!("handle {handle}"), "handle N"),
                 "PORT/tcp is answered elsewhere: bind() to 0.0.0.0, 127.0.0.1 succeeds\n  dnat: a rule sends what comes \
-                 for PORT/tcp to 192.0.2.2:80: no listener here gets it\n    nft: table ip t, chain pre, handle N\n    \
+                 for PORT/tcp to 192.0.2.2:80: no listener here gets what it matches\n    nft: table ip t, chain pre, handle N\n    \
                  → nft delete rule ip t pre handle N\n"
             );
         }),

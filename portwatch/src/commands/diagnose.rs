@@ -23,8 +23,7 @@ Examples:
   portwatch diagnose 127.0.0.1:5432 --json
   sudo portwatch diagnose 4789/udp --netns 4026532265
 
-Looks at listeners, connections, sockets without holder, firewall rules and settings, and calls bind(). A port without
-a protocol is looked at for TCP, and for UDP where something has that.
+Calls bind() as a server would, and lets go at once. Without a protocol TCP is told, and UDP where something has it.
 Targets: 8000  :8000  3000,8080  3000-3005  8000/tcp  5353/udp  127.0.0.1:8000  [::1]:8000  @dev (3000, 8000, 8080)
 Exit codes: 0 nothing is in the way of any of the ports, 1 something is, 2 usage, 3 not permitted, 4 portwatch itself failed")]
 pub(crate) struct DiagnoseArgs {

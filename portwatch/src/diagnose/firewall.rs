@@ -1,6 +1,7 @@
 //! Rules of the packet filter that answer on a port in place of a listener: DNAT and redirect, by nftables and by
 //! iptables, and virtual services of IPVS. Reads what the tools print; the parsers are pure.
 
+use std::collections::HashMap;
 use std::fs;
 use std::io::{self, Read};
 use std::ops::RangeInclusive;
@@ -270,26 +271,62 @@ fn nft_value(value: &Value) -> String {
     }
 }
 
-/// The rules of `iptables-save -t nat` that match a destination port and send it elsewhere; `tool` is `iptables` or
-/// the like.
+/// The rules of `iptables-save -t nat` that match a destination port and send it elsewhere, by themselves or by a chain
+/// that they jump to (as those of Kubernetes do); `tool` is `iptables` or the like.
 fn parse_iptables(saved: &str, tool: &str) -> Vec<Rule> {
-    saved.lines().filter_map(|line| iptables_rule(line.strip_prefix("-A ")?, tool)).collect()
+    let rules: Vec<IptablesRule<'_>> = saved
+        .lines()
+        .filter_map(|line| line.strip_prefix("-A "))
+        .map(|text| IptablesRule { words: text.split_ascii_whitespace().collect(), text })
+        .collect();
+    let mut chains: Chains<'_> = HashMap::new();
+    for rule in &rules {
+        chains.entry(rule.words.first().copied().unwrap_or_default()).or_default().push(rule);
+    }
+    rules.iter().filter_map(|rule| iptables_rule(rule, &chains, tool)).collect()
 }
 
-fn iptables_rule(rule: &str, tool: &str) -> Option<Rule> {
-    let words: Vec<&str> = rule.split_ascii_whitespace().collect();
-    let value = |flag: &str| {
-        let place = words.iter().position(|word| *word == flag)?;
-        Some((words.get(place + 1).copied()?, place > 0 && words[place - 1] == "!"))
-    };
-    let to = match value("-j")?.0 {
-        "DNAT" => value("--to-destination")?.0.to_owned(),
-        "REDIRECT" => {
-            value("--to-ports").map_or_else(|| "this host".to_owned(), |(port, _)| format!("port {port} of this host"))
+type Chains<'a> = HashMap<&'a str, Vec<&'a IptablesRule<'a>>>;
+
+struct IptablesRule<'a> {
+    words: Vec<&'a str>,
+    text: &'a str,
+}
+
+impl<'a> IptablesRule<'a> {
+    /// What follows a flag, and whether it is negated.
+    fn value(&self, flag: &str) -> Option<(&'a str, bool)> {
+        let place = self.words.iter().position(|word| *word == flag)?;
+        Some((self.words.get(place + 1).copied()?, place > 0 && self.words[place - 1] == "!"))
+    }
+
+    fn ports(&self) -> Option<(&'a str, bool)> {
+        ["--dport", "--dports"].iter().find_map(|flag| self.value(flag))
+    }
+
+    /// Where it sends what it matches. `passed` are the chains on the way: the kernel has no loops, a text might.
+    fn to(&self, chains: &Chains<'a>, passed: &mut Vec<&'a str>) -> Option<String> {
+        let this_host = || "this host".to_owned();
+        let (target, _) = self.value("-j").or_else(|| self.value("-g"))?;
+        match target {
+            "DNAT" => Some(self.value("--to-destination")?.0.to_owned()),
+            "REDIRECT" => {
+                Some(self.value("--to-ports").map_or_else(this_host, |(port, _)| format!("port {port} of this host")))
+            }
+            chain if passed.contains(&chain) => None,
+            chain => {
+                passed.push(chain);
+                // Those that match a port of their own speak for themselves.
+                let rules = chains.get(chain)?.iter().filter(|rule| rule.ports().is_none());
+                rules.into_iter().find_map(|rule| rule.to(chains, passed))
+            }
         }
-        _ => return None,
-    };
-    let (ports, negated) = ["--dport", "--dports"].iter().find_map(|flag| value(flag))?;
+    }
+}
+
+fn iptables_rule<'a>(rule: &IptablesRule<'a>, chains: &Chains<'a>, tool: &str) -> Option<Rule> {
+    let (ports, negated) = rule.ports()?;
+    let to = rule.to(chains, &mut Vec::new())?;
     let ports = ports
         .split(',')
         .filter_map(|part| {
@@ -297,19 +334,20 @@ fn iptables_rule(rule: &str, tool: &str) -> Option<Rule> {
             Some(first.parse().ok()?..=last.parse().ok()?)
         })
         .collect();
-    let chain = quote(words.first()?);
+    let chain = quote(rule.words.first()?);
+    let text = rule.text;
     // Comments are other people's text; and an interactive shell obeys a `!` that has something behind it.
-    let is_plain = rule.replace("! ", "").chars().all(|c| c.is_ascii_alphanumeric() || "-_.,:/ ".contains(c));
+    let is_plain = text.replace("! ", "").chars().all(|c| c.is_ascii_alphanumeric() || "-_.,:/ ".contains(c));
     Some(Rule {
-        proto: match value("-p") {
+        proto: match rule.value("-p") {
             Some(("tcp", false)) => Some(Protocol::Tcp),
             Some(("udp", false)) => Some(Protocol::Udp),
             _ => None,
         },
         ports: if negated { others(ports) } else { ports },
         to,
-        place: format!("{tool} -t nat: -A {rule}"),
-        next: if is_plain { format!("{tool} -t nat -D {rule}") } else { format!("{tool} -t nat -S {chain}") },
+        place: format!("{tool} -t nat: -A {text}"),
+        next: if is_plain { format!("{tool} -t nat -D {text}") } else { format!("{tool} -t nat -S {chain}") },
     })
 }
 

@@ -12,7 +12,7 @@
 //! | the same, of a server that had not set it | EADDRINUSE | EADDRINUSE until they end |
 //! | a client that the kernel gave the port | EADDRINUSE | EADDRINUSE |
 //! | a client that bound the port with SO_REUSEADDR | EADDRINUSE | succeeds |
-//! | a socket bound and not listening, with SO_REUSEADDR | EADDRINUSE | succeeds |
+//! | a socket bound and not listening, with SO_REUSEADDR (without) | EADDRINUSE | succeeds (EADDRINUSE) |
 //!
 //! So it is the flag of the socket that left them which counts, and "TIME_WAIT is no matter with SO_REUSEADDR" is true
 //! of servers alone that always set it.

@@ -327,7 +327,8 @@ impl Case<'_> {
         // The engine's rules are its own to remove.
         let rules = facts.rules.iter().filter(|rule| rule.answers(port, proto));
         for rule in rules.filter(|rule| !published.iter().any(|p| p.to == rule.to)) {
-            let message = format!("a rule sends what comes for {target} to {}: no listener here gets it", rule.to);
+            let message =
+                format!("a rule sends what comes for {target} to {}: no listener here gets what it matches", rule.to);
             self.add(Kind::Dnat, message, rule.place.clone(), Some(self.sudo(&rule.next)));
         }
     }

@@ -83,6 +83,11 @@ fn iptables_rules_are_read() {
 -A PREROUTING -p tcp -m multiport --dports 3000,3005:3010 -j REDIRECT --to-ports 9
 -A PREROUTING -p udp -m udp --dport 53 -m comment --comment \"$(reboot)\" -j DNAT --to-destination 10.0.0.53
 -A PREROUTING -p tcp -m tcp ! --dport 22:65535 -j REDIRECT
+-A KUBE-NODEPORTS -p tcp -m tcp --dport 30080 -j KUBE-EXT-A
+-A KUBE-EXT-A -j KUBE-MARK-MASQ
+-A KUBE-EXT-A -j KUBE-SEP-A
+-A KUBE-SEP-A -p tcp -m tcp -j DNAT --to-destination 10.244.0.5:8080
+-A LOOP -p tcp -m tcp --dport 1 -g LOOP
 -A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE
 COMMIT";
     let rules = parse_iptables(saved, "iptables");
@@ -110,6 +115,12 @@ COMMIT";
                 vec![1..=21],
                 "this host",
                 "iptables -t nat -D PREROUTING -p tcp -m tcp ! --dport 22:65535 -j REDIRECT"
+            ),
+            (
+                tcp,
+                vec![30080..=30080],
+                "10.244.0.5:8080",
+                "iptables -t nat -D KUBE-NODEPORTS -p tcp -m tcp --dport 30080 -j KUBE-EXT-A"
             ),
         ]
     );

@@ -328,7 +328,7 @@ fn what_answers_elsewhere_is_told_once() {
         next: "docker stop web".to_owned(),
     };
     let rules = vec![rule("172.17.0.2:80"), rule("10.0.0.1:80")];
-    let dnat = "dnat: a rule sends what comes for 8000/tcp to 10.0.0.1:80: no listener here gets it | nft: here | sudo \
+    let dnat = "dnat: a rule sends what comes for 8000/tcp to 10.0.0.1:80: no listener here gets what it matches | nft: here | sudo \
                 nft delete it";
     let facts = Facts { rules, published: vec![published], ..trial(None, None) };
     check(
