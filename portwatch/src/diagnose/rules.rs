@@ -176,6 +176,7 @@ impl Case<'_> {
         };
         suspects.insert(0, owner.to_owned());
         let next = match (facts.euid, socket.proto) {
+            (0, _) if facts.is_nested => Some(format!("portwatch who {}  # on the host", self.target())),
             (0, Protocol::Tcp) => Some(format!("portwatch kill {} --close-socket", self.target())),
             (0, Protocol::Udp) => None,
             _ => Some(format!("sudo portwatch diagnose {}", self.target())),

@@ -44,22 +44,20 @@ pub(super) fn read() -> Vec<Stash> {
     let mut found: BTreeMap<Key, Stash> = BTreeMap::new();
     for entry in fs::read_dir("/proc").into_iter().flatten().map_while(Result::ok) {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
-        for (fd, place) in candidates(pid) {
+        for (fd, own) in candidates(pid) {
+            let place = if own.is_some() { Place::Queue } else { Place::Ring };
             let Ok(info) = fs::read_to_string(format!("/proc/{pid}/fdinfo/{fd}")) else { continue };
-            let Some(seen) = parse(&info, place) else { continue };
+            let Some((count, inodes)) = parse(&info, place) else { continue };
             let Some(process) = process::read(pid) else { continue };
-            let key = match (place, seen.inodes.first()) {
-                (Place::Queue, _) => Key::Queue(seen.own_inode),
-                (Place::Ring, Some(&inode)) => Key::Ring(inode),
-                (Place::Ring, None) => Key::Unknown(pid, fd),
+            let key = match (own, inodes.first()) {
+                (Some(own), _) => Key::Queue(own),
+                (None, Some(&inode)) => Key::Ring(inode),
+                (None, None) => Key::Unknown(pid, fd),
             };
             let known = found.entry(key);
             let stash = known.or_insert_with(|| {
-                let inodes = match place {
-                    Place::Ring => seen.inodes,
-                    Place::Queue => look_into(process.id, fd, seen.own_inode),
-                };
-                Stash { place, processes: Vec::new(), fd, count: seen.count, inodes }
+                let inodes = own.map_or(inodes, |own| look_into(process.id, fd, own));
+                Stash { place, processes: Vec::new(), fd, count, inodes }
             });
             if stash.processes.last().is_none_or(|last| last.id != process.id) {
                 stash.processes.push(process);
@@ -82,53 +80,44 @@ enum Key {
     Unknown(u32, u32),
 }
 
-fn candidates(pid: u32) -> Vec<(u32, Place)> {
+/// Descriptors of rings, and of sockets with their inode (in the link: fdinfo has it from 5.14 on only).
+fn candidates(pid: u32) -> Vec<(u32, Option<u64>)> {
     let fds = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().map_while(Result::ok);
     let candidates = fds.filter_map(|entry| {
         let fd = entry.file_name().to_str()?.parse().ok()?;
         let target = fs::read_link(entry.path()).ok()?;
         match target.to_str()? {
-            "anon_inode:[io_uring]" => Some((fd, Place::Ring)),
-            target if target.starts_with("socket:[") => Some((fd, Place::Queue)),
-            _ => None,
+            "anon_inode:[io_uring]" => Some((fd, None)),
+            target => Some((fd, Some(socket_inode(target)?))),
         }
     });
     candidates.collect()
 }
 
-struct Seen {
-    /// Of the unix socket.
-    own_inode: u64,
-    count: u32,
-    inodes: Vec<u64>,
+fn socket_inode(link: &str) -> Option<u64> {
+    link.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
 }
 
-/// `None` where nothing is in it.
-fn parse(info: &str, place: Place) -> Option<Seen> {
-    let field = |name: &str| {
-        let line = info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
-        line.trim().parse::<u64>().ok()
+/// How many descriptors are in it, and the inodes of sockets where they are told. `None` where nothing is in it, or
+/// the kernel does not say.
+fn parse(info: &str, place: Place) -> Option<(u32, Vec<u64>)> {
+    let name = match place {
+        Place::Queue => "scm_fds:",
+        Place::Ring => "UserFiles:",
     };
-    let count = match place {
-        Place::Queue => field("scm_fds")?,
-        Place::Ring => field("UserFiles")?,
-    };
+    let count = info.lines().find_map(|line| line.strip_prefix(name))?.trim().parse().ok()?;
     let inodes = match place {
         Place::Queue => Vec::new(),
         // After the count, a line for each: `    0: socket:[99]`.
         Place::Ring => info
             .lines()
-            .skip_while(|line| !line.starts_with("UserFiles:"))
+            .skip_while(|line| !line.starts_with(name))
             .skip(1)
-            .take_while(|line| line.starts_with(' ') || line.starts_with(|c: char| c.is_ascii_digit()))
-            .filter_map(|line| line.split_once(": socket:[")?.1.strip_suffix(']')?.parse().ok())
+            .take_while(|line| line.starts_with(|c: char| c == ' ' || c.is_ascii_digit()))
+            .filter_map(|line| socket_inode(line.split_once(": ")?.1))
             .collect(),
     };
-    let own_inode = match place {
-        Place::Queue => field("ino")?,
-        Place::Ring => 0,
-    };
-    (count > 0).then(|| Seen { own_inode, count: u32::try_from(count).unwrap_or(u32::MAX), inodes })
+    (count > 0).then_some((count, inodes))
 }
 
 /// How long to wait for the descriptors to be closed again: some files of others' making (FUSE) can delay that.
@@ -179,11 +168,11 @@ mod tests {
 
     #[test]
     fn fdinfo_is_parsed() {
-        let queue = |text: &str| parse(text, Place::Queue).map(|seen| (seen.own_inode, seen.count));
-        assert_eq!(queue("pos:\t0\nino:\t7\nscm_fds: 2\n"), Some((7, 2)));
-        assert_eq!(queue("pos:\t0\nino:\t7\nscm_fds: 0\n"), None);
-        assert_eq!(queue("pos:\t0\nino:\t7\n"), None);
-        let ring = |text: &str| parse(text, Place::Ring).map(|seen| (seen.count, seen.inodes));
+        let queue = |text: &str| parse(text, Place::Queue);
+        assert_eq!(queue("pos:\t0\nscm_fds: 2\n"), Some((2, vec![])));
+        assert_eq!(queue("pos:\t0\nscm_fds: 0\n"), None);
+        assert_eq!(queue("pos:\t0\n"), None);
+        let ring = |text: &str| parse(text, Place::Ring);
         let files =
             "SqThread:\t-1\nUserFiles:\t2\n    0: socket:[99]\n    1: /tmp/x\n    2: socket:[98]\nUserBufs:\t0\n";
         assert_eq!(ring(files), Some((2, vec![99, 98])));

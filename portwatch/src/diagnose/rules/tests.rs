@@ -163,7 +163,7 @@ fn a_ghost_is_traced_as_far_as_the_evidence_goes() {
         &[
             "ghost: 127.0.0.1:8000 is held by no process that can be seen | socket:[99] belongs to uid 1000; 2 descriptors \
            wait in a unix socket of taker (9); processes outside of this pid namespace are not to be seen | portwatch \
-           kill 8000/tcp --close-socket",
+           who 8000/tcp  # on the host",
         ],
     );
     check(
