@@ -99,7 +99,7 @@ impl Case<'_> {
             more => format!("; {more} other processes share the socket"),
         };
         let state = match self.facts.states.get(&binder.process.id.pid) {
-            Some('T') => "; it is stopped, and acts on a signal only when it goes on",
+            Some('T') => "; it is stopped: until it goes on, only SIGKILL ends it",
             Some('D') => "; it is in uninterruptible sleep: no signal ends it before the kernel lets go",
             Some('Z') => "; its first thread has ended while others go on",
             _ => "",

@@ -103,9 +103,17 @@ impl Namespaces {
 /// A descriptor of a network namespace that can be seen.
 ///
 /// # Errors
-/// When nobody visible is in it, nor is it mounted.
+/// When nobody visible is in it, nor is it mounted: `PermissionDenied` in the chain where some processes could not be
+/// looked at.
 pub fn open(id: NetnsId) -> anyhow::Result<File> {
-    visible()?.found.remove(&id).with_context(|| format!("network namespace {id} is not to be seen from here"))
+    let mut namespaces = visible()?;
+    match namespaces.found.remove(&id) {
+        Some(namespace) => Ok(namespace),
+        None if namespaces.denied > 0 => Err(io::Error::from(io::ErrorKind::PermissionDenied)).with_context(|| {
+            format!("cannot find network namespace {id} among those you may see (others take CAP_SYS_PTRACE)")
+        }),
+        None => Err(anyhow::anyhow!("there is no network namespace {id} that can be seen from here; see lsns -t net")),
+    }
 }
 
 /// Reads every listening socket in another network namespace.

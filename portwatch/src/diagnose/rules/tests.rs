@@ -113,7 +113,7 @@ fn a_listener_is_told_with_its_holders() {
     );
     for (state, tail) in [
         ('S', ""),
-        ('T', "; it is stopped, and acts on a signal only when it goes on"),
+        ('T', "; it is stopped: until it goes on, only SIGKILL ends it"),
         ('D', "; it is in uninterruptible sleep: no signal ends it before the kernel lets go"),
     ] {
         let listeners = vec![listener(99, vec![process(7, "web", 1000)])];
