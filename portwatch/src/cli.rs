@@ -9,6 +9,7 @@ use jiff::{Span, SpanRelativeTo};
 use portwatch::model::NetnsId;
 use portwatch::source::Probe;
 
+use crate::commands::diagnose::DiagnoseArgs;
 use crate::commands::kill::KillArgs;
 use crate::commands::list::ListArgs;
 use crate::commands::status::StatusArgs;
@@ -61,6 +62,8 @@ pub(crate) enum Verb {
     Watch(WatchArgs),
     /// Free ports, by ending the processes that hold them
     Kill(KillArgs),
+    /// Explain why a port is or stays taken, and what to do next
+    Diagnose(DiagnoseArgs),
     /// Show how listeners are learnt on this host, and why not in a better way
     Status(StatusArgs),
 }
@@ -112,7 +115,7 @@ pub(crate) enum Netns {
     Id(NetnsId),
 }
 
-fn netns(text: &str) -> Result<Netns, String> {
+pub(crate) fn netns(text: &str) -> Result<Netns, String> {
     match text {
         "self" => Ok(Netns::Own),
         "all" => Ok(Netns::All),

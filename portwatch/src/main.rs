@@ -42,6 +42,7 @@ fn run(verb: &Verb, globals: &cli::Globals) -> anyhow::Result<ExitCode> {
         Verb::Who(args) => commands::who::run(args, globals),
         Verb::Status(args) => commands::status::run(args, globals),
         Verb::Watch(args) => commands::watch::run(args, globals),
+        Verb::Diagnose(args) => commands::diagnose::run(args, globals),
         Verb::Kill(args) => commands::kill::run(args, globals),
     }
 }

@@ -80,6 +80,7 @@ impl Actor {
             ["close", fd] => sys::close(parse(fd)?).map(done),
             ["dup", fd] => sys::dup(parse(fd)?).map(|fd| fd.to_string()),
             ["shutdown", fd] => sys::shutdown(parse(fd)?).map(done),
+            ["ring", fd] => sys::register_with_ring(parse(fd)?).map(|fd| fd.to_string()),
             ["cloexec", fd, on] => sys::set_cloexec(parse(fd)?, on == "on").map(done),
             ["mailbox", path] => UnixDatagram::bind(path).map(|socket| {
                 self.mailbox = Some(socket);

@@ -283,6 +283,11 @@ impl Puppet {
         self.tell(&format!("shutdown {fd}"));
     }
 
+    /// Registers `fd` with a new io_uring, which keeps it open; the descriptor of the ring.
+    pub fn register_with_ring(&self, fd: i32) -> Result<i32, Refused> {
+        self.attempt(&format!("ring {fd}")).map(|fd| read(&fd))
+    }
+
     pub fn set_cloexec(&self, fd: i32, on: bool) {
         self.tell(&format!("cloexec {fd} {}", if on { "on" } else { "off" }));
     }

@@ -199,6 +199,23 @@ pub fn receive_fd(through: RawFd) -> io::Result<RawFd> {
     })
 }
 
+/// Makes an io_uring and registers `fd` with it; the descriptor of the ring.
+pub fn register_with_ring(fd: RawFd) -> io::Result<RawFd> {
+    /// `IORING_REGISTER_FILES` (linux/io_uring.h).
+    const IORING_REGISTER_FILES: libc::c_long = 2;
+    // `struct io_uring_params` has 120 bytes; the kernel writes into it.
+    let mut params = [0u64; 15];
+    // SAFETY: a pointer to 120 writable bytes, all zero.
+    let ring = unsafe { libc::syscall(libc::SYS_io_uring_setup, 4, params.as_mut_ptr()) };
+    if ring < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let fds = [fd];
+    // SAFETY: a pointer to one descriptor, and that number.
+    let result = unsafe { libc::syscall(libc::SYS_io_uring_register, ring, IORING_REGISTER_FILES, fds.as_ptr(), 1) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(ring as RawFd) }
+}
+
 /// Moves into a new network namespace and sets its loopback interface up.
 pub fn unshare_net() -> io::Result<()> {
     // SAFETY: no pointers.

@@ -19,7 +19,7 @@ fn users(uid: u32) -> Option<String> {
     }
 }
 
-fn view() -> View<'static> {
+pub(crate) fn view() -> View<'static> {
     let now_wall = "2026-01-01T12:00:00.5Z".parse().unwrap();
     let tz = TimeZone::fixed(jiff::tz::offset(1));
     let clock = Clock { now_boot_ns: NOW, now_wall, tz };

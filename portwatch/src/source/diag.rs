@@ -26,6 +26,10 @@ use procfs::net::{TcpNetEntries, TcpState, UdpNetEntries, UdpState};
 use crate::model::{NetnsId, Protocol, Socket, SocketId};
 use crate::source::netns;
 
+mod port;
+
+pub use port::{PortSocket, State, destroy, dump_ports};
+
 /// Every listening socket of one network namespace.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Dump {
@@ -131,10 +135,15 @@ fn request(family: u8, proto: Protocol) -> Vec<u8> {
 /// MPTCP is protocol 262: it does not fit the request and goes into an attribute. A kernel that does not know the
 /// attribute looks at the request, which therefore names raw sockets: those never listen.
 fn mptcp_request(family: u8) -> Vec<u8> {
-    let mut bytes = encode(inet_request(family, IPPROTO_RAW, StateFlags::LISTEN));
-    bytes.extend(8u16.to_ne_bytes());
-    bytes.extend(INET_DIAG_REQ_PROTOCOL.to_ne_bytes());
-    bytes.extend(libc::IPPROTO_MPTCP.to_ne_bytes());
+    let request = encode(inet_request(family, IPPROTO_RAW, StateFlags::LISTEN));
+    with_attribute(request, INET_DIAG_REQ_PROTOCOL, &libc::IPPROTO_MPTCP.to_ne_bytes())
+}
+
+/// The request with an attribute, whose value must be a multiple of four bytes and short.
+fn with_attribute(mut bytes: Vec<u8>, kind: u16, value: &[u8]) -> Vec<u8> {
+    bytes.extend(u16::try_from(4 + value.len()).unwrap_or(u16::MAX).to_ne_bytes());
+    bytes.extend(kind.to_ne_bytes());
+    bytes.extend(value);
     let length = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
     bytes[..4].copy_from_slice(&length.to_ne_bytes());
     bytes
@@ -175,6 +184,11 @@ impl Link {
             }
         }
         Err(io::Error::other(format!("the dump was interrupted {ATTEMPTS} times")))
+    }
+
+    /// Sends one request that the kernel answers with an acknowledgement or an error.
+    fn acknowledged(&mut self, request: &[u8]) -> io::Result<()> {
+        self.dump_once(request, &mut Vec::new()).map(drop)
     }
 
     /// `Ok(false)`: the kernel marked the answer as inconsistent.
