@@ -17,7 +17,13 @@ fn quick() -> Options {
 
 fn run_with(plan: Plan, port: u16, options: Options, holds: &dyn Fn(u32, u64) -> io::Result<bool>) -> Outcome {
     let guards = Guards::current(false);
-    let mut world = World { rescan: &mut || Ok(scan(port)), holds, guards: &guards, waiting: &mut |_, _| {} };
+    let mut world = World {
+        rescan: &mut || Ok(scan(port)),
+        holds,
+        guards: &guards,
+        stop: &mut no_containers,
+        waiting: &mut |_, _| {},
+    };
     let mut outcomes = execute(plan, options, &mut world).unwrap();
     assert_eq!(outcomes.len(), 1, "{outcomes:?}");
     outcomes.remove(0)
@@ -151,6 +157,7 @@ fn a_new_owner_is_reported_with_who_started_it() {
         },
         holds: &holds,
         guards: &guards,
+        stop: &mut no_containers,
         waiting: &mut |_, _| {},
     };
     let options = Options { settle: Duration::from_secs(20), ..Options::default() };
@@ -183,7 +190,7 @@ fn the_test_process_is_refused_as_itself() {
     plan.listeners.iter_mut().for_each(|l| l.holders.retain(|h| h.process.id.pid == std::process::id()));
     plan.victims.clear();
     let outcome = run_with(plan, port.port, quick(), &holds);
-    assert_eq!((outcome.status, &outcome.remaining_pids[..]), (Status::Denied, &[std::process::id()][..]));
+    assert_eq!((outcome.status, &outcome.remaining_pids[..]), (Status::Partial, &[std::process::id()][..]));
     assert_eq!(outcome.failed[0].reason, "portwatch itself holds the port");
 }
 
@@ -216,8 +223,13 @@ fn anothers_process_is_denied_and_lives() {
         let found = scan(port.port);
         let Some(outcome) = as_nobody(|| {
             let guards = Guards::current(false);
-            let mut world =
-                World { rescan: &mut || Ok(found.clone()), holds: &holds, guards: &guards, waiting: &mut |_, _| {} };
+            let mut world = World {
+                rescan: &mut || Ok(found.clone()),
+                holds: &holds,
+                guards: &guards,
+                stop: &mut no_containers,
+                waiting: &mut |_, _| {},
+            };
             execute(plan, quick(), &mut world).unwrap().remove(0)
         }) else {
             return;
