@@ -167,18 +167,14 @@ fn prepare(
         .partition(|listener| selector.matches_socket(&listener.socket) && selector.matches(listener, snapshot.at));
     let others: Vec<Socket> = left_out.iter().map(|listener| listener.socket.clone()).collect();
     let mut engine = None;
-    if is_container_involved(&selected) {
+    // A plain port costs no question.
+    if engine::is_involved_in(&selected) {
         let roster;
         (engine, roster) = engine::ask();
         guards = guards.with_containers(roster, stop_containers);
     }
     let plan = Plan::new(selected, &others, &selector.named_ports(), &guards, &|pid| stat::read(pid).ok());
     Ok(Prepared { plan, left_out, guards, engine })
-}
-
-/// A plain port costs no call to an engine.
-fn is_container_involved(listeners: &[Listener]) -> bool {
-    listeners.iter().any(|l| l.holders.iter().any(|holder| engine::is_involved(&holder.process, &l.socket)))
 }
 
 fn stop(engine: Option<&Engine>, containers: &[&Container], grace: Duration) -> Vec<Result<(), EngineError>> {

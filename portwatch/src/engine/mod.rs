@@ -26,7 +26,7 @@ use tokio::runtime::Runtime;
 use tokio::time::timeout;
 
 use self::address::{Address, candidates};
-pub use self::roster::{Container, Published, PublishedPort, Roster, Wanted, is_id, is_id_prefix, is_involved};
+pub use self::roster::{Container, Published, PublishedPort, Roster, Wanted, is_id, is_id_prefix, is_involved_in};
 use crate::cgroup;
 use crate::model::Protocol;
 use crate::render::escape;

@@ -6,7 +6,8 @@ use std::net::IpAddr;
 use super::EngineError;
 use super::proxy::{Forward, Proxy};
 use crate::cgroup;
-use crate::model::{Process, Protocol, Socket};
+use crate::model::{Listener, Process, Protocol, Socket};
+use crate::render::escape;
 
 /// Digits of an id that people and `docker ps` use.
 const SHORT: usize = 12;
@@ -85,9 +86,10 @@ fn short(id: &str) -> &str {
     id.get(..SHORT).unwrap_or(id)
 }
 
-/// Whether the engine has anything to say of this process: it runs in a container, or stands for one.
-pub fn is_involved(process: &Process, socket: &Socket) -> bool {
-    inside(process).is_some() || Proxy::of(process, socket).is_some()
+/// Whether an engine has anything to say of a holder: it runs in a container, or stands for one.
+pub fn is_involved_in(listeners: &[Listener]) -> bool {
+    let is_involved = |process, socket| inside(process).is_some() || Proxy::of(process, socket).is_some();
+    listeners.iter().any(|l| l.holders.iter().any(|holder| is_involved(&holder.process, &l.socket)))
 }
 
 /// The short id of the container that the process runs in.
@@ -272,6 +274,56 @@ pub enum Wanted {
     Container(Box<Container>),
     /// No engine answered: the beginning of an id.
     IdPrefix(String),
+}
+
+/// Why `--container` names nothing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Lost {
+    /// Nobody could be asked for a name.
+    Unreachable(EngineError),
+    /// A sentence that shows what there is.
+    Unknown(String),
+}
+
+/// Names of containers that a sentence shows.
+const SHOWN: usize = 10;
+
+impl Roster {
+    /// The container with this name or id, or beginning of an id (4 digits at least). An id as `list --json` tells it, or
+    /// a longer one, may also be of another engine's container than the one that was asked.
+    pub fn find(&self, word: &str) -> Result<Wanted, Lost> {
+        let word = word.strip_prefix('/').unwrap_or(word);
+        let named = self.containers().iter().find(|container| container.name == word);
+        let mut called = self.containers().iter().filter(|container| container.is_called(word));
+        let wanted = match (named, called.next(), called.next()) {
+            (Some(container), _, _) | (None, Some(container), None) => Wanted::Container(Box::new(container.clone())),
+            (None, Some(_), Some(_)) => {
+                return Err(Lost::Unknown(format!("more than one container has an id that begins with '{word}'")));
+            }
+            (None, None, _) => match &self.answer {
+                Answer::Unreachable(error) if !is_id_prefix(word) => return Err(Lost::Unreachable(error.clone())),
+                Answer::Unreachable(_) => Wanted::IdPrefix(word.to_owned()),
+                _ if is_id_prefix(word) && word.len() >= SHORT => Wanted::IdPrefix(word.to_owned()),
+                _ => {
+                    return Err(Lost::Unknown(format!(
+                        "no running container is called '{}'; {}",
+                        escape(word),
+                        self.names()
+                    )));
+                }
+            },
+        };
+        Ok(wanted)
+    }
+
+    fn names(&self) -> String {
+        let names: Vec<&str> = self.containers().iter().take(SHOWN).map(|container| container.name.as_str()).collect();
+        match self.containers().len() {
+            0 => "none runs".to_owned(),
+            count if count > SHOWN => format!("running: {} and {} more", names.join(", "), count - SHOWN),
+            _ => format!("running: {}", names.join(", ")),
+        }
+    }
 }
 
 impl Wanted {

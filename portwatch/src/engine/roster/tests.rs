@@ -164,3 +164,34 @@ fn containers_are_called_by_name_or_the_beginning_of_their_id() {
     // A name that looks like an id is a name as well.
     assert!(container('b', "aaaa", "172.17.0.3", 1).is_called("aaaa"));
 }
+
+#[test]
+fn a_container_is_found_by_name_id_or_the_beginning_of_an_id() {
+    let check = |roster: &Roster, word: &str, want: &str| {
+        let got = match roster.find(word) {
+            Ok(Wanted::Container(container)) => container.name,
+            Ok(Wanted::IdPrefix(prefix)) => format!("id {prefix}"),
+            Err(Lost::Unreachable(error)) => error.message,
+            Err(Lost::Unknown(message)) => message,
+        };
+        assert_eq!(got, want, "{word}");
+    };
+    check(&roster(), "web", "web");
+    check(&roster(), "/web", "web");
+    check(&roster(), "bbbb", "db");
+    check(&roster(), &"a".repeat(64), "web");
+    check(&roster(), "cccc", "no running container is called 'cccc'; running: web, db");
+    check(&roster(), "\u{1b}[2J", "no running container is called '\\x1b[2J'; running: web, db");
+    // As another engine's container may be called.
+    check(&roster(), "cccccccccccc", "id cccccccccccc");
+    check(&denied(), "cccc", "id cccc");
+    check(&denied(), "web", "not permitted");
+    let many = |count| {
+        let containers = (0..count).map(|i| container('a', &format!("x{i}"), "172.17.0.2", 1)).collect();
+        Roster::new(String::new(), containers, None)
+    };
+    check(&many(0), "web", "no running container is called 'web'; none runs");
+    let shown = "running: x0, x1, x2, x3, x4, x5, x6, x7, x8, x9 and 2 more";
+    check(&many(12), "web", &format!("no running container is called 'web'; {shown}"));
+    check(&many(2), "aaaa", "more than one container has an id that begins with 'aaaa'");
+}
