@@ -194,6 +194,7 @@ fn preview(plan: &Plan) -> anyhow::Result<()> {
         let columns = io::stderr().is_terminal().then(|| columns(io::stderr()));
         lines = text::victims(plan, &|uid| users.name(uid).unwrap_or_else(|| uid.to_string()), columns);
     }
+    lines += &text::inside(plan);
     lines += &text::stops(plan);
     lines += &text::refusals(plan);
     io::stderr().write_all(lines.as_bytes()).context("cannot write to standard error")

@@ -85,6 +85,9 @@ pub struct Supervisor {
     pub unit: Option<String>,
     /// A container's id, as its cgroup shows it.
     pub container: Option<String>,
+    /// Its name, where an engine told it.
+    #[serde(skip)]
+    pub container_name: Option<String>,
     #[serde(skip)]
     pub parent: Option<ProcessId>,
 }
@@ -145,6 +148,11 @@ impl Guards {
             Role::Proxy(_) => Verdict::Refuse { reason: self.roster.refusal(&link, socket), denied: false },
             Role::Inside(_) => Verdict::Signal,
         }
+    }
+
+    /// The name of the container that the process runs in, where an engine told it.
+    fn container_name(&self, process: &Process, socket: &Socket) -> Option<String> {
+        Some(self.roster.link(process, socket)?.container?.name.clone())
     }
 
     /// Why this process must not be signalled, if so.
@@ -223,7 +231,13 @@ impl Plan {
                 }
                 let victim = match victims.entry(process.id) {
                     Entry::Occupied(entry) => entry.into_mut(),
-                    Entry::Vacant(entry) => entry.insert(Victim::new(process, stat)),
+                    Entry::Vacant(entry) => {
+                        let mut victim = Victim::new(process, stat);
+                        if let Some(supervisor) = &mut victim.supervisor {
+                            supervisor.container_name = guards.container_name(process, &listener.socket);
+                        }
+                        entry.insert(victim)
+                    }
                 };
                 push_new(&mut victim.groups, index);
                 push_new(&mut victim.inodes, listener.socket.id.inode);
@@ -278,6 +292,7 @@ impl Supervisor {
             name: parent.as_ref().map(|p| p.name.clone()),
             unit,
             container,
+            container_name: None,
             parent: parent.map(|p| p.id()),
         })
     }

@@ -106,6 +106,13 @@ impl<'a> End<'a> {
         }
     }
 
+    /// The engine was asked before anything was done; a container that starts its process again keeps its id.
+    fn name_container(&self, supervisor: &mut Supervisor) {
+        let known = self.lives.iter().filter_map(|l| l.victim.supervisor.as_ref());
+        let mut same = known.filter(|known| known.container.is_some() && known.container == supervisor.container);
+        supervisor.container_name = same.find_map(|known| known.container_name.clone());
+    }
+
     /// Whether nothing but want of permission is in the way: then somebody with more of it can free the port.
     fn is_denied(&self, run: &Run) -> bool {
         let left = self.lives.iter().filter(|l| self.still_holds(l));
@@ -183,6 +190,9 @@ impl<'a> End<'a> {
                 supervisor = holders()
                     .find_map(|h| Supervisor::of(&h.process, &|pid| stat::read(pid).ok()))
                     .or_else(|| self.lives.iter().find_map(|l| l.victim.supervisor.clone()));
+                if let Some(supervisor) = &mut supervisor {
+                    self.name_container(supervisor);
+                }
                 let owner = match new_owners.first() {
                     Some(owner) => format!("{} ({})", owner.name, owner.pid),
                     None => "an owner that is not visible".to_owned(),
@@ -273,7 +283,8 @@ fn starter(supervisor: &Supervisor) -> Option<String> {
         return Some(format!("unit {unit}"));
     }
     if let Some(container) = &supervisor.container {
-        return Some(format!("container {}", &container[..12]));
+        let name = supervisor.container_name.as_ref().map(|name| format!("{name} ({container})"));
+        return Some(format!("container {}", name.as_ref().unwrap_or(container)));
     }
     Some(format!("{} ({})", supervisor.name.as_deref()?, supervisor.pid?))
 }

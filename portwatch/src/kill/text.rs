@@ -52,6 +52,24 @@ pub fn stops(plan: &Plan) -> String {
     out
 }
 
+/// The victims that run in containers, which may start them again, a line each.
+pub fn inside(plan: &Plan) -> String {
+    let mut out = String::new();
+    for victim in &plan.victims {
+        let Some(supervisor) = &victim.supervisor else { continue };
+        let Some(id) = &supervisor.container else { continue };
+        let process = &victim.process;
+        let name = supervisor.container_name.as_ref().map_or_else(|| id.clone(), |name| format!("{name} ({id})"));
+        let _ = writeln!(
+            out,
+            "{} ({}) runs in container {name}; --stop-container stops that instead",
+            escape(&process.name),
+            process.id.pid
+        );
+    }
+    out
+}
+
 /// The holders that the plan refuses to signal, a line each.
 pub fn refusals(plan: &Plan) -> String {
     let mut out = String::new();
