@@ -51,7 +51,8 @@ pub(super) fn candidates(variable: &dyn Fn(&str) -> Option<String>) -> Result<Ve
     Ok(paths.into_iter().flatten().map(Address::Unix).collect())
 }
 
-fn named(host: &str, tls: bool) -> Result<Address, EngineError> {
+/// Reads an address as `DOCKER_HOST` has it; `tls` is whether it is to be spoken there.
+pub(super) fn named(host: &str, tls: bool) -> Result<Address, EngineError> {
     let refuse = |why: &str| {
         let host = crate::render::escape(host);
         Err(EngineError { message: format!("DOCKER_HOST is {host}: {why}"), denied: false })

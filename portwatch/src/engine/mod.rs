@@ -25,7 +25,7 @@ use bollard::{ClientVersion, Docker};
 use tokio::runtime::Runtime;
 use tokio::time::timeout;
 
-use self::address::{Address, candidates};
+use self::address::{Address, candidates, named};
 pub use self::roster::{Container, Published, PublishedPort, Roster, Wanted, is_id, is_id_prefix, is_involved_in};
 use crate::cgroup;
 use crate::model::Protocol;
@@ -91,6 +91,11 @@ impl Engine {
             message: format!("no container engine is there: no socket at {}", paths.join(", ")),
             denied: false,
         }))
+    }
+
+    /// The engine at this address, as `DOCKER_HOST` has it.
+    pub fn at(host: &str) -> Result<Engine, EngineError> {
+        Engine::open(named(host, false)?)
     }
 
     fn open(address: Address) -> Result<Engine, EngineError> {
