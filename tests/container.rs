@@ -107,7 +107,7 @@ pub fn trials() -> Vec<Test> {
             let run = daemon.portwatch(&["kill", "8123", "--stop-container", "--dry-run"]).expect(0);
             assert_eq!(run.text(), format!("8123/tcp would be freed: stop container {}\n", web.name));
             let (name, id) = (&web.name, web.short_id());
-            let preview = format!("to stop: container {name} ({id}), whose port docker-proxy ({proxy}) holds\n");
+            let preview = format!("to stop: container {name} ({id}), in place of docker-proxy ({proxy})\n");
             assert_eq!(run.errors(), preview);
             assert!(web.is_running());
         }),

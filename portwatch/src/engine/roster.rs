@@ -240,7 +240,7 @@ impl Link<'_> {
                 format!("publishes port {container_port} of the container at {container_ip}")
             }
             (Role::Proxy(Proxy::Network { program }), None) => {
-                format!("{program} publishes ports of containers, and this may be one")
+                format!("{program} holds ports for containers, and this may be one")
             }
             (Role::Proxy(_), Some(known)) => {
                 let mut ports = known.publishes(socket.proto, socket.port);

@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use rustix::process::Signal;
 
 use super::outcome::Outcome;
-use super::plan::{Guards, Plan, Refused, Verdict as Judgement, Victim, push_new};
+use super::plan::{Guards, Plan, Refused, Stop, Verdict as Judgement, Victim, push_new};
 use super::report;
 use super::signal::SignalName;
 use super::stop::Stopper;
@@ -293,6 +293,11 @@ impl Run {
                 let id = holder.process.id;
                 if let Some(refused) = self.plan.refused.iter_mut().find(|r| r.process.id.is_same(id)) {
                     push_new(&mut refused.groups, group);
+                    continue;
+                }
+                let of_container = |stop: &&mut Stop| stop.processes.iter().any(|process| process.id.is_same(id));
+                if let Some(stop) = self.plan.stops.iter_mut().find(of_container) {
+                    push_new(&mut stop.groups, group);
                     continue;
                 }
                 if let Some(life) = self.lives.iter_mut().find(|l| l.victim.process.id.is_same(id)) {

@@ -47,7 +47,7 @@ pub fn stops(plan: &Plan) -> String {
     for stop in &plan.stops {
         let processes: Vec<String> =
             stop.processes.iter().map(|p| format!("{} ({})", escape(&p.name), p.id.pid)).collect();
-        let _ = writeln!(out, "to stop: container {}, whose port {} holds", stop.container, processes.join(", "));
+        let _ = writeln!(out, "to stop: container {}, in place of {}", stop.container, processes.join(", "));
     }
     out
 }

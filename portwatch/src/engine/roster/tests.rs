@@ -89,7 +89,7 @@ fn a_refusal_names_container_and_command() {
         &Roster::default(),
         &process("slirp4netns", "slirp4netns 7 tap0"),
         53,
-        "slirp4netns publishes ports of containers, and this may be one; stop that container instead (no container \
+        "slirp4netns holds ports for containers, and this may be one; stop that container instead (no container \
          engine was asked)",
     );
 }
