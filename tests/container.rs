@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::dockerd::{self, Container};
-use crate::subject::Run;
+use crate::subject::{Run, finish};
 use crate::{Test, test};
 
 /// The port of the host under which containers publish, in the daemon's own network namespace.
@@ -91,6 +91,21 @@ pub fn trials() -> Vec<Test> {
             let expected = format!("8124/tcp freed: stopped container {}", neighbour.name);
             assert_eq!(without_time(&run.text()), expected);
             assert!(!neighbour.is_running());
+        }),
+        test("container::an_engine_is_asked_over_tcp_where_docker_host_says_so", || {
+            let Some(daemon) = dockerd::with(&["-H", "tcp://127.0.0.1:2375", "--tls=false"]) else { return };
+            let web = Container::serving(&daemon, &["-p", PUBLISHED], 80);
+            let portwatch = |arguments: &[&str]| {
+                let mut command = daemon.command(arguments);
+                command.env("DOCKER_HOST", "tcp://127.0.0.1:2375");
+                finish(command.spawn().expect("cannot run portwatch"))
+            };
+            // Its own API is no published port.
+            let text = portwatch(&["kill", "2375", "--dry-run"]).expect(0).text();
+            assert_eq!(text, format!("2375/tcp would be freed: terminate dockerd ({})\n", daemon.pid()));
+            let stopped = outcome(portwatch(&["kill", "8123", "--stop-container", "--json"]), 0);
+            assert_eq!(stopped["stopped"], json!([{"container": web.short_id(), "name": web.name}]), "{stopped}");
+            assert!(!web.is_running());
         }),
         test("container::a_container_that_ignores_sigterm_stops_after_the_grace", || {
             let Some(daemon) = dockerd::shared() else { return };

@@ -253,12 +253,16 @@ fn explain(address: &Address, error: &bollard::errors::Error) -> EngineError {
     while let Some(source) = cause.source() {
         cause = source;
     }
-    let kind = cause.downcast_ref::<io::Error>().map(io::Error::kind);
+    let kind = match error {
+        // So the client calls it as well where a directory on the way may not be searched.
+        SocketNotFoundError(path) => fs::metadata(path).err().map(|error| error.kind()),
+        _ => cause.downcast_ref::<io::Error>().map(io::Error::kind),
+    };
     let message = match (kind, error) {
         (Some(io::ErrorKind::PermissionDenied), _) => format!(
             "not permitted to ask the container engine at {address}; be a member of its group (docker), or use sudo"
         ),
-        (Some(io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound), _) | (_, SocketNotFoundError(_)) => {
+        (Some(io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound), _) => {
             format!("no container engine answers at {address}; is it running?")
         }
         (_, DockerResponseServerError { status_code, message }) => {

@@ -84,3 +84,35 @@ fn a_hung_engine_and_a_stranger_at_the_socket_are_told_in_a_sentence() {
     assert!(!message.contains('\u{1b}'), "{message:?}");
     thread.join().unwrap();
 }
+
+#[test]
+fn a_socket_that_may_not_be_used_is_told_as_denied() {
+    if !nix::unistd::Uid::effective().is_root() {
+        eprintln!("NOT TESTED: only root can become nobody");
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("socket");
+    let _listener = UnixListener::bind(&socket).unwrap();
+    let path = socket.to_str().unwrap().to_owned();
+    let permit = |path: &std::path::Path, mode| {
+        fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(mode)).unwrap();
+    };
+    permit(&socket, 0o600);
+    // First the directory may not be searched, then the socket not be connected to.
+    for mode in [0o700, 0o755] {
+        permit(directory.path(), mode);
+        let error = std::thread::scope(|scope| {
+            let nobody = scope.spawn(|| {
+                let nobody = rustix::process::Uid::from_raw(65534);
+                rustix::thread::set_thread_res_uid(nobody, nobody, nobody).unwrap();
+                Engine::at(&format!("unix://{path}")).unwrap_err()
+            });
+            nobody.join().unwrap()
+        });
+        let message = format!(
+            "not permitted to ask the container engine at {path}; be a member of its group (docker), or use sudo"
+        );
+        assert_eq!(error, EngineError { message, denied: true });
+    }
+}
