@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
+use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand};
 use globset::{Glob, GlobMatcher};
 use jiff::{Span, SpanRelativeTo};
@@ -99,6 +100,10 @@ pub(crate) struct Selectors {
     /// Working directory matches; * matches / too
     #[arg(long = "cwd", value_name = "GLOB", value_parser = glob)]
     pub(crate) cwds: Vec<GlobMatcher>,
+    /// Held by a process of this running container, or published for it; by name, id or the beginning of an id. The
+    /// container's own listeners are in its network namespace: see --netns
+    #[arg(long = "container", value_name = "NAME|ID", value_parser = NonEmptyStringValueParser::new())]
+    pub(crate) containers: Vec<String>,
     /// Listening for longer than this (else: the process running for longer), such as 24h or 90s
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub(crate) older_than: Option<Duration>,

@@ -5,6 +5,7 @@
 
 pub mod cgroup;
 pub mod diagnose;
+pub mod engine;
 pub mod kill;
 pub mod model;
 pub mod render;

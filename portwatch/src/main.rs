@@ -52,9 +52,10 @@ fn log_to_stderr() {
     struct Stderr;
 
     impl log::Log for Stderr {
-        /// The loader's own tracing is of interest to its developers alone.
+        /// What the loader and the client of container engines trace is of interest to their developers alone.
         fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
-            metadata.level() <= log::Level::Warn || !metadata.target().starts_with("aya")
+            let of_others = ["aya", "bollard"].iter().any(|name| metadata.target().starts_with(name));
+            metadata.level() <= log::Level::Warn || !of_others
         }
 
         fn log(&self, record: &log::Record<'_>) {

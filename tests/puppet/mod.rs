@@ -7,7 +7,7 @@
 //! Only processes that a stage started are ever signalled, and by pidfd. The test process is their subreaper.
 
 mod actor;
-mod sys;
+pub mod sys;
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;

@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use clap::Args;
 use nix::unistd::Uid;
+use portwatch::engine::{self, Container, Engine, EngineError};
 use portwatch::kill::signal::SignalName;
 use portwatch::kill::{self, Guards, Options, Outcome, Plan, World, text};
 use portwatch::model::{Listener, Process, Socket};
@@ -57,6 +58,10 @@ pub(crate) struct KillArgs {
     /// Allow to end the ancestors of portwatch, such as the shell it runs in
     #[arg(long)]
     pub(crate) force_self: bool,
+    /// Stop the container that a port leads into, or that its holder runs in, by the docker-compatible API: with its own
+    /// stop signal, and SIGKILL after the grace. Without this, what publishes a container's port is left alone
+    #[arg(long, conflicts_with = "no_force")]
+    pub(crate) stop_container: bool,
     /// One JSON array
     #[arg(long)]
     pub(crate) json: bool,
@@ -95,7 +100,8 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
     }
     let all_netns = args.selectors.netns != Netns::Own;
     let guards = Guards::current(args.force_self);
-    let (plan, left_out) = plan(&mut scanner, &selector, all_netns, &guards)?;
+    let Prepared { plan, left_out, guards, engine } =
+        prepare(&mut scanner, &selector, all_netns, guards, args.stop_container)?;
     if plan.groups.is_empty() {
         if args.json {
             print("[]\n")?;
@@ -123,6 +129,7 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
             rescan: &mut || Ok(scanner.scan(all_netns, &|socket| selector.matches_socket(socket))?.listeners),
             holds: &procfs::holds,
             guards: &guards,
+            stop: &mut |containers, grace| stop(engine.as_ref(), containers, grace),
             waiting: &mut |processes, left| progress(processes, left, args),
         },
     )?;
@@ -134,13 +141,23 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
     report(args, &outcomes)
 }
 
-/// The plan, and the listeners on the same ports that the selectors leave out: a port that one of these has is not free.
-fn plan(
+/// What is known and decided before anything is done.
+struct Prepared {
+    plan: Plan,
+    /// The listeners on the same ports that the selectors leave out: a port that one of these has is not free.
+    left_out: Vec<Listener>,
+    guards: Guards,
+    /// Where a container is involved and an engine answers.
+    engine: Option<Engine>,
+}
+
+fn prepare(
     scanner: &mut Scanner,
     selector: &Selector,
     all_netns: bool,
-    guards: &Guards,
-) -> anyhow::Result<(Plan, Vec<Listener>)> {
+    mut guards: Guards,
+    stop_containers: bool,
+) -> anyhow::Result<Prepared> {
     let Filters { tcp, udp, netns, .. } = *selector.filters();
     let ports = Selector::new(selector.targets().to_vec(), Filters { tcp, udp, netns, ..Filters::default() });
     let snapshot = scanner.scan(all_netns, &|socket| ports.matches_socket(socket))?;
@@ -149,8 +166,24 @@ fn plan(
         .into_iter()
         .partition(|listener| selector.matches_socket(&listener.socket) && selector.matches(listener, snapshot.at));
     let others: Vec<Socket> = left_out.iter().map(|listener| listener.socket.clone()).collect();
-    let plan = Plan::new(selected, &others, &selector.named_ports(), guards, &|pid| stat::read(pid).ok());
-    Ok((plan, left_out))
+    let mut engine = None;
+    // A plain port costs no question.
+    if engine::is_involved_in(&selected) {
+        let roster;
+        (engine, roster) = engine::ask();
+        guards = guards.with_containers(roster, stop_containers);
+    }
+    let plan = Plan::new(selected, &others, &selector.named_ports(), &guards, &|pid| stat::read(pid).ok());
+    Ok(Prepared { plan, left_out, guards, engine })
+}
+
+fn stop(engine: Option<&Engine>, containers: &[&Container], grace: Duration) -> Vec<Result<(), EngineError>> {
+    let ids: Vec<&str> = containers.iter().map(|container| container.id.as_str()).collect();
+    match engine {
+        Some(engine) => engine.stop(&ids, grace),
+        // Who plans to stop a container was told of it by an engine.
+        None => Vec::new(),
+    }
 }
 
 /// Shows who would be hit, and who would not although it holds the port.
@@ -161,6 +194,8 @@ fn preview(plan: &Plan) -> anyhow::Result<()> {
         let columns = io::stderr().is_terminal().then(|| columns(io::stderr()));
         lines = text::victims(plan, &|uid| users.name(uid).unwrap_or_else(|| uid.to_string()), columns);
     }
+    lines += &text::inside(plan);
+    lines += &text::stops(plan);
     lines += &text::refusals(plan);
     io::stderr().write_all(lines.as_bytes()).context("cannot write to standard error")
 }
@@ -171,10 +206,20 @@ fn is_question(plan: &Plan) -> bool {
 }
 
 fn is_confirmed(plan: &Plan) -> anyhow::Result<bool> {
-    let count = plan.victims.len();
-    let what = if count == 1 { "this process".to_owned() } else { format!("these {count} processes") };
+    let mut what = match plan.victims.len() {
+        0 => Vec::new(),
+        1 => vec!["end this process".to_owned()],
+        count => vec![format!("end these {count} processes")],
+    };
+    what.extend(match &plan.stops[..] {
+        [] => None,
+        [one] => Some(format!("stop container {}", one.container.name)),
+        many => Some(format!("stop these {} containers", many.len())),
+    });
     let mut stderr = io::stderr();
-    write!(stderr, "end {what}? [y/N] ").and_then(|()| stderr.flush()).context("cannot write to standard error")?;
+    write!(stderr, "{}? [y/N] ", what.join(" and "))
+        .and_then(|()| stderr.flush())
+        .context("cannot write to standard error")?;
     let mut answer = String::new();
     io::stdin().read_line(&mut answer).context("cannot read the answer")?;
     Ok(matches!(answer.trim(), "y" | "Y" | "yes" | "Yes"))

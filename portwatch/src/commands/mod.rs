@@ -20,6 +20,8 @@ use anyhow::Context;
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use nix::unistd::{Uid, User};
+use portwatch::engine::roster::Lost;
+use portwatch::engine::{self, Wanted};
 use portwatch::model::{BootNs, Listener, NetnsId};
 use portwatch::render::{self, Clock, View};
 use portwatch::select::{Filters, Selector, builtin_sets, parse_targets};
@@ -43,6 +45,7 @@ pub(crate) fn selector(targets: &[String], selectors: &Selectors) -> anyhow::Res
             pids: selectors.pids.clone(),
             commands: selectors.commands.clone(),
             cwds: selectors.cwds.clone(),
+            containers: containers(&selectors.containers)?,
             older_than: selectors.older_than,
             netns: match selectors.netns {
                 Netns::Own => Some(own_netns()?),
@@ -61,6 +64,27 @@ fn uid(user: &str) -> anyhow::Result<u32> {
     user.parse().map_err(|_| {
         Usage(format!("no user is called '{}'; use a name of this host or a uid", user.escape_debug())).into()
     })
+}
+
+/// What `--container` names, asked of the engine once.
+fn containers(words: &[String]) -> anyhow::Result<Vec<Wanted>> {
+    if words.is_empty() {
+        return Ok(Vec::new());
+    }
+    let (_, roster) = engine::ask();
+    let wanted = words.iter().map(|word| {
+        roster.find(word).map_err(|lost| match lost {
+            Lost::Unknown(message) => Usage(message).into(),
+            Lost::Unreachable(error) => {
+                anyhow::Error::new(error).context(format!("cannot look up '{}' by name", render::escape(word)))
+            }
+        })
+    });
+    let wanted = wanted.collect::<anyhow::Result<_>>()?;
+    if let Some(error) = roster.error() {
+        note(&format!("--container is compared with ids alone, and ports published for it are not found: {error}"));
+    }
+    Ok(wanted)
 }
 
 fn own_netns() -> anyhow::Result<NetnsId> {

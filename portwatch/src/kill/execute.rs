@@ -13,19 +13,21 @@ use rustix::io::Errno;
 use rustix::process::Signal;
 
 use super::outcome::Outcome;
-use super::plan::{Guards, Plan, Refused, Victim, push_new};
+use super::plan::{Guards, Plan, Refused, Stop, Verdict as Judgement, Victim, push_new};
 use super::report;
 use super::signal::SignalName;
+use super::stop::Stopper;
 use super::target::{OpenError, OpenTarget, SignalError, Target, Verdict, prove_by_proc};
+use crate::engine::EngineError;
 use crate::model::{Listener, Process, ProcessId};
 use crate::source::stat::{self, Stat};
 
 /// How long SIGKILL is waited for. Only a process inside the kernel that cannot be interrupted takes longer.
-const FORCE_WAIT: Duration = Duration::from_secs(2);
+pub(super) const FORCE_WAIT: Duration = Duration::from_secs(2);
 
 /// How often the port is looked at while waiting for processes: no event tells a one-shot kill that a process closed
 /// its socket and lives on (the agent's table knows). The end of a process is an event, and cuts this short.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
+pub(super) const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// The same while looking out for a new owner, whose arrival is no event either.
 const SETTLE_EVERY: Duration = Duration::from_millis(50);
@@ -59,6 +61,8 @@ pub struct World<'a> {
     /// Whether process `pid` has a descriptor of the socket with this inode now, from `/proc`.
     pub holds: &'a dyn Fn(u32, u64) -> io::Result<bool>,
     pub guards: &'a Guards,
+    /// Stops containers.
+    pub stop: &'a mut Stopper<'a>,
     /// Told now and then who is waited for, and how long at most.
     pub waiting: &'a mut dyn FnMut(&[Arc<Process>], Duration),
 }
@@ -77,8 +81,9 @@ pub fn planned(plan: Plan) -> Vec<Outcome> {
 /// Frees the ports of the plan. Signals may have been sent when it fails: it fails only if the host cannot be scanned.
 pub fn execute(plan: Plan, options: Options, world: &mut World<'_>) -> anyhow::Result<Vec<Outcome>> {
     let mut run = Run::new(plan, options);
-    if !run.lives.is_empty() {
+    if !run.lives.is_empty() || !run.plan.stops.is_empty() {
         run.open_all();
+        run.stop_containers(world)?;
         run.soft(world)?;
         if options.force && !run.is_free() {
             run.forced(world)?;
@@ -126,6 +131,8 @@ pub(super) struct Run {
     pub(super) started: Instant,
     /// When each group was free, since `started`.
     pub(super) freed: Vec<Option<Duration>>,
+    /// What became of each of [`Plan::stops`]; empty before that is tried.
+    pub(super) stopped: Vec<Result<(), EngineError>>,
 }
 
 fn stat_of(pid: u32) -> Option<Stat> {
@@ -137,7 +144,7 @@ impl Run {
         let lives = plan.victims.iter().cloned().map(Life::new).collect();
         let current = plan.listeners.clone();
         let freed = vec![None; plan.groups.len()];
-        Run { plan, options, lives, current, started: Instant::now(), freed }
+        Run { plan, options, lives, current, started: Instant::now(), freed, stopped: Vec::new() }
     }
 
     /// All pidfds first: the earlier they are open, the earlier nothing can be confused.
@@ -265,7 +272,7 @@ impl Run {
     }
 
     /// Looks at the ports again: who is there, and whether processes joined that hold what is to be freed.
-    fn look(&mut self, world: &mut World<'_>) -> anyhow::Result<()> {
+    pub(super) fn look(&mut self, world: &mut World<'_>) -> anyhow::Result<()> {
         let listeners = (world.rescan)().context("cannot look at the ports again")?;
         self.current = listeners.into_iter().filter(|l| self.plan.groups.iter().any(|g| g.covers(&l.socket))).collect();
         for (index, group) in self.plan.groups.iter().enumerate() {
@@ -286,20 +293,41 @@ impl Run {
                 let id = holder.process.id;
                 if let Some(refused) = self.plan.refused.iter_mut().find(|r| r.process.id.is_same(id)) {
                     push_new(&mut refused.groups, group);
-                } else if let Some(life) = self.lives.iter_mut().find(|l| l.victim.process.id.is_same(id)) {
+                    continue;
+                }
+                let of_container = |stop: &&mut Stop| stop.processes.iter().any(|process| process.id.is_same(id));
+                if let Some(stop) = self.plan.stops.iter_mut().find(of_container) {
+                    push_new(&mut stop.groups, group);
+                    continue;
+                }
+                if let Some(life) = self.lives.iter_mut().find(|l| l.victim.process.id.is_same(id)) {
                     push_new(&mut life.victim.groups, group);
                     life.reopen_for(inode);
-                } else if let Some(reason) = world.guards.refuse(id.pid, &stat_of) {
-                    let process = Arc::clone(&holder.process);
-                    self.plan.refused.push(Refused { process, groups: vec![group], reason });
-                } else {
-                    let mut victim = Victim::new(&holder.process, &stat_of);
-                    victim.inodes.push(inode);
-                    victim.groups.push(group);
-                    let mut life = Life::new(victim);
-                    life.open();
-                    self.lives.push(life);
+                    continue;
                 }
+                let refused = match world.guards.judge(&holder.process, &listener.socket, &stat_of) {
+                    Judgement::Signal => None,
+                    Judgement::Stop(container) => {
+                        // Its containers are stopped once, before everything else.
+                        if let Some(stop) = self.plan.stops.iter_mut().find(|stop| stop.container.id == container.id) {
+                            stop.add(&holder.process, group);
+                            continue;
+                        }
+                        Some((format!("holds the port for container {container}, which came meanwhile"), false))
+                    }
+                    Judgement::Refuse { reason, denied } => Some((reason, denied)),
+                };
+                if let Some((reason, denied)) = refused {
+                    let process = Arc::clone(&holder.process);
+                    self.plan.refused.push(Refused { process, groups: vec![group], reason, denied });
+                    continue;
+                }
+                let mut victim = Victim::new(&holder.process, &stat_of);
+                victim.inodes.push(inode);
+                victim.groups.push(group);
+                let mut life = Life::new(victim);
+                life.open();
+                self.lives.push(life);
             }
         }
     }

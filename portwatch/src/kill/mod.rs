@@ -5,8 +5,8 @@
 //!              (each: open a pidfd, verify, signal)          (SIGKILL)
 //! ```
 //!
-//! This module owns who is signalled ([`plan`]), how it is made sure that nobody else is ([`target`]), the waiting
-//! ([`execute`]) and what is said of it ([`outcome`], [`text`]). It does not scan: its callers hand it what was scanned, and a
+//! This module owns who is signalled ([`plan`]), how it is made sure that nobody else is ([`target`]), the containers that
+//! are stopped instead ([`stop`]), the waiting ([`execute`]) and what is said of it ([`outcome`], [`text`]). It does not scan: its callers hand it what was scanned, and a
 //! way to scan again.
 
 pub mod execute;
@@ -14,12 +14,14 @@ pub mod outcome;
 pub mod plan;
 mod report;
 pub mod signal;
+mod stop;
 pub mod target;
 pub mod text;
 
 pub use execute::{Options, World, execute, planned};
 pub use outcome::{Outcome, Status, exit_code};
 pub use plan::{Guards, Plan};
+pub use stop::Stopper;
 
 #[cfg(test)]
 mod testing;

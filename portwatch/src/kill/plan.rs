@@ -7,6 +7,8 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use crate::cgroup;
+use crate::engine::roster::Role;
+use crate::engine::{Container, Roster};
 use crate::model::{Listener, NetnsId, Process, ProcessId, Protocol, Socket, SocketId};
 use crate::source::stat::{self, Stat};
 
@@ -20,6 +22,8 @@ pub struct Plan {
     /// By port, protocol and namespace.
     pub groups: Vec<Group>,
     pub victims: Vec<Victim>,
+    /// Containers to be stopped, whose processes are not signalled.
+    pub stops: Vec<Stop>,
     pub refused: Vec<Refused>,
     /// The listeners that the plan was made from.
     pub listeners: Vec<Listener>,
@@ -51,12 +55,24 @@ pub struct Victim {
     pub supervisor: Option<Supervisor>,
 }
 
+/// A container to be stopped.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stop {
+    pub container: Container,
+    /// Indices into [`Plan::groups`].
+    pub groups: Vec<usize>,
+    /// The holders that go with it: what publishes its ports, and who runs in it.
+    pub processes: Vec<Arc<Process>>,
+}
+
 /// A holder that is not signalled.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refused {
     pub process: Arc<Process>,
     pub groups: Vec<usize>,
     pub reason: String,
+    /// For want of permission: more of it would help, as it would not against a guard.
+    pub denied: bool,
 }
 
 /// Who may bring a process back.
@@ -69,6 +85,9 @@ pub struct Supervisor {
     pub unit: Option<String>,
     /// A container's id, as its cgroup shows it.
     pub container: Option<String>,
+    /// Its name, where an engine told it.
+    #[serde(skip)]
+    pub container_name: Option<String>,
     #[serde(skip)]
     pub parent: Option<ProcessId>,
 }
@@ -79,17 +98,61 @@ pub struct Guards {
     own: u32,
     ancestors: Vec<u32>,
     force_self: bool,
+    roster: Roster,
+    stop_containers: bool,
+}
+
+/// What is to be done about the holder of a socket.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    Signal,
+    /// Stop the container that it runs in, or holds the port for.
+    Stop(Container),
+    Refuse {
+        reason: String,
+        /// For want of permission.
+        denied: bool,
+    },
 }
 
 impl Guards {
     /// `own` is portwatch's pid; `force_self` gives up the protection of its ancestors.
     pub fn new(own: u32, force_self: bool, stat: &dyn Fn(u32) -> Option<Stat>) -> Guards {
-        Guards { own, ancestors: stat::ancestors(own, stat), force_self }
+        Guards { own, ancestors: stat::ancestors(own, stat), force_self, ..Guards::default() }
     }
 
     /// The guards of this process, from `/proc`.
     pub fn current(force_self: bool) -> Guards {
         Guards::new(std::process::id(), force_self, &|pid| stat::read(pid).ok())
+    }
+
+    /// Adds what is known of containers. With `stop`, those of the holders are stopped; else whatever holds a port for a
+    /// container is left alone, for the container would go on with a dead port.
+    pub fn with_containers(self, roster: Roster, stop: bool) -> Guards {
+        Guards { roster, stop_containers: stop, ..self }
+    }
+
+    pub(super) fn judge(&self, process: &Process, socket: &Socket, stat: &dyn Fn(u32) -> Option<Stat>) -> Verdict {
+        if let Some(reason) = self.refuse(process.id.pid, stat) {
+            return Verdict::Refuse { reason, denied: false };
+        }
+        let Some(link) = self.roster.link(process, socket) else { return Verdict::Signal };
+        if self.stop_containers {
+            return match (self.roster.obstacle(&link, socket), link.container) {
+                (None, Some(container)) => Verdict::Stop(container.clone()),
+                (Some((reason, denied)), _) => Verdict::Refuse { reason, denied },
+                (None, None) => Verdict::Refuse { reason: link.describe(socket), denied: false },
+            };
+        }
+        match link.role {
+            Role::Proxy(_) => Verdict::Refuse { reason: self.roster.refusal(&link, socket), denied: false },
+            Role::Inside(_) => Verdict::Signal,
+        }
+    }
+
+    /// The name of the container that the process runs in, where an engine told it.
+    fn container_name(&self, process: &Process, socket: &Socket) -> Option<String> {
+        Some(self.roster.link(process, socket)?.container?.name.clone())
     }
 
     /// Why this process must not be signalled, if so.
@@ -139,22 +202,42 @@ impl Plan {
         let groups = group(&selected, others, named);
         let mut victims: BTreeMap<ProcessId, Victim> = BTreeMap::new();
         let mut refused: BTreeMap<ProcessId, Refused> = BTreeMap::new();
+        let mut stops: Vec<Stop> = Vec::new();
         for listener in &selected {
             let Some(index) = groups.iter().position(|g| g.wants(listener.socket.id)) else { continue };
             for holder in &listener.holders {
                 let process = &holder.process;
-                if let Some(reason) = guards.refuse(process.id.pid, stat) {
-                    let entry = refused.entry(process.id).or_insert_with(|| Refused {
-                        process: Arc::clone(process),
-                        groups: Vec::new(),
-                        reason,
-                    });
-                    push_new(&mut entry.groups, index);
-                    continue;
+                match guards.judge(process, &listener.socket, stat) {
+                    Verdict::Signal => {}
+                    Verdict::Stop(container) => {
+                        let known = stops.iter().position(|stop| stop.container.id == container.id);
+                        let known = known.unwrap_or_else(|| {
+                            stops.push(Stop { container, groups: Vec::new(), processes: Vec::new() });
+                            stops.len() - 1
+                        });
+                        stops[known].add(process, index);
+                        continue;
+                    }
+                    Verdict::Refuse { reason, denied } => {
+                        let entry = refused.entry(process.id).or_insert_with(|| Refused {
+                            process: Arc::clone(process),
+                            groups: Vec::new(),
+                            reason,
+                            denied,
+                        });
+                        push_new(&mut entry.groups, index);
+                        continue;
+                    }
                 }
                 let victim = match victims.entry(process.id) {
                     Entry::Occupied(entry) => entry.into_mut(),
-                    Entry::Vacant(entry) => entry.insert(Victim::new(process, stat)),
+                    Entry::Vacant(entry) => {
+                        let mut victim = Victim::new(process, stat);
+                        if let Some(supervisor) = &mut victim.supervisor {
+                            supervisor.container_name = guards.container_name(process, &listener.socket);
+                        }
+                        entry.insert(victim)
+                    }
                 };
                 push_new(&mut victim.groups, index);
                 push_new(&mut victim.inodes, listener.socket.id.inode);
@@ -162,12 +245,23 @@ impl Plan {
         }
         let mut victims: Vec<Victim> = victims.into_values().collect();
         order(&mut victims, stat);
-        Plan { groups, victims, refused: refused.into_values().collect(), listeners: selected }
+        Plan { groups, victims, stops, refused: refused.into_values().collect(), listeners: selected }
     }
 
-    /// Whether a person should be asked: more than one process, or somebody else's, would be signalled.
+    /// Whether a person should be asked: a container would be stopped, or more than one process, or somebody else's, be
+    /// signalled.
     pub fn wants_confirmation(&self, own_uid: u32) -> bool {
-        self.victims.len() > 1 || self.victims.iter().any(|v| v.process.uid != Some(own_uid))
+        !self.stops.is_empty() || self.victims.len() > 1 || self.victims.iter().any(|v| v.process.uid != Some(own_uid))
+    }
+}
+
+impl Stop {
+    /// Adds a holder that goes with the container.
+    pub(super) fn add(&mut self, process: &Arc<Process>, group: usize) {
+        push_new(&mut self.groups, group);
+        if !self.processes.iter().any(|known| known.id.is_same(process.id)) {
+            self.processes.push(Arc::clone(process));
+        }
     }
 }
 
@@ -198,6 +292,7 @@ impl Supervisor {
             name: parent.as_ref().map(|p| p.name.clone()),
             unit,
             container,
+            container_name: None,
             parent: parent.map(|p| p.id()),
         })
     }

@@ -6,9 +6,10 @@ use nix::unistd::{Uid, User};
 use rustix::process::Signal;
 
 use super::execute::{Life, Run, Stage};
-use super::outcome::{Diagnostics, Failure, Outcome, Owner, Status};
-use super::plan::{Group, Supervisor, push_new};
+use super::outcome::{Diagnostics, Failure, Outcome, Owner, Status, Stopped};
+use super::plan::{Group, Refused, Stop, Supervisor, push_new};
 use super::signal::SignalName;
+use crate::engine::EngineError;
 use crate::model::{Listener, Process};
 use crate::source::stat;
 
@@ -93,19 +94,48 @@ impl<'a> End<'a> {
                 () => Status::Stuck,
             };
         }
-        let mut left = self.lives.iter().filter(|l| self.still_holds(l)).peekable();
-        if self.killed().next().is_some() {
+        let mut left = self.lives.iter().filter(|l| self.still_holds(l));
+        if self.killed().next().is_some() || self.stopped(run).next().is_some() {
             Status::Partial
-        } else if left.peek().is_none() {
-            // Only holders that are never signalled.
-            Status::Denied
-        } else if left.clone().all(|l| l.failure.as_ref().is_some_and(|f| f.denied)) {
+        } else if self.is_denied(run) {
             Status::Denied
         } else if left.any(|l| l.stage == Stage::Forced) {
             Status::Stuck
         } else {
             Status::Partial
         }
+    }
+
+    /// The engine was asked before anything was done; a container that starts its process again keeps its id.
+    fn name_container(&self, supervisor: &mut Supervisor) {
+        let known = self.lives.iter().filter_map(|l| l.victim.supervisor.as_ref());
+        let mut same = known.filter(|known| known.container.is_some() && known.container == supervisor.container);
+        supervisor.container_name = same.find_map(|known| known.container_name.clone());
+    }
+
+    /// Whether nothing but want of permission is in the way: then somebody with more of it can free the port.
+    fn is_denied(&self, run: &Run) -> bool {
+        let left = self.lives.iter().filter(|l| self.still_holds(l));
+        let left = left.map(|l| l.failure.as_ref().is_some_and(|f| f.denied));
+        let refused = self.refused_here(run).map(|r| r.denied);
+        let stops = self.stops(run).filter_map(|(_, result)| result?.as_ref().err()).map(|error| error.denied);
+        let mut obstacles = left.chain(refused).chain(stops).peekable();
+        obstacles.peek().is_some() && obstacles.all(|denied| denied)
+    }
+
+    fn refused_here<'b>(&self, run: &'b Run) -> impl Iterator<Item = &'b Refused> {
+        run.plan.refused.iter().filter(|r| r.groups.contains(&self.index))
+    }
+
+    /// The containers to be stopped for this port, and what became of that if it was tried.
+    fn stops<'b>(&self, run: &'b Run) -> impl Iterator<Item = (&'b Stop, Option<&'b Result<(), EngineError>>)> {
+        let results = run.stopped.iter().map(Some).chain(std::iter::repeat(None));
+        let index = self.index;
+        run.plan.stops.iter().zip(results).filter(move |(stop, _)| stop.groups.contains(&index))
+    }
+
+    fn stopped<'b>(&self, run: &'b Run) -> impl Iterator<Item = &'b Stop> {
+        self.stops(run).filter(|(_, result)| matches!(result, Some(Ok(())))).map(|(stop, _)| stop)
     }
 
     /// The other user whose processes must hold what has no visible holder: an ordinary user does not see them.
@@ -116,8 +146,8 @@ impl<'a> End<'a> {
     }
 
     fn refused(&self, run: &Run) -> Vec<Failure> {
-        let here = run.plan.refused.iter().filter(|r| r.groups.contains(&self.index));
-        here.map(|r| Failure { pid: r.process.id.pid, reason: r.reason.clone() }).collect()
+        let spared = self.refused_here(run);
+        spared.map(|r| Failure { pid: r.process.id.pid, reason: r.reason.clone() }).collect()
     }
 
     fn failures(&self, run: &Run) -> Vec<Failure> {
@@ -128,7 +158,22 @@ impl<'a> End<'a> {
             (None, Stage::Unsignalled) => "not signalled: it could not be proved to hold the port".to_owned(),
         };
         let left = self.lives.iter().filter(|l| self.still_holds(l));
-        left.map(|l| Failure { pid: l.victim.process.id.pid, reason: reason(l) }).collect()
+        let left = left.map(|l| Failure { pid: l.victim.process.id.pid, reason: reason(l) });
+        left.chain(self.unstopped(run)).collect()
+    }
+
+    /// The holders that stay because their container does.
+    fn unstopped<'b>(&self, run: &'b Run) -> impl Iterator<Item = Failure> + use<'_, 'b> {
+        self.stops(run).filter_map(|(stop, result)| Some((stop, result?))).flat_map(|(stop, result)| {
+            let there = stop.processes.iter().filter(|p| self.old.iter().any(|l| l.holds(p.id)));
+            there.map(move |process| {
+                let reason = match result {
+                    Ok(()) => format!("still there after container {} has stopped", stop.container),
+                    Err(error) => format!("cannot stop container {}: {error}", stop.container),
+                };
+                Failure { pid: process.id.pid, reason }
+            })
+        })
     }
 
     fn diagnostics(&self, run: &Run, status: Status) -> Option<Diagnostics> {
@@ -145,6 +190,9 @@ impl<'a> End<'a> {
                 supervisor = holders()
                     .find_map(|h| Supervisor::of(&h.process, &|pid| stat::read(pid).ok()))
                     .or_else(|| self.lives.iter().find_map(|l| l.victim.supervisor.clone()));
+                if let Some(supervisor) = &mut supervisor {
+                    self.name_container(supervisor);
+                }
                 let owner = match new_owners.first() {
                     Some(owner) => format!("{} ({})", owner.name, owner.pid),
                     None => "an owner that is not visible".to_owned(),
@@ -194,6 +242,11 @@ impl<'a> End<'a> {
         let mut remaining_pids: Vec<u32> = there().flat_map(|l| &l.holders).map(|h| h.process.id.pid).collect();
         remaining_pids.sort_unstable();
         remaining_pids.dedup();
+        let stopped = |stop: &Stop| Stopped {
+            container: stop.container.short_id().to_owned(),
+            name: stop.container.name.clone(),
+        };
+        let pids_of = |stop: &Stop| stop.processes.iter().map(|p| p.id.pid).collect();
         let victims = self.lives.iter().map(|l| &l.victim.process);
         let refused = run.plan.refused.iter().map(|r| &r.process);
         let holders = there().flat_map(|l| &l.holders).map(|h| &h.process);
@@ -209,12 +262,14 @@ impl<'a> End<'a> {
             killed: self.killed().map(pid).collect(),
             forced: self.killed().filter(|l| l.stage == Stage::Forced).map(pid).collect(),
             failed,
+            stopped: self.stopped(run).map(stopped).collect(),
             ghost: self.old.iter().filter(|l| l.is_ghost()).map(|l| l.socket.id.inode).collect(),
             still_listening: there().next().is_some(),
             remaining_pids,
             elapsed: if is_empty { Duration::ZERO } else { elapsed },
             diagnostics,
             names,
+            stopping: self.stops(run).map(|(stop, _)| (stopped(stop), pids_of(stop))).collect(),
         }
     }
 }
@@ -228,7 +283,8 @@ fn starter(supervisor: &Supervisor) -> Option<String> {
         return Some(format!("unit {unit}"));
     }
     if let Some(container) = &supervisor.container {
-        return Some(format!("container {}", &container[..12]));
+        let name = supervisor.container_name.as_ref().map(|name| format!("{name} ({container})"));
+        return Some(format!("container {}", name.as_ref().unwrap_or(container)));
     }
     Some(format!("{} ({})", supervisor.name.as_deref()?, supervisor.pid?))
 }

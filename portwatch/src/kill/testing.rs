@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, fcntl};
 
+use crate::engine::{Container, EngineError};
 use crate::model::{Holder, Listener, Process, ProcessId, Protocol, Socket, SocketId};
 use crate::source::stat;
 
@@ -184,6 +185,10 @@ pub(super) fn scan(port: u16) -> Vec<Listener> {
             uid: fields[7].parse().unwrap(),
             backlog: None,
         };
+        // Read while others come and go, the table may show a socket twice.
+        if listeners.iter().any(|l: &Listener| l.socket.id == socket.id) {
+            continue;
+        }
         listeners.push(Listener { holders: holders(socket.id.inode), socket, since: None });
     }
     listeners
@@ -203,6 +208,11 @@ fn holders(inode: u64) -> Vec<Holder> {
         .collect();
     holders.sort_by_key(|h| h.process.id.pid);
     holders
+}
+
+/// Stops nothing: for plans without containers.
+pub(super) fn no_containers(_: &[&Container], _: Duration) -> Vec<Result<(), EngineError>> {
+    panic!("no container is to be stopped");
 }
 
 /// Stats by PID, for plans of processes that do not exist.

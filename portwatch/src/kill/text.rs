@@ -41,6 +41,35 @@ fn victim(plan: &Plan, victim: &Victim, user: &dyn Fn(u32) -> String) -> [String
     ]
 }
 
+/// The containers that the plan stops, a line each.
+pub fn stops(plan: &Plan) -> String {
+    let mut out = String::new();
+    for stop in &plan.stops {
+        let processes: Vec<String> =
+            stop.processes.iter().map(|p| format!("{} ({})", escape(&p.name), p.id.pid)).collect();
+        let _ = writeln!(out, "to stop: container {}, in place of {}", stop.container, processes.join(", "));
+    }
+    out
+}
+
+/// The victims that run in containers, which may start them again, a line each.
+pub fn inside(plan: &Plan) -> String {
+    let mut out = String::new();
+    for victim in &plan.victims {
+        let Some(supervisor) = &victim.supervisor else { continue };
+        let Some(id) = &supervisor.container else { continue };
+        let process = &victim.process;
+        let name = supervisor.container_name.as_ref().map_or_else(|| id.clone(), |name| format!("{name} ({id})"));
+        let _ = writeln!(
+            out,
+            "{} ({}) runs in container {name}; --stop-container stops that instead",
+            escape(&process.name),
+            process.id.pid
+        );
+    }
+    out
+}
+
 /// The holders that the plan refuses to signal, a line each.
 pub fn refusals(plan: &Plan) -> String {
     let mut out = String::new();
@@ -67,15 +96,18 @@ pub fn outcome(outcome: &Outcome) -> String {
             0 => format!("{port} has no visible holder: nothing would be signalled"),
             _ => {
                 let refused = |pid: &u32| outcome.failed.iter().any(|f| f.pid == *pid);
-                let would: Vec<u32> = outcome.remaining_pids.iter().copied().filter(|p| !refused(p)).collect();
-                let refusals = failures(outcome);
-                match (would.is_empty(), refusals.is_empty()) {
-                    (true, _) => format!("{port} would stay: {refusals}"),
-                    (false, true) => format!("{port} would be freed: terminate {}", list(outcome, &would)),
-                    (false, false) => {
-                        format!("{port} would stay: terminate {}; {refusals}", list(outcome, &would))
-                    }
+                let goes = |pid: &u32| outcome.stopping.iter().any(|(_, pids)| pids.contains(pid));
+                let would: Vec<u32> =
+                    outcome.remaining_pids.iter().copied().filter(|p| !refused(p) && !goes(p)).collect();
+                let mut parts: Vec<String> =
+                    outcome.stopping.iter().map(|(stop, _)| format!("stop container {}", stop.name)).collect();
+                if !would.is_empty() {
+                    parts.push(format!("terminate {}", list(outcome, &would)));
                 }
+                let refusals = failures(outcome);
+                let end = if refusals.is_empty() { "be freed" } else { "stay" };
+                parts.extend(Some(refusals).filter(|refusals| !refusals.is_empty()));
+                format!("{port} would {end}: {}", parts.join("; "))
             }
         },
         Status::Cleaned if deeds.is_empty() => with_note(format!("{port} freed in {seconds}")),
@@ -94,10 +126,14 @@ pub fn outcome(outcome: &Outcome) -> String {
     }
 }
 
-/// `terminated a (1), b (2); killed by force c (3)`.
+/// `stopped container web; terminated a (1), b (2); killed by force c (3)`.
 fn deeds(outcome: &Outcome) -> String {
     let gentle: Vec<u32> = outcome.killed.iter().copied().filter(|p| !outcome.forced.contains(p)).collect();
     let mut parts = Vec::new();
+    if !outcome.stopped.is_empty() {
+        let names: Vec<&str> = outcome.stopped.iter().map(|stopped| stopped.name.as_str()).collect();
+        parts.push(format!("stopped container {}", names.join(", ")));
+    }
     if !gentle.is_empty() {
         parts.push(format!("terminated {}", list(outcome, &gentle)));
     }
@@ -126,7 +162,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::kill::outcome::{Diagnostics, Failure};
+    use crate::kill::outcome::{Diagnostics, Failure, Stopped};
     use crate::model::Protocol;
 
     fn check(change: impl FnOnce(&mut Outcome), expected: &str) {
@@ -137,12 +173,14 @@ mod tests {
             killed: Vec::new(),
             forced: Vec::new(),
             failed: Vec::new(),
+            stopped: Vec::new(),
             ghost: Vec::new(),
             still_listening: false,
             remaining_pids: Vec::new(),
             elapsed: Duration::from_millis(120),
             diagnostics: None,
             names: vec![(1, "init".into()), (7, "python3".into()), (8, "e\u{1b}[31mvil\n".into())],
+            stopping: Vec::new(),
         };
         change(&mut subject);
         assert_eq!(outcome(&subject), expected);
@@ -181,6 +219,16 @@ mod tests {
                 o.failed = vec![Failure { pid: 1, reason: "no".into() }];
             },
             "8000/tcp would stay: terminate python3 (7); init (1): no",
+        );
+        let web = || Stopped { container: "5eed81bcd920".into(), name: "web".into() };
+        check(|o| o.stopped = vec![web()], "8000/tcp freed: stopped container web in 120ms");
+        check(
+            |o| {
+                o.status = Status::Planned;
+                o.remaining_pids = vec![7, 9];
+                o.stopping = vec![(web(), vec![9])];
+            },
+            "8000/tcp would be freed: stop container web; terminate python3 (7)",
         );
     }
 }

@@ -3,6 +3,7 @@ use std::sync::Arc;
 use super::json::{Ancestor, Ancestors};
 use super::table::Detail;
 use super::*;
+use crate::engine::Roster;
 use crate::model::{Attempt, Change, Holder, Listener, ProcessId, Protocol, SocketId};
 
 const SECOND: u64 = 1_000_000_000;
@@ -173,7 +174,7 @@ PROTO  ADDRESS    PORT  PID  USER  NAME                      AGE  COMMAND
 tcp    127.0.0.1  9000  666  al    a\\x1b[2Jb\\nc\\rd\\u{202e}e   5s  x a\\x1b[2Jb\\nc\\rd\\u{202e}e \\x9b31m\\u{200b}\\x7fé
 ",
     );
-    let who = text::who(&hostile(), &Ancestors::from([(666, vec![ancestor(1, HOSTILE)])]), &view());
+    let who = text::who(&hostile(), &Ancestors::from([(666, vec![ancestor(1, HOSTILE)])]), &Roster::default(), &view());
     let change = text::change(&Change::Opened { at: NOW, listener: hostile() }, &view());
     let lines = [json::line(&json::listener(&hostile(), &view())), who, change].join("\n");
     assert_eq!(lines.chars().find(|&c| c != '\n' && is_hazard(c)), None, "{lines}");
@@ -230,7 +231,7 @@ fn who_shows_everything_once() {
         (51, vec![ancestor(50, "gunicorn"), ancestor(1, "systemd")]),
     ]);
     check(
-        &text::who(&row, &ancestors, &view()),
+        &text::who(&row, &ancestors, &Roster::default(), &view()),
         "\
 tcp/mptcp [::]:80
   binder    gunicorn (50)
@@ -258,7 +259,7 @@ tcp/mptcp [::]:80
 ",
     );
     check(
-        &text::who(&ghost(), &Ancestors::new(), &View { euid: 1000, ..view() }),
+        &text::who(&ghost(), &Ancestors::new(), &Roster::default(), &View { euid: 1000, ..view() }),
         "\
 udp 0.0.0.0:5353
   holders   held by uid 33, not visible to you; try sudo

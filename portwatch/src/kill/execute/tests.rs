@@ -1,6 +1,7 @@
 use std::cell::RefCell;
 
 use super::*;
+use crate::engine::Container;
 use crate::kill::outcome::Status;
 use crate::kill::target::Target;
 use crate::kill::testing::*;
@@ -17,7 +18,13 @@ fn quick() -> Options {
 
 fn run_with(plan: Plan, port: u16, options: Options, holds: &dyn Fn(u32, u64) -> io::Result<bool>) -> Outcome {
     let guards = Guards::current(false);
-    let mut world = World { rescan: &mut || Ok(scan(port)), holds, guards: &guards, waiting: &mut |_, _| {} };
+    let mut world = World {
+        rescan: &mut || Ok(scan(port)),
+        holds,
+        guards: &guards,
+        stop: &mut no_containers,
+        waiting: &mut |_, _| {},
+    };
     let mut outcomes = execute(plan, options, &mut world).unwrap();
     assert_eq!(outcomes.len(), 1, "{outcomes:?}");
     outcomes.remove(0)
@@ -151,6 +158,7 @@ fn a_new_owner_is_reported_with_who_started_it() {
         },
         holds: &holds,
         guards: &guards,
+        stop: &mut no_containers,
         waiting: &mut |_, _| {},
     };
     let options = Options { settle: Duration::from_secs(20), ..Options::default() };
@@ -183,8 +191,60 @@ fn the_test_process_is_refused_as_itself() {
     plan.listeners.iter_mut().for_each(|l| l.holders.retain(|h| h.process.id.pid == std::process::id()));
     plan.victims.clear();
     let outcome = run_with(plan, port.port, quick(), &holds);
-    assert_eq!((outcome.status, &outcome.remaining_pids[..]), (Status::Denied, &[std::process::id()][..]));
+    assert_eq!((outcome.status, &outcome.remaining_pids[..]), (Status::Partial, &[std::process::id()][..]));
     assert_eq!(outcome.failed[0].reason, "portwatch itself holds the port");
+}
+
+/// A plan to stop a container in place of the port's holder, carried out by `stop`.
+fn run_stopping(port: &Port, stop: &mut crate::kill::Stopper<'_>) -> Outcome {
+    let mut plan = plan(port);
+    let container = Container {
+        id: "5eed".repeat(16),
+        name: "web".to_owned(),
+        image: "busybox".to_owned(),
+        ports: Vec::new(),
+        addresses: Vec::new(),
+    };
+    let processes = plan.victims.drain(..).map(|victim| victim.process).collect();
+    plan.stops.push(Stop { container, groups: vec![0], processes });
+    let guards = Guards::current(false);
+    let mut world = World {
+        rescan: &mut || Ok(scan(port.port)),
+        holds: &holds,
+        guards: &guards,
+        stop: &mut |containers, grace| stop(containers, grace),
+        waiting: &mut |_, _| {},
+    };
+    execute(plan, quick(), &mut world).unwrap().remove(0)
+}
+
+#[test]
+fn a_container_is_stopped_and_its_processes_are_not_signalled() {
+    let (server, port) = serve(DEAF);
+    let mut server = Some(server);
+    let outcome = run_stopping(&port, &mut |containers, grace| {
+        assert_eq!((containers.len(), grace), (1, quick().grace));
+        // As the engine would.
+        server.take().unwrap().end();
+        vec![Ok(())]
+    });
+    assert_eq!((outcome.status, outcome.stopped.len()), (Status::Cleaned, 1), "{outcome:?}");
+    assert!(outcome.killed.is_empty() && outcome.failed.is_empty(), "{outcome:?}");
+}
+
+#[test]
+fn a_container_that_does_not_stop_keeps_its_port_and_its_processes() {
+    let (mut server, port) = serve(POLITE);
+    for (denied, status) in [(true, Status::Denied), (false, Status::Partial)] {
+        let outcome = run_stopping(&port, &mut |_, _| vec![Err(EngineError { message: "no".to_owned(), denied })]);
+        assert_eq!((outcome.status, outcome.still_listening), (status, true), "{outcome:?}");
+        assert_eq!(outcome.failed[0].reason, "cannot stop container web (5eed5eed5eed): no");
+        assert!(outcome.stopped.is_empty() && outcome.killed.is_empty() && server.is_alive(), "{outcome:?}");
+    }
+    let outcome = run_stopping(&port, &mut |_, _| vec![Ok(())]);
+    assert_eq!((outcome.status, outcome.stopped.len()), (Status::Partial, 1), "{outcome:?}");
+    assert_eq!(outcome.failed[0].reason, "still there after container web (5eed5eed5eed) has stopped");
+    assert!(server.is_alive());
 }
 
 /// Runs as nobody, in a thread of its own: the kernel keeps users by thread.
@@ -216,8 +276,13 @@ fn anothers_process_is_denied_and_lives() {
         let found = scan(port.port);
         let Some(outcome) = as_nobody(|| {
             let guards = Guards::current(false);
-            let mut world =
-                World { rescan: &mut || Ok(found.clone()), holds: &holds, guards: &guards, waiting: &mut |_, _| {} };
+            let mut world = World {
+                rescan: &mut || Ok(found.clone()),
+                holds: &holds,
+                guards: &guards,
+                stop: &mut no_containers,
+                waiting: &mut |_, _| {},
+            };
             execute(plan, quick(), &mut world).unwrap().remove(0)
         }) else {
             return;

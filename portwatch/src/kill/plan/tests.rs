@@ -1,4 +1,5 @@
 use super::*;
+use crate::engine::{EngineError, PublishedPort};
 use crate::kill::testing::family;
 use crate::model::Holder;
 
@@ -79,6 +80,80 @@ fn init_portwatch_its_ancestors_and_kernel_threads_are_never_victims() {
         ]
     );
     assert_eq!(victims(&plan(everybody(), true)), [(10, true), (400, true)]);
+}
+
+/// A container whose port 80 is published as 8123 of the host, a docker-proxy for it, and a process in it.
+fn web() -> (Container, [Listener; 2]) {
+    let container = Container {
+        id: "5eed".repeat(16),
+        name: "web".to_owned(),
+        image: "busybox".to_owned(),
+        ports: vec![PublishedPort {
+            proto: Protocol::Tcp,
+            host_ip: Some("127.0.0.1".parse().unwrap()),
+            host_port: 8123,
+            container_port: 80,
+        }],
+        addresses: vec!["172.17.0.2".parse().unwrap()],
+    };
+    let holder = |port, pid, change: &dyn Fn(&mut Process)| {
+        let mut listener = listener(port, u64::from(port), &[pid]);
+        let mut process = Process::clone(&listener.holders[0].process);
+        change(&mut process);
+        listener.holders[0].process = Arc::new(process);
+        listener
+    };
+    let line = "docker-proxy -proto tcp -host-ip 127.0.0.1 -host-port 8123 -container-ip 172.17.0.2 -container-port 80";
+    let proxy = holder(8123, 401, &|p| p.command = line.split(' ').map(str::to_owned).collect());
+    let inside = holder(80, 12, &|p| p.cgroup = Some(format!("/docker/{}", "5eed".repeat(16))));
+    (container, [proxy, inside])
+}
+
+fn plan_with(roster: Roster, stop: bool) -> Plan {
+    let stat = host();
+    let guards = Guards::new(OWN, false, &stat).with_containers(roster, stop);
+    Plan::new(web().1.to_vec(), &[], &[], &guards, &stat)
+}
+
+#[test]
+fn what_publishes_a_port_is_spared_and_a_process_in_a_container_is_signalled() {
+    let roster = Roster::new("/run/docker.sock".to_owned(), vec![web().0], None);
+    let plan = plan_with(roster, false);
+    assert_eq!((victims(&plan), plan.stops.len()), (vec![(12, true)], 0));
+    assert_eq!(plan.victims[0].supervisor.as_ref().unwrap().container.as_deref(), Some("5eed5eed5eed"));
+    let [refused] = &plan.refused[..] else { panic!("{plan:?}") };
+    let reason =
+        "publishes port 80 of container web (5eed5eed5eed); stop it with: docker stop web (or --stop-container)";
+    assert_eq!((refused.process.id.pid, refused.reason.as_str(), refused.denied), (401, reason, false));
+    // Without any engine, too.
+    let plan = plan_with(Roster::default(), false);
+    assert_eq!((victims(&plan), plan.refused[0].process.id.pid), (vec![(12, true)], 401));
+}
+
+#[test]
+fn a_container_is_stopped_once_for_all_its_ports_and_its_processes_are_not_signalled() {
+    let roster = Roster::new("/run/docker.sock".to_owned(), vec![web().0], None);
+    let plan = plan_with(roster, true);
+    assert!(plan.victims.is_empty() && plan.refused.is_empty() && plan.wants_confirmation(1000), "{plan:?}");
+    let [stop] = &plan.stops[..] else { panic!("{plan:?}") };
+    let pids: Vec<u32> = stop.processes.iter().map(|process| process.id.pid).collect();
+    let ports: Vec<u16> = stop.groups.iter().map(|&group| plan.groups[group].port).collect();
+    assert_eq!((stop.container.name.as_str(), pids, ports), ("web", vec![401, 12], vec![8123, 80]));
+}
+
+#[test]
+fn a_container_that_cannot_be_stopped_keeps_its_processes() {
+    let error = EngineError { message: "not permitted".to_owned(), denied: true };
+    let plan = plan_with(Roster::unreachable(error), true);
+    assert!(plan.victims.is_empty() && plan.stops.is_empty(), "{plan:?}");
+    assert_eq!(
+        plan.refused.iter().map(|r| (r.process.id.pid, r.denied)).collect::<Vec<_>>(),
+        [(12, true), (401, true)]
+    );
+    // portwatch runs in there.
+    let roster = Roster::new("/run/docker.sock".to_owned(), vec![web().0], Some("5eed5eed5eed".to_owned()));
+    let plan = plan_with(roster, true);
+    assert!(plan.victims.is_empty() && plan.stops.is_empty() && plan.refused.len() == 2, "{plan:?}");
 }
 
 #[test]
