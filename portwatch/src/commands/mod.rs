@@ -42,6 +42,7 @@ pub(crate) fn selector(targets: &[String], selectors: &Selectors) -> anyhow::Res
             pids: selectors.pids.clone(),
             commands: selectors.commands.clone(),
             cwds: selectors.cwds.clone(),
+            units: selectors.units.clone(),
             older_than: selectors.older_than,
             netns: match selectors.netns {
                 Netns::Own => Some(own_netns()?),

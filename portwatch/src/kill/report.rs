@@ -7,10 +7,11 @@ use rustix::process::Signal;
 
 use super::execute::{Life, Run, Stage};
 use super::outcome::{Diagnostics, Failure, Outcome, Owner, Status};
-use super::plan::{Group, Supervisor, push_new};
+use super::plan::{Group, push_new};
 use super::signal::SignalName;
 use crate::model::{Listener, Process};
 use crate::source::stat;
+use crate::supervisor::Supervisor;
 
 /// `al (uid 1000)`, or `uid 1000` for a user without a name.
 pub(super) fn user(uid: u32) -> String {
@@ -149,8 +150,12 @@ impl<'a> End<'a> {
                     Some(owner) => format!("{} ({})", owner.name, owner.pid),
                     None => "an owner that is not visible".to_owned(),
                 };
-                match supervisor.as_ref().and_then(starter) {
-                    Some(starter) => format!("{owner} took the port again, started by {starter}: stop that instead"),
+                match &supervisor {
+                    Some(supervisor) => {
+                        let end = supervisor.stop_command().map(|stop| format!("; end it with: {stop}"));
+                        let starter = supervisor.describe();
+                        format!("{owner} took the port again, started by {starter}{}", end.unwrap_or_default())
+                    }
                     None => format!("{owner} took the port again"),
                 }
             }
@@ -221,14 +226,4 @@ impl<'a> End<'a> {
 
 fn named(process: &Process) -> String {
     format!("{} ({})", process.name, process.id.pid)
-}
-
-fn starter(supervisor: &Supervisor) -> Option<String> {
-    if let Some(unit) = &supervisor.unit {
-        return Some(format!("unit {unit}"));
-    }
-    if let Some(container) = &supervisor.container {
-        return Some(format!("container {}", &container[..12]));
-    }
-    Some(format!("{} ({})", supervisor.name.as_deref()?, supervisor.pid?))
 }

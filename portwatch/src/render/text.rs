@@ -2,7 +2,7 @@
 
 use super::json::{Ancestor, Ancestors};
 use super::{BOLD, DIM, GREEN, RED, View, YELLOW, age, command_line, cut, escape, span};
-use crate::cgroup;
+use crate::cgroup::{self, Unit};
 use crate::model::{BootNs, Change, Holder, Listener, Process, Socket};
 
 /// Holders that one line of `watch` names.
@@ -124,11 +124,11 @@ fn holder_block(holder: &Holder, like: Option<&Holder>, ancestors: &[Ancestor], 
             field("command", &command_line(process));
             field("exe", &text(&process.exe));
             field("cwd", &text(&process.cwd));
-            let place = |of: fn(&str) -> Option<&str>| {
-                process.cgroup.as_deref().map_or_else(unknown, |path| escape(of(path).unwrap_or("-")).into_owned())
+            let place = |of: &dyn Fn(&str) -> Option<String>| {
+                process.cgroup.as_deref().map_or_else(unknown, |path| of(path).unwrap_or_else(|| "-".to_owned()))
             };
-            field("unit", &place(cgroup::unit));
-            field("container", &place(cgroup::container));
+            field("unit", &place(&|path| Unit::of(path).map(|found| unit(&found, view))));
+            field("container", &place(&|path| cgroup::container(path).map(str::to_owned)));
         }
     }
     let started = Some(process.id.start).filter(|start| *start != 0);
@@ -176,6 +176,12 @@ fn more(listener: &Listener) -> String {
 
 fn user(uid: u32, view: &View<'_>) -> String {
     (view.users)(uid).map_or_else(|| uid.to_string(), |name| format!("{} ({uid})", escape(&name)))
+}
+
+/// `nginx.service`, `web.service of user al (1000)`: whose systemd it is decides how to stop it.
+fn unit(unit: &Unit<'_>, view: &View<'_>) -> String {
+    let name = escape(unit.name);
+    unit.manager.uid().map_or_else(|| name.to_string(), |uid| format!("{name} of user {}", user(uid, view)))
 }
 
 fn moment(at: BootNs, view: &View<'_>) -> String {

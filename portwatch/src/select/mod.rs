@@ -14,6 +14,7 @@ use std::time::Duration;
 use globset::GlobMatcher;
 
 pub use self::target::{BadTarget, Sets, Target, builtin_sets, parse_targets};
+use crate::cgroup;
 use crate::model::{BootNs, Listener, NetnsId, Process, Protocol, Socket};
 
 /// Everything that narrows a selection but targets. An empty list and `None` let everything pass; several values in
@@ -32,6 +33,8 @@ pub struct Filters {
     /// On the process name, or on the command line joined by spaces.
     pub commands: Vec<GlobMatcher>,
     pub cwds: Vec<GlobMatcher>,
+    /// On the name of the systemd service, of the system's or of a user's manager, with or without `.service`.
+    pub units: Vec<GlobMatcher>,
     pub older_than: Option<Duration>,
     /// `None`: every namespace.
     pub netns: Option<NetnsId>,
@@ -77,13 +80,14 @@ impl Selector {
     /// Whether nothing says which listeners are meant: no target, address, owner, process, directory or age.
     /// Families, protocols and namespaces narrow a selection but do not make one: `kill --tcp` names nothing.
     pub fn is_empty(&self) -> bool {
-        let Filters { addresses, uids, pids, commands, cwds, older_than, .. } = &self.filters;
+        let Filters { addresses, uids, pids, commands, cwds, units, older_than, .. } = &self.filters;
         self.targets.is_empty()
             && addresses.is_empty()
             && uids.is_empty()
             && pids.is_empty()
             && commands.is_empty()
             && cwds.is_empty()
+            && units.is_empty()
             && older_than.is_none()
     }
 
@@ -154,19 +158,20 @@ impl Selector {
     }
 
     fn matches_holders(&self, listener: &Listener) -> bool {
-        let Filters { uids, pids, commands, cwds, .. } = &self.filters;
+        let Filters { uids, pids, commands, cwds, units, .. } = &self.filters;
         if listener.is_ghost() {
             return pids.is_empty()
                 && commands.is_empty()
                 && cwds.is_empty()
+                && units.is_empty()
                 && any_or_none(uids, |uid| *uid == listener.socket.uid);
         }
         listener.holders.iter().any(|holder| self.matches_process(&holder.process))
     }
 
-    /// Whether a holder passes the process filters (`--user`, `--pid`, `--command`, `--cwd`).
+    /// Whether a holder passes the process filters (`--user`, `--pid`, `--command`, `--cwd`, `--unit`).
     pub fn matches_process(&self, process: &Process) -> bool {
-        let Filters { uids, pids, commands, cwds, .. } = &self.filters;
+        let Filters { uids, pids, commands, cwds, units, .. } = &self.filters;
         any_or_none(uids, |uid| process.uid == Some(*uid))
             && any_or_none(pids, |pid| *pid == process.id.pid)
             && (commands.is_empty() || {
@@ -174,6 +179,13 @@ impl Selector {
                 commands.iter().any(|glob| glob.is_match(&process.name) || (!line.is_empty() && glob.is_match(&line)))
             })
             && any_or_none(cwds, |glob| process.cwd.as_ref().is_some_and(|cwd| glob.is_match(cwd)))
+            && (units.is_empty() || {
+                let unit = process.cgroup.as_deref().and_then(cgroup::unit);
+                unit.is_some_and(|unit| {
+                    let short = unit.strip_suffix(".service").unwrap_or(unit);
+                    units.iter().any(|glob| glob.is_match(unit) || glob.is_match(short))
+                })
+            })
     }
 
     /// Of unknown age is not old: a clean-up must not end what it knows nothing of.
