@@ -305,7 +305,7 @@ fn stopped_over_dbus() {
         "cannot stop nosuch.service: no such unit is loaded; systemctl --user list-units shows those that are"
     );
     let error = stop("not a unit").expect_err("no name of a unit").to_string();
-    assert!(error.starts_with("cannot stop not a unit: "), "{error}");
+    assert!(error.starts_with("cannot stop 'not a unit': "), "{error}");
 }
 
 fn activated_by_socket() {

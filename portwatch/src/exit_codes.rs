@@ -5,6 +5,8 @@ use std::fmt;
 use std::io;
 use std::process::ExitCode;
 
+use portwatch::supervisor::systemd;
+
 /// The answer is no: nothing is there (`who`), something is still taken (`kill`), not healthy (`status`).
 pub(crate) const NO: u8 = 1;
 /// The command line means nothing; clap exits with the same code.
@@ -37,6 +39,9 @@ pub(crate) fn of(error: &anyhow::Error) -> Option<ExitCode> {
         return Some(ExitCode::from(USAGE));
     }
     for cause in error.chain() {
+        if let Some(systemd::Error::Denied { .. }) = cause.downcast_ref() {
+            return Some(ExitCode::from(DENIED));
+        }
         let kind = cause.downcast_ref::<io::Error>().map(io::Error::kind);
         let errno = cause.downcast_ref::<nix::errno::Errno>().map(|errno| *errno as i32);
         let errno = errno.or_else(|| cause.downcast_ref::<rustix::io::Errno>().map(|errno| errno.raw_os_error()));
@@ -66,6 +71,7 @@ mod tests {
             (io(io::ErrorKind::BrokenPipe), None),
             (anyhow::Error::from(nix::errno::Errno::EPERM), Some(ExitCode::from(DENIED))),
             (Err::<(), _>(rustix::io::Errno::ACCESS).context("x").unwrap_err(), Some(ExitCode::from(DENIED))),
+            (systemd::Error::Denied { what: "x".to_owned() }.into(), Some(ExitCode::from(DENIED))),
             (anyhow::anyhow!("x"), Some(ExitCode::from(FAILED))),
         ] {
             assert_eq!(of(&error), want, "{error:#}");

@@ -103,7 +103,7 @@ impl Supervisor {
             command: &|id| process::command(id).unwrap_or_default(),
             cwd: &|id| process::read_exact(id).and_then(|process| process.cwd),
             variable: &process::variable,
-            user: &|uid| User::from_uid(Uid::from_raw(uid)).ok().flatten().map(|user| user.name),
+            user: &user_name,
             euid: Uid::effective().as_raw(),
         };
         Supervisor::find(process, &sight)
@@ -154,14 +154,7 @@ impl Supervisor {
 
     fn unit(unit: &Unit<'_>, sight: &Sight<'_>) -> Supervisor {
         let name = operand(unit.name);
-        let stop = match unit.manager {
-            Manager::System => format!("systemctl stop {name}"),
-            Manager::User(uid) if uid == sight.euid => format!("systemctl --user stop {name}"),
-            Manager::User(uid) => {
-                let user = (sight.user)(uid).unwrap_or_else(|| uid.to_string());
-                format!("systemctl --user -M {} stop {name}", quote(&format!("{user}@")))
-            }
-        };
+        let stop = format!("{} stop {name}", systemctl(unit.manager, sight.euid, sight.user));
         Supervisor {
             unit: Some(unit.name.to_owned()),
             user_manager: unit.manager.uid(),
@@ -217,6 +210,22 @@ impl Supervisor {
     pub fn may_restart(&self) -> bool {
         self.restarts != Some(false)
     }
+}
+
+/// The beginning of a command for that manager.
+fn systemctl(manager: Manager, euid: u32, user: &dyn Fn(u32) -> Option<String>) -> String {
+    match manager {
+        Manager::System => "systemctl".to_owned(),
+        Manager::User(uid) if uid == euid => "systemctl --user".to_owned(),
+        Manager::User(uid) => {
+            let user = user(uid).unwrap_or_else(|| uid.to_string());
+            format!("systemctl --user -M {}", quote(&format!("{user}@")))
+        }
+    }
+}
+
+fn user_name(uid: u32) -> Option<String> {
+    User::from_uid(Uid::from_raw(uid)).ok().flatten().map(|user| user.name)
 }
 
 /// The text as an operand, which no program takes for an option.

@@ -19,9 +19,10 @@ use zbus::connection::Builder;
 use zbus::export::futures_core::Stream;
 use zbus::{Connection, MatchRule, Message, MessageStream, OwnedObjectPath, OwnedVariant, Variant, fdo};
 
-use super::quote;
+use super::operand;
 use crate::cgroup::Manager;
 use crate::model::Protocol;
+use crate::render::escape;
 
 const SERVICE: &str = "org.freedesktop.systemd1";
 const OBJECT: &str = "/org/freedesktop/systemd1";
@@ -38,7 +39,7 @@ pub struct Stopped {
     pub triggered_by: Vec<String>,
 }
 
-/// Why a manager did not do what it was asked.
+/// Why a manager did not do what it was asked. Its text is one line, safe to print.
 #[derive(Clone, Debug)]
 pub enum Error {
     /// No manager can be reached.
@@ -46,10 +47,9 @@ pub enum Error {
         manager: Manager,
         cause: Arc<io::Error>,
     },
-    /// It refuses this to us.
+    /// It refuses this to us. Exit code 3.
     Denied {
         what: String,
-        cause: Arc<io::Error>,
     },
     NoSuchUnit {
         unit: String,
@@ -81,34 +81,31 @@ impl fmt::Display for Error {
             }
             Error::NoManager { manager: Manager::User(uid), cause } => write!(
                 f,
-                "cannot reach the systemd of the user with uid {uid}: {}; is that user logged in, and XDG_RUNTIME_DIR set?",
+                "cannot reach the systemd of uid {uid}: {}; is that user logged in, and XDG_RUNTIME_DIR set?",
                 Plain(cause)
             ),
-            Error::Denied { what, .. } => write!(f, "cannot {what}: not permitted; try sudo"),
+            Error::Denied { what } => write!(f, "cannot {what}: not permitted; try sudo"),
             Error::NoSuchUnit { unit, manager } => {
-                let user = if let Manager::User(_) = manager { " --user" } else { "" };
-                write!(f, "cannot stop {unit}: no such unit is loaded; systemctl{user} list-units shows those that are")
+                let systemctl = systemctl(*manager);
+                let unit = operand(unit);
+                write!(f, "cannot stop {unit}: no such unit is loaded; {systemctl} list-units shows those that are")
             }
             Error::Job { unit, manager, result } => {
-                let user = if let Manager::User(_) = manager { " --user" } else { "" };
-                write!(f, "cannot stop {unit}: its job ended as '{result}'; see systemctl{user} status {}", quote(unit))
+                let (systemctl, unit, result) = (systemctl(*manager), operand(unit), escape(result));
+                write!(f, "cannot stop {unit}: its job ended as '{result}'; see: {systemctl} status {unit}")
             }
             Error::Timeout { what, after } => write!(f, "cannot {what}: no end after {:.1} s", after.as_secs_f64()),
-            Error::Other { what, cause } => write!(f, "cannot {what}: {cause}"),
+            Error::Other { what, cause } => write!(f, "cannot {what}: {}", escape(&cause.to_string())),
         }
     }
 }
 
-impl std::error::Error for Error {
-    /// An [`io::Error`] that says so where permission is what is missing: exit codes go by it.
-    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        match self {
-            Error::Denied { cause, .. } | Error::NoManager { cause, .. } => Some(&**cause),
-            Error::Other { cause, .. } => Some(&**cause),
-            _ => None,
-        }
-    }
+fn systemctl(manager: Manager) -> String {
+    super::systemctl(manager, Uid::effective().as_raw(), &super::user_name)
 }
+
+// Its text says all of it, the cause too: whoever prints chains of causes prints none of it twice.
+impl std::error::Error for Error {}
 
 /// An error of the system without the number that its own text ends in.
 struct Plain<'a>(&'a io::Error);
@@ -123,7 +120,7 @@ impl fmt::Display for Plain<'_> {
 /// Stops a unit, by its full name, and waits until it is stopped, at most `timeout`: services are given time to end
 /// by systemd (`TimeoutStopSec=`, 90 s as a rule).
 pub fn stop_unit(unit: &str, manager: Manager, timeout: Duration) -> Result<Stopped, Error> {
-    let what = format!("stop {unit}");
+    let what = format!("stop {}", operand(unit));
     run(timeout, &what, async {
         let bus = Bus::connect(manager).await?;
         let failed = |error: zbus::Error| match &error {
@@ -158,7 +155,7 @@ pub fn stop_unit(unit: &str, manager: Manager, timeout: Duration) -> Result<Stop
 /// Whether the manager may start the service again when its process ends (any `Restart=` but `no`: which of them
 /// applies depends on how the process takes a signal), or when somebody connects (socket activation).
 pub fn restarts(unit: &str, manager: Manager) -> Result<bool, Error> {
-    let what = format!("ask for the Restart= of {unit}");
+    let what = format!("ask for the Restart= of {}", operand(unit));
     run(ANSWER, &what, async {
         let bus = Bus::connect(manager).await?;
         let restart: String = bus.property(unit, "Service", "Restart").await.map_err(|error| other(&what, error))?;
@@ -223,11 +220,7 @@ fn other(what: &str, error: zbus::Error) -> Error {
         _ => false,
     };
     let what = what.to_owned();
-    if denied {
-        Error::Denied { what, cause: Arc::new(io::ErrorKind::PermissionDenied.into()) }
-    } else {
-        Error::Other { what, cause: Box::new(error) }
-    }
+    if denied { Error::Denied { what } } else { Error::Other { what, cause: Box::new(error) } }
 }
 
 async fn next(stream: &mut MessageStream) -> Option<zbus::Result<Message>> {
@@ -248,11 +241,12 @@ impl Bus {
                 }
             };
             let connected = match builder {
-                Ok(builder) => builder.build().await,
+                Ok(builder) => Self::open(builder).await,
                 Err(error) => Err(zbus::Error::InputOutput(Arc::new(error))),
             };
             let error = match connected {
-                Ok(connection) => return Ok(Bus(connection)),
+                Ok(Some(bus)) => return Ok(bus),
+                Ok(None) => io::Error::other("it is not on its bus"),
                 Err(zbus::Error::InputOutput(error) | zbus::Error::Connection(error, _)) => {
                     error.raw_os_error().map_or_else(|| error.kind().into(), io::Error::from_raw_os_error)
                 }
@@ -265,7 +259,26 @@ impl Bus {
                 refusal = error;
             }
         }
-        Err(Error::NoManager { manager, cause: Arc::new(refusal) })
+        let cause = Arc::new(refusal);
+        Err(match (cause.kind(), manager) {
+            (io::ErrorKind::PermissionDenied, Manager::System) => {
+                Error::Denied { what: "reach the system's systemd".to_owned() }
+            }
+            (io::ErrorKind::PermissionDenied, Manager::User(uid)) => {
+                Error::Denied { what: format!("reach the systemd of uid {uid}") }
+            }
+            _ => Error::NoManager { manager, cause },
+        })
+    }
+
+    /// `None`: a bus without a manager, as `dbus-run-session` makes them.
+    async fn open(builder: Builder<'_>) -> zbus::Result<Option<Bus>> {
+        let connection = builder.build().await?;
+        let daemon = Some("org.freedesktop.DBus");
+        let path = "/org/freedesktop/DBus";
+        let reply = connection.call_method(daemon, path, daemon, "NameHasOwner", &SERVICE).await?;
+        let is_there: bool = reply.body().deserialize()?;
+        Ok(is_there.then_some(Bus(connection)))
     }
 
     async fn manage<B>(&self, method: &str, body: &B) -> zbus::Result<Message>
@@ -364,6 +377,45 @@ fn connect_as(uid: u32, path: &str) -> io::Result<UnixStream> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn errors_say_what_to_do_next() {
+        let missing = || Arc::new(io::Error::from_raw_os_error(nix::libc::ENOENT));
+        let unit = || "a b.service".to_owned();
+        for (error, want) in [
+            (
+                Error::NoManager { manager: Manager::System, cause: missing() },
+                "cannot reach the system's systemd: No such file or directory; does systemd run this host?",
+            ),
+            (
+                Error::NoManager { manager: Manager::User(7), cause: missing() },
+                "cannot reach the systemd of uid 7: No such file or directory; is that user logged in, and \
+                 XDG_RUNTIME_DIR set?",
+            ),
+            (Error::Denied { what: "stop a b.service".to_owned() }, "cannot stop a b.service: not permitted; try sudo"),
+            (
+                Error::NoSuchUnit { unit: unit(), manager: Manager::System },
+                "cannot stop 'a b.service': no such unit is loaded; systemctl list-units shows those that are",
+            ),
+            (
+                Error::Job { unit: unit(), manager: Manager::System, result: "timeout".to_owned() },
+                "cannot stop 'a b.service': its job ended as 'timeout'; see: systemctl status 'a b.service'",
+            ),
+            (
+                Error::Timeout { what: "stop a b.service".to_owned(), after: Duration::from_millis(1500) },
+                "cannot stop a b.service: no end after 1.5 s",
+            ),
+        ] {
+            assert_eq!(error.to_string(), want);
+        }
+    }
+
+    #[test]
+    fn a_manager_that_is_not_there_cannot_be_reached() {
+        // A uid that nobody has: 2^32-2 and below are for no one.
+        let error = stop_unit("web.service", Manager::User(4_294_967_290), Duration::from_secs(20)).unwrap_err();
+        assert!(matches!(error, Error::NoManager { .. } | Error::Denied { .. }), "{error:?}");
+    }
 
     #[test]
     fn entries_of_listen_are_matched() {
