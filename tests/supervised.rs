@@ -11,8 +11,11 @@ use std::process::{Child, Command, Stdio};
 
 use portwatch::cgroup::Manager;
 use portwatch::model::Protocol;
+use portwatch::source::{process, stat};
+use portwatch::supervisor::Supervisor;
 use portwatch::supervisor::systemd::{self, Stopped};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, WaitId, WaitIdOptions};
 use serde_json::{Value, json};
 use zbus::export::futures_core::Stream as _;
 
@@ -23,11 +26,17 @@ use crate::{Test, test};
 /// A process of the test's, ended and reaped when dropped.
 struct Tamed(Child);
 
-impl Drop for Tamed {
-    fn drop(&mut self) {
+impl Tamed {
+    fn end(&mut self) {
         // It is gone already, or it is killed: both are as good.
         let _ = self.0.kill();
         let _ = self.0.wait();
+    }
+}
+
+impl Drop for Tamed {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 
@@ -68,7 +77,7 @@ fn check_respawn(outcome: &Value, next: &Puppet, supervisor: Value, started_by: 
 /// A systemd that manages a user's services, in a cgroup of its own and a mount namespace in which systemd believes the
 /// host to have been booted with it.
 struct UserManager {
-    _process: Tamed,
+    process: Tamed,
     cgroup: PathBuf,
     runtime: PathBuf,
 }
@@ -125,7 +134,7 @@ impl UserManager {
                 .env_remove("DBUS_SESSION_BUS_ADDRESS")
                 .env("SYSTEMD_LOG_LEVEL", "err"),
         );
-        let manager = UserManager { _process: process, cgroup: top, runtime };
+        let manager = UserManager { process, cgroup: top, runtime };
         // It is started when the bus is there.
         let puppet = stage.admit();
         wait_for_name(&address, "org.freedesktop.systemd1");
@@ -176,14 +185,32 @@ impl UserManager {
 
 impl Drop for UserManager {
     fn drop(&mut self) {
+        let members = members(&self.cgroup);
         // All in the cgroup at once, the manager too: nothing is left that could start anything.
         if let Err(error) =
             fs::write(self.cgroup.join("cgroup.kill"), "1").and_then(|()| wait_until_empty(&self.cgroup))
         {
             eprintln!("cannot end the processes of {}: {error}", self.cgroup.display());
         }
+        self.process.end();
+        // Its children are ours now.
+        for pid in members.into_iter().filter_map(Pid::from_raw) {
+            let _ = rustix::process::waitid(WaitId::Pid(pid), WaitIdOptions::EXITED);
+        }
         remove_cgroups(&self.cgroup);
     }
+}
+
+/// The processes in a cgroup and below.
+fn members(cgroup: &Path) -> Vec<i32> {
+    let procs = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
+    let own = procs.lines().filter_map(|pid| pid.parse().ok());
+    own.chain(children(cgroup).iter().flat_map(|child| members(child))).collect()
+}
+
+fn children(cgroup: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(cgroup).into_iter().flatten().flatten();
+    entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|entry| entry.path()).collect()
 }
 
 /// Waits until somebody on the bus has this name.
@@ -225,14 +252,10 @@ fn wait_until_empty(cgroup: &Path) -> io::Result<()> {
     }
 }
 
-fn remove_cgroups(directory: &Path) {
-    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
-        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            remove_cgroups(&entry.path());
-        }
-    }
-    if let Err(error) = fs::remove_dir(directory) {
-        eprintln!("cannot remove {}: {error}", directory.display());
+fn remove_cgroups(cgroup: &Path) {
+    children(cgroup).iter().for_each(|child| remove_cgroups(child));
+    if let Err(error) = fs::remove_dir(cgroup) {
+        eprintln!("cannot remove {}: {error}", cgroup.display());
     }
 }
 
@@ -284,6 +307,12 @@ fn selected_by_unit() {
     let text = manager.run(&["who", &format!("{}/tcp", sock.port())]).expect(0).text();
     assert!(text.lines().any(|line| line == format!("    unit       {name} of user root (0)")), "{text}");
 
+    let process = process::read(server.pid).expect("the server");
+    let mut supervisor = Supervisor::of(&process, &|pid| stat::read(pid).ok()).expect("its unit");
+    assert!(supervisor.may_restart(), "for all that is known");
+    manager.as_user(|| supervisor.ask());
+    assert_eq!((supervisor.label().as_str(), supervisor.may_restart()), (r"user unit my\x2dweb@1.service", false));
+
     let outcome = manager.run(&["kill", "--unit", name, "--json"]).expect(0).json()[0].clone();
     assert_eq!((&outcome["status"], &outcome["killed"]), (&json!("cleaned"), &json!([server.pid])), "{outcome}");
     assert!(bystander.is_alive());
@@ -334,7 +363,8 @@ fn looping_shell() {
     let (program, variable) = stage.recipe();
     let script = stage.path("loop.sh");
     fs::write(&script, format!("while :; do env {variable} {}; done\n", program.display())).expect("a script");
-    let shell = spawn(Command::new("sh").arg(&script));
+    // dash says "Terminated" of each server that is.
+    let shell = spawn(Command::new("sh").arg(&script).stderr(Stdio::null()));
     let server = stage.admit();
     let sock = server.serve();
     let (outcome, next) = kill_until_respawn(&stage, command(&[]), &server, sock);

@@ -178,6 +178,15 @@ impl Supervisor {
         }
     }
 
+    /// Asks the manager of a unit whether it starts it again, where that is not known. Blocks until it answers, a few
+    /// milliseconds as a rule; what cannot be learnt stays unknown.
+    pub fn ask(&mut self) {
+        let manager = self.user_manager.map_or(Manager::System, Manager::User);
+        if let (Some(unit), None) = (&self.unit, self.restarts) {
+            self.restarts = systemd::restarts(unit, manager).ok();
+        }
+    }
+
     /// What it is, in a few words: `unit nginx.service`, `user unit web.service`, `container 5eed81bcd920`,
     /// `pm2 (812)`, `sh (77)`. Hostile text: not escaped.
     pub fn label(&self) -> String {

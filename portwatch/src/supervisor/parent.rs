@@ -1,5 +1,8 @@
 //! Which ancestor of a process would start it again. Pure: the host is handed in.
 
+use std::cell::RefCell;
+use std::collections::HashMap;
+
 use super::{Kind, Sight, Supervisor, command_line, operand, quote};
 use crate::model::{Process, ProcessId};
 use crate::source::stat::{self, Stat};
@@ -211,12 +214,15 @@ pub(super) struct Line {
 impl Line {
     pub(super) fn of(process: &Process, sight: &Sight<'_>) -> Line {
         let mut line = Line { process: process.id, ancestors: Vec::new(), is_typed: false };
-        let pids = match (sight.stat)(process.id.pid) {
-            Some(own) if own.id().is_same(process.id) => stat::ancestors(own.pid, sight.stat),
+        // Each is asked for twice: while climbing and for itself.
+        let known: RefCell<HashMap<u32, Option<Stat>>> = RefCell::default();
+        let stat = |pid| known.borrow_mut().entry(pid).or_insert_with(|| (sight.stat)(pid)).clone();
+        let pids = match stat(process.id.pid) {
+            Some(own) if own.id().is_same(process.id) => stat::ancestors(own.pid, &stat),
             // It is gone: its parent was read while it was there.
-            _ => [process.ppid].into_iter().chain(stat::ancestors(process.ppid, sight.stat)).collect(),
+            _ => [process.ppid].into_iter().chain(stat::ancestors(process.ppid, &stat)).collect(),
         };
-        let stats: Vec<Stat> = pids.into_iter().take_while(|pid| *pid > 1).map_while(|pid| (sight.stat)(pid)).collect();
+        let stats: Vec<Stat> = pids.into_iter().take_while(|pid| *pid > 1).map_while(stat).collect();
         let mut above: Option<Vec<String>> = None;
         for (index, stat) in stats.iter().enumerate() {
             if stat.kernel_thread {

@@ -30,7 +30,7 @@ const MANAGER: &str = "org.freedesktop.systemd1.Manager";
 const PROPERTIES: &str = "org.freedesktop.DBus.Properties";
 
 /// How long a manager may take to answer anything but a job. It answers at once, or hangs.
-const ANSWER: Duration = Duration::from_secs(5);
+const ANSWER: Duration = Duration::from_secs(1);
 
 /// What became of a unit that was to be stopped.
 #[derive(Clone, Debug, PartialEq, Eq)]
