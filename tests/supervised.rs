@@ -374,7 +374,7 @@ fn looping_shell() {
         "pid": pid, "name": "sh", "unit": null, "container": null, "kind": "shell", "user_manager": null,
         "command": line, "restarts": null, "stop": format!("kill {pid}"),
     });
-    let started_by = format!("sh ({pid}), a script that may start it again: {line}; end it with: kill {pid}");
+    let started_by = format!("sh ({pid}), a shell that may start it again: {line}; end it with: kill {pid}");
     check_respawn(&outcome, &next, supervisor, &started_by);
 
     // What was advised, then what was asked for in the first place.

@@ -204,7 +204,7 @@ impl Supervisor {
     pub fn describe(&self) -> String {
         let label = self.label();
         match (&self.command, self.kind) {
-            (Some(command), Kind::Shell) => format!("{label}, a script that may start it again: {command}"),
+            (Some(command), Kind::Shell) => format!("{label}, a shell that may start it again: {command}"),
             (Some(command), Kind::Repeater | Kind::Runner) => format!("{label}: {command}"),
             _ => label,
         }

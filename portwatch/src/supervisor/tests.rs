@@ -137,7 +137,7 @@ fn parents_that_may_start_it_again_are_told_from_those_that_do_not() {
     let make = ("make", "make|serve", true);
     let npm = ("npm run dev", "npm run dev", true);
     let command = ("sh", "sh|-c|node server.js", true);
-    let said = "a script that may start it again";
+    let said = "a shell that may start it again";
     for (ancestors, want) in [
         (&[][..], None),
         (&[bash], None),
