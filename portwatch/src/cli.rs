@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand};
-use globset::{Glob, GlobMatcher};
+use globset::{Glob, GlobBuilder, GlobMatcher};
 use jiff::{Span, SpanRelativeTo};
 use portwatch::model::NetnsId;
 use portwatch::source::Probe;
@@ -104,6 +104,9 @@ pub(crate) struct Selectors {
     /// container's own listeners are in its network namespace: see --netns
     #[arg(long = "container", value_name = "NAME|ID", value_parser = NonEmptyStringValueParser::new())]
     pub(crate) containers: Vec<String>,
+    /// systemd service, of the system or of a user, with or without .service; may be a glob
+    #[arg(long = "unit", value_name = "NAME", value_parser = unit)]
+    pub(crate) units: Vec<GlobMatcher>,
     /// Listening for longer than this (else: the process running for longer), such as 24h or 90s
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub(crate) older_than: Option<Duration>,
@@ -133,6 +136,12 @@ pub(crate) fn netns(text: &str) -> Result<Netns, String> {
 
 fn glob(text: &str) -> Result<GlobMatcher, String> {
     Glob::new(text).map(|glob| glob.compile_matcher()).map_err(|error| error.kind().to_string())
+}
+
+/// As systemctl takes it: a backslash is part of a unit's name (`my\x2dapp.service`).
+fn unit(text: &str) -> Result<GlobMatcher, String> {
+    let glob = GlobBuilder::new(text).backslash_escape(false).build();
+    glob.map(|glob| glob.compile_matcher()).map_err(|error| error.kind().to_string())
 }
 
 /// Anything that people write for a length of time: `90s`, `24h`, `1h 30m`, `2 days` (of 24 hours).

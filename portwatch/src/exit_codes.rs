@@ -6,6 +6,7 @@ use std::io;
 use std::process::ExitCode;
 
 use portwatch::engine::EngineError;
+use portwatch::supervisor::systemd;
 
 /// The answer is no: nothing is there (`who`), something is still taken (`kill`), not healthy (`status`).
 pub(crate) const NO: u8 = 1;
@@ -39,7 +40,9 @@ pub(crate) fn of(error: &anyhow::Error) -> Option<ExitCode> {
         return Some(ExitCode::from(USAGE));
     }
     for cause in error.chain() {
-        if cause.downcast_ref::<EngineError>().is_some_and(|error| error.denied) {
+        let engine = cause.downcast_ref::<EngineError>().is_some_and(|error| error.denied);
+        let manager = matches!(cause.downcast_ref(), Some(systemd::Error::Denied { .. }));
+        if engine || manager {
             return Some(ExitCode::from(DENIED));
         }
         let kind = cause.downcast_ref::<io::Error>().map(io::Error::kind);
@@ -74,6 +77,7 @@ mod tests {
             (Err::<(), _>(rustix::io::Errno::ACCESS).context("x").unwrap_err(), Some(ExitCode::from(DENIED))),
             (engine(true), Some(ExitCode::from(DENIED))),
             (engine(false), Some(ExitCode::from(FAILED))),
+            (systemd::Error::Denied { what: "x".to_owned() }.into(), Some(ExitCode::from(DENIED))),
             (anyhow::anyhow!("x"), Some(ExitCode::from(FAILED))),
         ] {
             assert_eq!(of(&error), want, "{error:#}");

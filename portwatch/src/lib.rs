@@ -11,5 +11,6 @@ pub mod model;
 pub mod render;
 pub mod select;
 pub mod source;
+pub mod supervisor;
 pub mod table;
 pub mod tracker;

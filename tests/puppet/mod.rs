@@ -128,6 +128,17 @@ impl Stage {
         puppet
     }
 
+    /// The next puppet that somebody else starts: [`Stage::recipe`] says how.
+    pub fn admit(&self) -> Puppet {
+        self.inner.admit()
+    }
+
+    /// The program and the variable in its environment that make a puppet of this stage.
+    pub fn recipe(&self) -> (PathBuf, String) {
+        let program = std::env::current_exe().expect("the path of this program");
+        (program, format!("{CONTROL_VARIABLE}={}", self.path("control").display()))
+    }
+
     /// Whether a puppet of this stage opened the socket.
     pub fn knows(&self, inode: u64) -> bool {
         self.inner.inodes.borrow().contains(&inode)

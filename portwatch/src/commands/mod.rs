@@ -46,6 +46,7 @@ pub(crate) fn selector(targets: &[String], selectors: &Selectors) -> anyhow::Res
             commands: selectors.commands.clone(),
             cwds: selectors.cwds.clone(),
             containers: containers(&selectors.containers)?,
+            units: selectors.units.clone(),
             older_than: selectors.older_than,
             netns: match selectors.netns {
                 Netns::Own => Some(own_netns()?),

@@ -385,9 +385,9 @@ impl Run {
     fn may_respawn(&self, group: usize) -> bool {
         let is_alive = |id: ProcessId| stat_of(id.pid).is_some_and(|s| s.id().is_same(id) && !s.exiting);
         let in_group = self.lives.iter().filter(|l| l.victim.groups.contains(&group));
-        in_group.filter_map(|l| l.victim.supervisor.as_ref()).any(|supervisor| {
-            supervisor.unit.is_some() || supervisor.container.is_some() || supervisor.parent.is_some_and(is_alive)
-        })
+        in_group
+            .filter_map(|l| l.victim.supervisor.as_ref())
+            .any(|supervisor| supervisor.may_restart() && supervisor.parent.is_none_or(is_alive))
     }
 }
 

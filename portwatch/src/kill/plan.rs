@@ -4,17 +4,11 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::sync::Arc;
 
-use serde::Serialize;
-
-use crate::cgroup;
 use crate::engine::roster::Role;
 use crate::engine::{Container, Roster};
 use crate::model::{Listener, NetnsId, Process, ProcessId, Protocol, Socket, SocketId};
 use crate::source::stat::{self, Stat};
-
-/// Programs that a person types into. With a terminal, they do not bring back what was killed.
-const SHELLS: [&str; 13] =
-    ["sh", "bash", "dash", "ash", "zsh", "fish", "ksh", "mksh", "tcsh", "csh", "nu", "xonsh", "elvish"];
+use crate::supervisor::Supervisor;
 
 /// What is to be freed and how.
 #[derive(Clone, Debug, Default)]
@@ -73,23 +67,6 @@ pub struct Refused {
     pub reason: String,
     /// For want of permission: more of it would help, as it would not against a guard.
     pub denied: bool,
-}
-
-/// Who may bring a process back.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Supervisor {
-    /// The parent, unless it is init or an interactive shell.
-    pub pid: Option<u32>,
-    pub name: Option<String>,
-    /// A systemd service.
-    pub unit: Option<String>,
-    /// A container's id, as its cgroup shows it.
-    pub container: Option<String>,
-    /// Its name, where an engine told it.
-    #[serde(skip)]
-    pub container_name: Option<String>,
-    #[serde(skip)]
-    pub parent: Option<ProcessId>,
 }
 
 /// Whom portwatch does not signal.
@@ -278,26 +255,6 @@ impl Victim {
     }
 }
 
-impl Supervisor {
-    /// Who may start this process again, as far as its parent and its cgroup tell.
-    pub fn of(process: &Process, stat: &dyn Fn(u32) -> Option<Stat>) -> Option<Supervisor> {
-        let parent = stat(process.ppid).filter(|p| p.pid > 1 && !p.exiting && !is_interactive_shell(p));
-        let unit = process.cgroup.as_deref().and_then(cgroup::unit).map(str::to_owned);
-        let container = process.cgroup.as_deref().and_then(cgroup::container).map(str::to_owned);
-        if parent.is_none() && unit.is_none() && container.is_none() {
-            return None;
-        }
-        Some(Supervisor {
-            pid: parent.as_ref().map(|p| p.pid),
-            name: parent.as_ref().map(|p| p.name.clone()),
-            unit,
-            container,
-            container_name: None,
-            parent: parent.map(|p| p.id()),
-        })
-    }
-}
-
 pub(super) fn push_new<T: PartialEq>(list: &mut Vec<T>, item: T) {
     if !list.contains(&item) {
         list.push(item);
@@ -350,11 +307,6 @@ fn order(victims: &mut [Victim], stat: &dyn Fn(u32) -> Option<Stat>) {
         victim.first = !victim.groups.iter().all(led);
     }
     victims.sort_by_key(|v| (!v.first, v.process.id.pid));
-}
-
-fn is_interactive_shell(parent: &Stat) -> bool {
-    // A login shell's name starts with a dash.
-    parent.terminal && SHELLS.contains(&parent.name.trim_start_matches('-'))
 }
 
 #[cfg(test)]

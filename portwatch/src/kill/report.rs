@@ -7,11 +7,12 @@ use rustix::process::Signal;
 
 use super::execute::{Life, Run, Stage};
 use super::outcome::{Diagnostics, Failure, Outcome, Owner, Status, Stopped};
-use super::plan::{Group, Refused, Stop, Supervisor, push_new};
+use super::plan::{Group, Refused, Stop, push_new};
 use super::signal::SignalName;
 use crate::engine::EngineError;
 use crate::model::{Listener, Process};
 use crate::source::stat;
+use crate::supervisor::Supervisor;
 
 /// `al (uid 1000)`, or `uid 1000` for a user without a name.
 pub(super) fn user(uid: u32) -> String {
@@ -197,8 +198,12 @@ impl<'a> End<'a> {
                     Some(owner) => format!("{} ({})", owner.name, owner.pid),
                     None => "an owner that is not visible".to_owned(),
                 };
-                match supervisor.as_ref().and_then(starter) {
-                    Some(starter) => format!("{owner} took the port again, started by {starter}: stop that instead"),
+                match &supervisor {
+                    Some(supervisor) => {
+                        let end = supervisor.stop_command().map(|stop| format!("; end it with: {stop}"));
+                        let starter = supervisor.describe();
+                        format!("{owner} took the port again, started by {starter}{}", end.unwrap_or_default())
+                    }
                     None => format!("{owner} took the port again"),
                 }
             }
@@ -276,15 +281,4 @@ impl<'a> End<'a> {
 
 fn named(process: &Process) -> String {
     format!("{} ({})", process.name, process.id.pid)
-}
-
-fn starter(supervisor: &Supervisor) -> Option<String> {
-    if let Some(unit) = &supervisor.unit {
-        return Some(format!("unit {unit}"));
-    }
-    if let Some(container) = &supervisor.container {
-        let name = supervisor.container_name.as_ref().map(|name| format!("{name} ({container})"));
-        return Some(format!("container {}", name.as_ref().unwrap_or(container)));
-    }
-    Some(format!("{} ({})", supervisor.name.as_deref()?, supervisor.pid?))
 }

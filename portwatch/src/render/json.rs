@@ -10,7 +10,7 @@ use serde::Serialize;
 use serde_json::ser::{CompactFormatter, Formatter};
 
 use super::{View, is_hazard};
-use crate::cgroup;
+use crate::cgroup::{self, Unit};
 use crate::model::{Attempt, BootNs, Change, Holder, Listener as Row, NetnsId, Process as Proc, Protocol, Socket};
 
 /// A listener with its holders, as `list --json` shows it.
@@ -72,6 +72,8 @@ pub struct Identity<'a> {
 #[derive(Debug, Serialize)]
 pub struct Place<'a> {
     pub unit: Option<&'a str>,
+    /// The uid of the user whose systemd runs the unit; `null`: the system's, or no unit.
+    pub user_manager: Option<u32>,
     pub container: Option<&'a str>,
 }
 
@@ -211,8 +213,10 @@ fn identity<'a>(process: &'a Proc, view: &View<'_>) -> Identity<'a> {
 }
 
 fn place(process: &Proc) -> Place<'_> {
+    let unit = process.cgroup.as_deref().and_then(Unit::of);
     Place {
-        unit: process.cgroup.as_deref().and_then(cgroup::unit),
+        unit: unit.map(|unit| unit.name),
+        user_manager: unit.and_then(|unit| unit.manager.uid()),
         container: process.cgroup.as_deref().and_then(cgroup::container),
     }
 }

@@ -2,7 +2,7 @@
 
 use super::json::{Ancestor, Ancestors};
 use super::{BOLD, DIM, GREEN, RED, View, YELLOW, age, command_line, cut, escape, span};
-use crate::cgroup;
+use crate::cgroup::Unit;
 use crate::engine::Roster;
 use crate::engine::roster::{Link, Role};
 use crate::model::{BootNs, Change, Holder, Listener, Process, Socket};
@@ -143,8 +143,8 @@ fn holder_block(
             field("exe", &text(&process.exe));
             field("cwd", &text(&process.cwd));
             let none = || process.cgroup.as_deref().map_or("?", |_| "-").to_owned();
-            let unit = process.cgroup.as_deref().and_then(cgroup::unit);
-            field("unit", &unit.map_or_else(none, |unit| escape(unit).into_owned()));
+            let found = process.cgroup.as_deref().and_then(Unit::of);
+            field("unit", &found.map_or_else(none, |found| unit(&found, view)));
             field("container", &container.unwrap_or_else(none));
         }
     }
@@ -193,6 +193,12 @@ fn more(listener: &Listener) -> String {
 
 fn user(uid: u32, view: &View<'_>) -> String {
     (view.users)(uid).map_or_else(|| uid.to_string(), |name| format!("{} ({uid})", escape(&name)))
+}
+
+/// `nginx.service`, `web.service of user al (1000)`: whose systemd it is decides how to stop it.
+fn unit(unit: &Unit<'_>, view: &View<'_>) -> String {
+    let name = escape(unit.name);
+    unit.manager.uid().map_or_else(|| name.to_string(), |uid| format!("{name} of user {}", user(uid, view)))
 }
 
 fn moment(at: BootNs, view: &View<'_>) -> String {

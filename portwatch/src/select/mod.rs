@@ -14,6 +14,7 @@ use std::time::Duration;
 use globset::GlobMatcher;
 
 pub use self::target::{BadTarget, Sets, Target, builtin_sets, parse_targets};
+use crate::cgroup;
 use crate::engine::Wanted;
 use crate::model::{BootNs, Listener, NetnsId, Process, Protocol, Socket};
 
@@ -35,6 +36,8 @@ pub struct Filters {
     pub cwds: Vec<GlobMatcher>,
     /// Looked up.
     pub containers: Vec<Wanted>,
+    /// On the name of the systemd service, of the system's or of a user's manager, with or without `.service`.
+    pub units: Vec<GlobMatcher>,
     pub older_than: Option<Duration>,
     /// `None`: every namespace.
     pub netns: Option<NetnsId>,
@@ -80,7 +83,7 @@ impl Selector {
     /// Whether nothing says which listeners are meant: no target, address, owner, process, directory, container or age.
     /// Families, protocols and namespaces narrow a selection but do not make one: `kill --tcp` names nothing.
     pub fn is_empty(&self) -> bool {
-        let Filters { addresses, uids, pids, commands, cwds, containers, older_than, .. } = &self.filters;
+        let Filters { addresses, uids, pids, commands, cwds, containers, units, older_than, .. } = &self.filters;
         self.targets.is_empty()
             && addresses.is_empty()
             && uids.is_empty()
@@ -88,6 +91,7 @@ impl Selector {
             && commands.is_empty()
             && cwds.is_empty()
             && containers.is_empty()
+            && units.is_empty()
             && older_than.is_none()
     }
 
@@ -158,21 +162,22 @@ impl Selector {
     }
 
     fn matches_holders(&self, listener: &Listener) -> bool {
-        let Filters { uids, pids, commands, cwds, containers, .. } = &self.filters;
+        let Filters { uids, pids, commands, cwds, containers, units, .. } = &self.filters;
         if listener.is_ghost() {
             return pids.is_empty()
                 && commands.is_empty()
                 && cwds.is_empty()
                 && containers.is_empty()
+                && units.is_empty()
                 && any_or_none(uids, |uid| *uid == listener.socket.uid);
         }
         listener.holders.iter().any(|holder| self.matches_process(&holder.process, &listener.socket))
     }
 
     /// Whether a holder of the socket passes the process filters (`--user`, `--pid`, `--command`, `--cwd`,
-    /// `--container`).
+    /// `--container`, `--unit`).
     pub fn matches_process(&self, process: &Process, socket: &Socket) -> bool {
-        let Filters { uids, pids, commands, cwds, containers, .. } = &self.filters;
+        let Filters { uids, pids, commands, cwds, containers, units, .. } = &self.filters;
         any_or_none(uids, |uid| process.uid == Some(*uid))
             && any_or_none(pids, |pid| *pid == process.id.pid)
             && (commands.is_empty() || {
@@ -181,6 +186,13 @@ impl Selector {
             })
             && any_or_none(cwds, |glob| process.cwd.as_ref().is_some_and(|cwd| glob.is_match(cwd)))
             && any_or_none(containers, |container| container.matches(process, socket))
+            && (units.is_empty() || {
+                let unit = process.cgroup.as_deref().and_then(cgroup::unit);
+                unit.is_some_and(|unit| {
+                    let short = unit.strip_suffix(".service").unwrap_or(unit);
+                    units.iter().any(|glob| glob.is_match(unit) || glob.is_match(short))
+                })
+            })
     }
 
     /// Of unknown age is not old: a clean-up must not end what it knows nothing of.

@@ -199,28 +199,6 @@ fn sockets_that_were_not_selected_are_no_new_owners() {
 }
 
 #[test]
-fn supervisors_are_parents_units_and_containers_but_no_interactive_shells() {
-    let stat = host();
-    let of = |ppid, cgroup: Option<&str>| {
-        let mut process = Process::bare(ProcessId { pid: 9, start: 0 }, "x");
-        process.ppid = ppid;
-        process.cgroup = cgroup.map(str::to_owned);
-        Supervisor::of(&process, &stat).map(|s| (s.pid, s.unit, s.container.map(|c| c.len())))
-    };
-    assert_eq!(of(1, None), None);
-    assert_eq!(of(400, None), None);
-    assert_eq!(of(300, None), Some((Some(300), None, None)));
-    assert_eq!(of(11, None), Some((Some(11), None, None)), "a shell without a terminal is a script");
-    assert_eq!(of(1, Some("/system.slice/nginx.service")), Some((None, Some("nginx.service".into()), None)));
-    let session = "/user.slice/user-1000.slice/user@1000.service/app.slice/";
-    assert_eq!(of(1, Some(session)), None);
-    assert_eq!(of(1, Some(&format!("{session}web.service"))), Some((None, Some("web.service".into()), None)));
-    let id = "0123456789abcdef".repeat(4);
-    assert_eq!(of(1, Some(&format!("/system.slice/docker-{id}.scope"))), Some((None, None, Some(12))));
-    assert_eq!(of(1, Some(&format!("/docker/{id}"))), Some((None, None, Some(12))));
-}
-
-#[test]
 fn a_person_is_asked_about_several_processes_or_somebody_elses() {
     let one = plan(vec![listener(80, 5, &[10])], false);
     assert!(!one.wants_confirmation(1000));
