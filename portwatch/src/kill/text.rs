@@ -1,55 +1,7 @@
-//! What a kill says to people: the victims before, one line per port after. Pure; text from processes is escaped.
-
-use std::fmt::Write as _;
+//! What a kill says to people afterwards: one line per port. Pure; text from processes is escaped.
 
 use super::outcome::{Outcome, Status};
-use super::plan::{Plan, Victim};
-use crate::render::{command_line, cut, escape, span};
-
-/// The victims as a small table, a line each: `PID NAME USER PORT COMMAND`. `user` names a uid. Lines are
-/// cut to `columns`, if given.
-pub fn victims(plan: &Plan, user: &dyn Fn(u32) -> String, columns: Option<usize>) -> String {
-    let rows: Vec<[String; 5]> = plan.victims.iter().map(|v| victim(plan, v, user)).collect();
-    let head = ["PID", "NAME", "USER", "PORT", "COMMAND"].map(str::to_owned);
-    let mut widths = [0; 4];
-    for row in rows.iter().chain([&head]) {
-        for (width, cell) in widths.iter_mut().zip(row) {
-            *width = (*width).max(cell.chars().count());
-        }
-    }
-    let mut out = String::new();
-    for [pid, name, user, port, command] in [&head].into_iter().chain(&rows) {
-        let [p, n, u, o] = widths;
-        let line = format!("{pid:>p$}  {name:<n$}  {user:<u$}  {port:<o$}  {command}");
-        let line = line.trim_end();
-        out.push_str(&columns.map_or(line.into(), |columns| cut(line, columns)));
-        out.push('\n');
-    }
-    out
-}
-
-fn victim(plan: &Plan, victim: &Victim, user: &dyn Fn(u32) -> String) -> [String; 5] {
-    let process = &victim.process;
-    let groups = victim.groups.iter().filter_map(|&g| plan.groups.get(g));
-    let ports: Vec<String> = groups.map(|g| format!("{}/{}", g.port, g.proto)).collect();
-    [
-        process.id.pid.to_string(),
-        escape(&process.name).into_owned(),
-        process.uid.map_or_else(|| "?".to_owned(), |uid| escape(&user(uid)).into_owned()),
-        ports.join(","),
-        command_line(process),
-    ]
-}
-
-/// The holders that the plan refuses to signal, a line each.
-pub fn refusals(plan: &Plan) -> String {
-    let mut out = String::new();
-    for refused in &plan.refused {
-        let process = &refused.process;
-        let _ = writeln!(out, "not signalling {} ({}): {}", escape(&process.name), process.id.pid, refused.reason);
-    }
-    out
-}
+use crate::render::{escape, span};
 
 /// One line on one port, without the line's end.
 pub fn outcome(outcome: &Outcome) -> String {

@@ -60,7 +60,7 @@ fn plan(listeners: Vec<Listener>, force_self: bool) -> Plan {
 }
 
 fn victims(plan: &Plan) -> Vec<(u32, bool)> {
-    plan.victims.iter().map(|v| (v.process.id.pid, v.first)).collect()
+    plan.victims.iter().map(|v| (v.process.id.pid, v.leaders.is_empty())).collect()
 }
 
 #[test]
@@ -143,13 +143,4 @@ fn supervisors_are_parents_units_and_containers_but_no_interactive_shells() {
     let id = "0123456789abcdef".repeat(4);
     assert_eq!(of(1, Some(&format!("/system.slice/docker-{id}.scope"))), Some((None, None, Some(12))));
     assert_eq!(of(1, Some(&format!("/docker/{id}"))), Some((None, None, Some(12))));
-}
-
-#[test]
-fn a_person_is_asked_about_several_processes_or_somebody_elses() {
-    let one = plan(vec![listener(80, 5, &[10])], false);
-    assert!(!one.wants_confirmation(1000));
-    assert!(one.wants_confirmation(0));
-    assert!(plan(vec![listener(80, 5, &[10, 12])], false).wants_confirmation(1000));
-    assert!(!Plan::default().wants_confirmation(0));
 }
