@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::thread;
 
 use nix::libc;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -114,7 +115,14 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // Whoever is left after a test that failed; orphans of the master are given to this process.
+        // Whoever is left after a test that failed; orphans of the master are given to this process. It may have
+        // failed before its workers were known.
+        let master = self.master.id();
+        if is_alive(&self.master_pidfd) {
+            let known = |pid: &u32| self.workers.iter().any(|(worker, _)| worker == pid);
+            let unknown: Vec<u32> = children(master).into_iter().filter(|pid| !known(pid)).collect();
+            self.workers.extend(unknown.into_iter().map(|pid| (pid, open(pid))));
+        }
         let pidfds = || [&self.master_pidfd].into_iter().chain(self.workers.iter().map(|(_, pidfd)| pidfd));
         for pidfd in pidfds() {
             let _ = rustix::process::pidfd_send_signal(pidfd, Signal::KILL);
@@ -276,7 +284,7 @@ def start():
     pid = os.fork()
     if pid == 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        print('worker ready', flush=True)
+        os.write(1, b'worker ready\n')
         while True:
             listener.accept()
     workers.append(pid)
@@ -346,7 +354,12 @@ pub(super) fn trials() -> Vec<Test> {
 
             let mut watch = Watch::start("poll");
             let target = format!("{}/tcp", reserved.port());
-            let kill = command(&["kill", &target, "--json", "--grace", "30s"]).spawn().expect("portwatch");
+            let kill = thread::spawn(move || {
+                let mut sent = Vec::new();
+                let command = command(&["kill", &target, "--json", "--grace", "30s"]);
+                let run = gate::signals(command, |pid, signal| sent.push((u64::from(pid), signal)));
+                (run, sent)
+            });
             // The master lets go of the port at once; the busy worker has it still.
             let master = u64::from(server.master.id());
             let port = reserved.port();
@@ -360,7 +373,9 @@ pub(super) fn trials() -> Vec<Test> {
             let mut answer = String::new();
             client.read_to_string(&mut answer).expect("an answer");
             assert!(answer.starts_with("HTTP/1.0 200 OK") && answer.ends_with("done\n"), "{answer}");
-            let outcome = crate::subject::finish(kill).expect(0).json()[0].clone();
+            let (run, sent) = kill.join().expect("the thread of kill");
+            let outcome = run.expect(0).json()[0].clone();
+            assert_eq!(sent, [(master, libc::SIGTERM)], "{outcome}");
             assert_eq!((&outcome["status"], &outcome["forced"]), (&json!("cleaned"), &json!([])), "{outcome}");
         }),
     ]
