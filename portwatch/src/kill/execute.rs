@@ -371,8 +371,7 @@ impl Run {
 
     /// Whether all is as it should be: the ports free, and the relatives that are meant as well gone.
     fn is_done(&self) -> bool {
-        let is_left = |l: &Life| l.victim.kin.is_some() && l.target.is_some() && l.failure.is_none();
-        self.is_free() && !self.lives.iter().any(is_left)
+        self.is_free() && !self.lives.iter().any(|l| l.is_kin_left() && l.failure.is_none())
     }
 
     /// Whether the process holds what is to be freed, or is meant whatever it holds.
@@ -460,6 +459,11 @@ impl Life {
         if !self.ended && self.failure.is_none() {
             self.open();
         }
+    }
+
+    /// Whether it was meant for its kinship and is still there.
+    pub(super) fn is_kin_left(&self) -> bool {
+        self.victim.kin.is_some() && !self.ended && (self.target.is_some() || self.failure.is_some())
     }
 
     fn is_awaited(&self, stage: Stage) -> bool {

@@ -41,8 +41,8 @@ pub struct Plan {
     pub spared: Vec<Spared>,
     /// The listeners that the plan was made from.
     pub listeners: Vec<Listener>,
-    /// Whether leaders go first.
-    unordered: bool,
+    /// Who is meant besides the holders.
+    pub reach: Reach,
 }
 
 /// One port of one protocol in one network namespace: what an outcome reports on.
@@ -218,7 +218,7 @@ impl Plan {
         guards: &Guards,
         stat: &dyn Fn(u32) -> Option<Stat>,
     ) {
-        self.unordered = reach == Reach::Group;
+        self.reach = reach;
         for victim in &mut self.victims {
             let id = victim.process.id;
             let now = stat(id.pid).filter(|now| now.id().is_same(id));
@@ -260,7 +260,7 @@ impl Plan {
         others: impl Iterator<Item = &'a Victim>,
         stat: &dyn Fn(u32) -> Option<Stat>,
     ) -> Vec<ProcessId> {
-        if self.unordered {
+        if self.reach == Reach::Group {
             return Vec::new();
         }
         let ancestors = stat::ancestors(victim.process.id.pid, stat);
