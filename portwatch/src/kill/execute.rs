@@ -259,21 +259,8 @@ impl Run {
                 return Err(error).context("cannot verify the holders of a port by a fresh scan");
             }
             life.sent(sent, signal, stage);
-            self.spare_followers(index);
         }
         Ok(())
-    }
-
-    /// Whose master may not be signalled is not signalled either: it would be replaced, and the port stay taken.
-    fn spare_followers(&mut self, leader: usize) {
-        let Life { victim, failure: Some(Failed { denied: true, .. }), .. } = &self.lives[leader] else { return };
-        let Process { id, name, .. } = &*victim.process;
-        let (id, reason) = (*id, format!("not signalled, because its master {name} ({}) may not be", id.pid));
-        for life in &mut self.lives {
-            if life.stage == Stage::Unsignalled && life.victim.leaders.contains(&id) && life.failure.is_none() {
-                life.failure = Some(Failed { reason: reason.clone(), denied: true });
-            }
-        }
     }
 
     /// Waits for a process to end, at most `timeout`, and notes all that did.
@@ -308,8 +295,10 @@ impl Run {
                 self.freed[index] = Some(self.started.elapsed());
             }
         }
+        // Relatives first: who is one and holds the port as well is meant even once it lets go of that.
+        self.adopt_kin(world)?;
         self.adopt(world);
-        self.adopt_kin(world)
+        Ok(())
     }
 
     /// Takes in holders that the plan did not know, such as a worker forked since: as any other, they pass the guards.

@@ -16,6 +16,9 @@
 //!   Each member is signalled by its own pidfd, and only if it is in the group right then. The number of a group cannot
 //!   be recycled while it has a member, so the group of a new face is the one meant as long as a known member is
 //!   still in it afterwards.
+//!
+//! What can be missed, never hit by mistake: a child that is forked after the last reading, and whose parent is gone
+//! at the next. It is nobody's then.
 
 use std::collections::{HashMap, HashSet};
 
