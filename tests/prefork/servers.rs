@@ -221,7 +221,7 @@ fn check(program: &str, arguments: &[&str], files: &[(&str, &str)], workers: usi
     }
     assert!(!manner.by_one_signal || sent.len() == 1, "{sent:?}\n{}", server.rest());
 
-    assert!(!is_alive(&server.master_pidfd));
+    assert!(wait_readable(&server.master_pidfd), "the master does not end");
     assert!(server.workers.iter().all(|(_, worker)| wait_readable(worker)), "a worker does not end");
     assert!(children(master).is_empty());
     neighbour.tcp(&reserved.address.to_string(), "");
