@@ -28,6 +28,7 @@ mod storm;
 mod stubborn;
 mod subject;
 mod supervised;
+mod terminal;
 mod user;
 mod wait;
 mod watch;

@@ -101,6 +101,7 @@ impl Actor {
             ["thread-serve"] => self.serve_from_thread(),
             ["unshare-net"] => sys::unshare_net().map(done),
             ["become", uid] => sys::become_user(parse(uid)?).map(done),
+            ["join-group", group] => sys::join_group(parse(group)?).map(done),
             ["setname", hex] => sys::set_name(&from_hex(hex)?).map(done),
             ["ignore-term"] => {
                 sys::ignore_signal(libc::SIGTERM);

@@ -365,6 +365,11 @@ impl Puppet {
         self.tell(&format!("become {uid}"));
     }
 
+    /// Moves into a process group of its own.
+    pub fn lead_group(&self) {
+        self.tell("join-group 0");
+    }
+
     pub fn set_name(&self, name: &[u8]) {
         self.tell(&format!("setname {}", hexadecimal(name)));
     }

@@ -262,6 +262,12 @@ pub fn become_user(uid: u32) -> io::Result<()> {
     Ok(())
 }
 
+/// Joins a process group of this session; 0: one of its own.
+pub fn join_group(group: libc::pid_t) -> io::Result<()> {
+    // SAFETY: takes integers.
+    check(unsafe { libc::setpgid(0, group) }).map(drop)
+}
+
 /// Sets the name of this thread; the kernel keeps 15 bytes.
 pub fn set_name(name: &[u8]) -> io::Result<()> {
     let mut raw = [0u8; 16];

@@ -1,5 +1,8 @@
 //! `portwatch kill`: frees ports by ending the processes that hold them.
 
+mod pick;
+
+use std::collections::BTreeSet;
 use std::io::{self, IsTerminal as _, Write as _};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -10,16 +13,18 @@ use clap::Args;
 use nix::unistd::Uid;
 use portwatch::engine::{self, Container, Engine, EngineError};
 use portwatch::kill::signal::SignalName;
-use portwatch::kill::{self, Guards, Options, Outcome, Plan, World, text};
-use portwatch::model::{Listener, Process, Socket};
-use portwatch::render::{self, json};
+use portwatch::kill::{self, Concern, Guards, Options, Outcome, Plan, Reach, World, concern, preview, text};
+use portwatch::model::{Listener, Process, Protocol, Socket};
+use portwatch::render::table::Detail;
+use portwatch::render::{self, View, json};
 use portwatch::select::{Filters, Selector};
-use portwatch::source::{Scanner, procfs, stat};
+use portwatch::source::stat::{self, Stat};
+use portwatch::source::{Scanner, process, procfs};
 use rustix::process::Signal;
 
-use super::{Users, columns, explain, note, print, selection, selector};
+use super::{Users, explain, note, print, selection, selector, view, view_on};
 use crate::cli::{Globals, Netns, Selectors, TARGETS, duration};
-use crate::exit_codes::{self, NO, Usage};
+use crate::exit_codes::{self, NO, USAGE, Usage};
 
 #[derive(Debug, Args)]
 #[command(after_help = format!("\
@@ -28,6 +33,7 @@ Examples:
   portwatch kill 3000-3005 --dry-run
   portwatch kill 8000 -s INT --grace 30s --no-force
   portwatch kill --cwd '/home/al/project*' -y
+  portwatch kill -i --user al         pick from a list
 
 {TARGETS}"))]
 pub(crate) struct KillArgs {
@@ -37,9 +43,18 @@ pub(crate) struct KillArgs {
     /// Show the plan and end nothing
     #[arg(short = 'n', long)]
     pub(crate) dry_run: bool,
+    /// Pick from a list of what is listening; targets and selectors narrow the list
+    #[arg(short, long)]
+    pub(crate) interactive: bool,
     /// Do not ask
     #[arg(short, long)]
     pub(crate) yes: bool,
+    /// End the descendants of the holders as well
+    #[arg(long)]
+    pub(crate) tree: bool,
+    /// Signal the process groups of the holders, all members at once
+    #[arg(long, conflicts_with = "tree")]
+    pub(crate) group: bool,
     /// Signal to begin with
     #[arg(short, long, default_value = "TERM", value_name = "SIGNAL")]
     pub(crate) signal: SignalName,
@@ -74,21 +89,15 @@ pub(crate) struct KillArgs {
 
 pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
     let selector = selector(&args.targets, &args.selectors)?;
-    if selector.is_empty() {
+    if args.interactive && !is_conversation() {
         return Err(Usage(
-            "name a port to free, as in `portwatch kill 8000`, or a selector; \
-            `portwatch list` shows what is listening"
-                .to_owned(),
+            "--interactive needs a terminal to show the list on; name the port instead: portwatch kill PORT".to_owned(),
         )
         .into());
     }
-    let SignalName(signal) = args.signal;
-    let options = Options {
-        signal: if args.force { Signal::KILL } else { signal },
-        grace: args.grace,
-        force: !args.no_force,
-        settle: args.settle,
-    };
+    if selector.is_empty() && !args.interactive {
+        return name_a_port(&selector, args, globals);
+    }
     if std::fs::read_link("/proc/self").ok() != Some(std::process::id().to_string().into()) {
         anyhow::bail!(
             "/proc belongs to another pid namespace, so its PIDs mean nothing here; mount one of this namespace"
@@ -99,34 +108,47 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
         explain(globals, &format!("holders are read from {}: {reason}", scanner.method()));
     }
     let all_netns = args.selectors.netns != Netns::Own;
-    let guards = Guards::current(args.force_self);
-    let Prepared { plan, left_out, guards, engine } =
-        prepare(&mut scanner, &selector, all_netns, guards, args.stop_container)?;
-    if plan.groups.is_empty() {
-        if args.json {
-            print("[]\n")?;
-        } else if !args.quiet {
-            note(&format!("nothing is listening{}; nothing to free", selection(&args.targets, &selector)));
-        }
-        return Ok(ExitCode::SUCCESS);
+    let mut choice = read(&mut scanner, &selector, all_netns)?;
+    if choice.selected.is_empty() && (args.interactive || selector.named_ports().is_empty()) {
+        return nothing_there(args, &selector);
     }
-    let must_ask = !args.yes && !args.dry_run && is_question(&plan);
-    if must_ask || (!args.json && !args.quiet) {
+    let mut named = selector.named_ports();
+    if args.interactive {
+        let Some(picked) = pick::pick(choice.selected)? else { return nothing_signalled() };
+        choice.selected = picked.chosen;
+        choice.left_out.extend(picked.others);
+        // What was not picked is nobody's question.
+        named.clear();
+    }
+    let Prepared { plan, guards, engine } = prepare(args, choice.selected, &choice.left_out, &named)?;
+    let concerns = match is_conversation() && !args.yes && !args.dry_run {
+        true => concern::concerns(&plan, Uid::effective().as_raw(), args.interactive, &stat_of),
+        false => Vec::new(),
+    };
+    let is_shown = !args.json && !args.quiet && !args.dry_run;
+    if is_shown || !concerns.is_empty() {
         // Somebody who asked for a port to be freed gets it freed, also where nobody reads this.
-        preview(&plan).or_else(|error| if must_ask { Err(error) } else { Ok(()) })?;
+        preview(&plan).or_else(|error| if concerns.is_empty() { Ok(()) } else { Err(error) })?;
     }
     if args.dry_run {
+        if !args.json && !args.quiet {
+            let users = Users::default();
+            let name = |uid| users.name(uid);
+            print(&summary(&plan, &view(&name)?))?;
+        }
         return report(args, &kill::planned(plan));
     }
-    if must_ask && !is_confirmed(&plan)? {
-        note("nothing was signalled");
-        return Ok(ExitCode::from(NO));
+    if !concerns.is_empty() && !is_confirmed(&concerns)? {
+        return nothing_signalled();
     }
+    let ports: BTreeSet<(u16, Protocol)> = plan.groups.iter().map(|group| (group.port, group.proto)).collect();
+    let is_of_interest =
+        |socket: &Socket| ports.contains(&(socket.port, socket.proto)) && selector.matches_socket(socket);
     let mut outcomes = kill::execute(
         plan,
-        options,
+        args.options(),
         &mut World {
-            rescan: &mut || Ok(scanner.scan(all_netns, &|socket| selector.matches_socket(socket))?.listeners),
+            rescan: &mut || Ok(scanner.scan(all_netns, &is_of_interest)?.listeners),
             holds: &procfs::holds,
             guards: &guards,
             stop: &mut |containers, grace| stop(engine.as_ref(), containers, grace),
@@ -137,44 +159,108 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
         // Over the line of progress.
         let _ = write!(io::stderr(), "\r\x1b[K");
     }
-    outcomes.iter_mut().for_each(|outcome| outcome.correct(&left_out));
+    outcomes.iter_mut().for_each(|outcome| outcome.correct(&choice.left_out));
     report(args, &outcomes)
 }
 
-/// What is known and decided before anything is done.
+impl KillArgs {
+    fn options(&self) -> Options {
+        let SignalName(signal) = self.signal;
+        Options {
+            signal: if self.force { Signal::KILL } else { signal },
+            grace: self.grace,
+            force: !self.no_force,
+            settle: self.settle,
+        }
+    }
+
+    fn reach(&self) -> Reach {
+        match (self.tree, self.group) {
+            (true, _) => Reach::Tree,
+            (_, true) => Reach::Group,
+            _ => Reach::Holders,
+        }
+    }
+}
+
+/// Says that nothing was named, and what could be.
+fn name_a_port(selector: &Selector, args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
+    note("error: name a port to free, as in `portwatch kill 8000`, or a selector such as --cwd; listening now:");
+    let listeners = super::read(selector, &args.selectors, globals)?;
+    let users = Users::default();
+    let name = |uid| users.name(uid);
+    let table = match listeners.is_empty() {
+        true => "nothing\n".to_owned(),
+        false => render::table::table(&listeners, Detail::Listeners, &view_on(&io::stderr(), &name)?),
+    };
+    // Nobody who reads it: the exit code says it, too.
+    let _ = io::stderr().write_all(table.as_bytes());
+    Ok(ExitCode::from(USAGE))
+}
+
+fn nothing_there(args: &KillArgs, selector: &Selector) -> anyhow::Result<ExitCode> {
+    if args.json {
+        print("[]\n")?;
+    } else if !args.quiet {
+        note(&format!("nothing is listening{}; nothing to free", selection(&args.targets, selector)));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn nothing_signalled() -> anyhow::Result<ExitCode> {
+    note("nothing was signalled");
+    Ok(ExitCode::from(NO))
+}
+
+/// What the selectors pick, and the listeners on the same ports that they leave out: a port that one of these has is
+/// not free.
+struct Choice {
+    selected: Vec<Listener>,
+    left_out: Vec<Listener>,
+}
+
+fn read(scanner: &mut Scanner, selector: &Selector, all_netns: bool) -> anyhow::Result<Choice> {
+    let Filters { tcp, udp, netns, .. } = *selector.filters();
+    let ports = Selector::new(selector.targets().to_vec(), Filters { tcp, udp, netns, ..Filters::default() });
+    let snapshot = scanner.scan(all_netns, &|socket| ports.matches_socket(socket))?;
+    let (selected, left_out) = snapshot
+        .listeners
+        .into_iter()
+        .partition(|listener| selector.matches_socket(&listener.socket) && selector.matches(listener, snapshot.at));
+    Ok(Choice { selected, left_out })
+}
+
+/// What is decided before anything is done.
 struct Prepared {
     plan: Plan,
-    /// The listeners on the same ports that the selectors leave out: a port that one of these has is not free.
-    left_out: Vec<Listener>,
     guards: Guards,
     /// Where a container is involved and an engine answers.
     engine: Option<Engine>,
 }
 
 fn prepare(
-    scanner: &mut Scanner,
-    selector: &Selector,
-    all_netns: bool,
-    mut guards: Guards,
-    stop_containers: bool,
+    args: &KillArgs,
+    selected: Vec<Listener>,
+    left_out: &[Listener],
+    named: &[(u16, Option<Protocol>)],
 ) -> anyhow::Result<Prepared> {
-    let Filters { tcp, udp, netns, .. } = *selector.filters();
-    let ports = Selector::new(selector.targets().to_vec(), Filters { tcp, udp, netns, ..Filters::default() });
-    let snapshot = scanner.scan(all_netns, &|socket| ports.matches_socket(socket))?;
-    let (selected, left_out): (Vec<Listener>, Vec<Listener>) = snapshot
-        .listeners
-        .into_iter()
-        .partition(|listener| selector.matches_socket(&listener.socket) && selector.matches(listener, snapshot.at));
     let others: Vec<Socket> = left_out.iter().map(|listener| listener.socket.clone()).collect();
+    let mut guards = Guards::current(args.force_self);
     let mut engine = None;
     // A plain port costs no question.
     if engine::is_involved_in(&selected) {
         let roster;
         (engine, roster) = engine::ask();
-        guards = guards.with_containers(roster, stop_containers);
+        guards = guards.with_containers(roster, args.stop_container);
     }
-    let plan = Plan::new(selected, &others, &selector.named_ports(), &guards, &|pid| stat::read(pid).ok());
-    Ok(Prepared { plan, left_out, guards, engine })
+    let mut plan = Plan::new(selected, &others, named, &guards, &stat_of);
+    let reach = args.reach();
+    if reach != Reach::Holders {
+        let seen = process::boot_ns_now();
+        let all = stat::all().context("cannot read the processes in /proc")?;
+        plan.reach_out(reach, &all, seen, &process::read_exact, &guards, &stat_of);
+    }
+    Ok(Prepared { plan, guards, engine })
 }
 
 fn stop(engine: Option<&Engine>, containers: &[&Container], grace: Duration) -> Vec<Result<(), EngineError>> {
@@ -186,42 +272,40 @@ fn stop(engine: Option<&Engine>, containers: &[&Container], grace: Duration) -> 
     }
 }
 
-/// Shows who would be hit, and who would not although it holds the port.
+fn stat_of(pid: u32) -> Option<Stat> {
+    stat::read(pid).ok()
+}
+
+/// Who would be hit, and who would not although it holds the port.
+fn summary(plan: &Plan, view: &View<'_>) -> String {
+    preview::victims(plan, view) + &preview::inside(plan) + &preview::stops(plan) + &preview::refusals(plan)
+}
+
 fn preview(plan: &Plan) -> anyhow::Result<()> {
     let users = Users::default();
-    let mut lines = String::new();
-    if !plan.victims.is_empty() {
-        let columns = io::stderr().is_terminal().then(|| columns(io::stderr()));
-        lines = text::victims(plan, &|uid| users.name(uid).unwrap_or_else(|| uid.to_string()), columns);
-    }
-    lines += &text::inside(plan);
-    lines += &text::stops(plan);
-    lines += &text::refusals(plan);
-    io::stderr().write_all(lines.as_bytes()).context("cannot write to standard error")
+    let name = |uid| users.name(uid);
+    let stderr = io::stderr();
+    let text = summary(plan, &view_on(&stderr, &name)?);
+    stderr.lock().write_all(text.as_bytes()).context("cannot write to standard error")
 }
 
-/// Whether there is somebody to ask and something to think about.
-fn is_question(plan: &Plan) -> bool {
-    io::stdin().is_terminal() && io::stderr().is_terminal() && plan.wants_confirmation(Uid::effective().as_raw())
+/// Whether there is somebody to ask.
+fn is_conversation() -> bool {
+    io::stdin().is_terminal() && io::stderr().is_terminal()
 }
 
-fn is_confirmed(plan: &Plan) -> anyhow::Result<bool> {
-    let mut what = match plan.victims.len() {
-        0 => Vec::new(),
-        1 => vec!["end this process".to_owned()],
-        count => vec![format!("end these {count} processes")],
-    };
-    what.extend(match &plan.stops[..] {
-        [] => None,
-        [one] => Some(format!("stop container {}", one.container.name)),
-        many => Some(format!("stop these {} containers", many.len())),
-    });
+fn is_confirmed(concerns: &[Concern]) -> anyhow::Result<bool> {
+    let users = Users::default();
+    let name = |uid| users.name(uid);
     let mut stderr = io::stderr();
-    write!(stderr, "{}? [y/N] ", what.join(" and "))
-        .and_then(|()| stderr.flush())
-        .context("cannot write to standard error")?;
+    let question = preview::question(concerns, &view_on(&stderr, &name)?);
+    write!(stderr, "{question} [y/N] ").and_then(|()| stderr.flush()).context("cannot write to standard error")?;
     let mut answer = String::new();
     io::stdin().read_line(&mut answer).context("cannot read the answer")?;
+    if !answer.ends_with('\n') {
+        // The end of input leaves the cursor behind the question.
+        let _ = writeln!(stderr);
+    }
     Ok(matches!(answer.trim(), "y" | "Y" | "yes" | "Yes"))
 }
 

@@ -11,10 +11,11 @@ pub(crate) mod who;
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::fs;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 
+use anstream::stream::RawStream;
 use anstream::{AutoStream, ColorChoice};
 use anyhow::Context;
 use jiff::Timestamp;
@@ -144,14 +145,21 @@ impl Users {
 
 /// The clock, terminal and colours of standard output, as they are now.
 pub(crate) fn view(users: &dyn Fn(u32) -> Option<String>) -> anyhow::Result<View<'_>> {
-    let stdout = io::stdout();
+    view_on(&io::stdout(), users)
+}
+
+/// The same of another stream.
+pub(crate) fn view_on<'a>(
+    stream: &(impl RawStream + AsFd),
+    users: &'a dyn Fn(u32) -> Option<String>,
+) -> anyhow::Result<View<'a>> {
     Ok(View {
         clock: clock()?,
         users,
         euid: Uid::effective().as_raw(),
-        width: stdout.is_terminal().then(|| columns(&stdout)),
+        width: stream.is_terminal().then(|| columns(stream)),
         // Never: no terminal, or NO_COLOR. Everything shown is escaped, so nothing needs to be stripped later.
-        colours: AutoStream::choice(&stdout) != ColorChoice::Never,
+        colours: AutoStream::choice(stream) != ColorChoice::Never,
     })
 }
 

@@ -12,14 +12,16 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::Signal;
 
+use super::guards::{Guards, Verdict as Judgement};
 use super::outcome::Outcome;
-use super::plan::{Guards, Plan, Refused, Stop, Verdict as Judgement, Victim, push_new};
+use super::plan::{self, Plan, Refused, Stop, Victim, push_new};
 use super::report;
 use super::signal::SignalName;
 use super::stop::Stopper;
 use super::target::{OpenError, OpenTarget, SignalError, Target, Verdict, prove_by_proc};
 use crate::engine::EngineError;
 use crate::model::{Listener, Process, ProcessId};
+use crate::source::process;
 use crate::source::stat::{self, Stat};
 
 /// How long SIGKILL is waited for. Only a process inside the kernel that cannot be interrupted takes longer.
@@ -85,7 +87,7 @@ pub fn execute(plan: Plan, options: Options, world: &mut World<'_>) -> anyhow::R
         run.open_all();
         run.stop_containers(world)?;
         run.soft(world)?;
-        if options.force && !run.is_free() {
+        if options.force && !run.is_done() {
             run.forced(world)?;
         }
         run.reap_exiting();
@@ -157,8 +159,9 @@ impl Run {
     fn soft(&mut self, world: &mut World<'_>) -> anyhow::Result<()> {
         let stage = if self.options.signal == Signal::KILL { Stage::Forced } else { Stage::Soft };
         let deadline = Instant::now() + if stage == Stage::Forced { FORCE_WAIT } else { self.options.grace };
-        let first: Vec<usize> = (0..self.lives.len()).filter(|&i| self.lives[i].victim.first).collect();
-        self.signal(&first, self.options.signal, stage, world)?;
+        self.adopt_kin(world)?;
+        let due = self.due(stage);
+        self.signal(&due, self.options.signal, stage, world)?;
         self.wait(deadline, self.options.signal, stage, world)
     }
 
@@ -168,8 +171,8 @@ impl Run {
         self.wait(Instant::now() + FORCE_WAIT, Signal::KILL, Stage::Forced, world)
     }
 
-    /// Until the ports are free, nobody is left to wait for, or the deadline. When all who were signalled are gone and
-    /// others hold the port still, such as workers that their master left behind, those are signalled as well.
+    /// Until the ports are free, nobody is left to wait for, or the deadline. Holders whose leaders are gone, such as
+    /// workers that their master left behind, are signalled as soon as that is seen.
     fn wait(&mut self, deadline: Instant, signal: Signal, stage: Stage, world: &mut World<'_>) -> anyhow::Result<()> {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -177,39 +180,59 @@ impl Run {
                 self.poll(left.min(LOOK_EVERY));
             }
             self.look(world)?;
-            if self.is_free() {
+            if self.is_done() {
                 return Ok(());
             }
-            let awaited: Vec<Arc<Process>> = self
-                .lives
-                .iter()
-                .filter(|l| l.is_awaited(stage) && self.holds_now(l))
-                .map(|l| Arc::clone(&l.victim.process))
-                .collect();
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Ok(());
             }
-            if !awaited.is_empty() {
-                (world.waiting)(&awaited, left);
+            let due = self.due(stage);
+            if !due.is_empty() {
+                self.signal(&due, signal, stage, world)?;
                 continue;
             }
-            let due = self.due(stage);
-            if due.is_empty() {
+            let awaited: Vec<Arc<Process>> = self
+                .lives
+                .iter()
+                .filter(|l| l.is_awaited(stage) && (self.is_meant(l) || self.leads(l)))
+                .map(|l| Arc::clone(&l.victim.process))
+                .collect();
+            if awaited.is_empty() {
                 return Ok(());
             }
-            self.signal(&due, signal, stage, world)?;
+            (world.waiting)(&awaited, left);
         }
     }
 
-    /// Holders that were not brought to this stage yet and can be.
+    /// Those who are meant, were not brought to this stage yet and can be, masters before workers. One whose leader is
+    /// on its way out, or about to be, waits for that; but nobody can bring anything back after SIGKILL.
     fn due(&self, stage: Stage) -> Vec<usize> {
-        (0..self.lives.len())
-            .filter(|&i| {
-                let life = &self.lives[i];
-                life.stage < stage && life.target.is_some() && life.failure.is_none() && self.holds_now(life)
-            })
-            .collect()
+        let is_leading = |l: &Life| l.target.is_some() && l.failure.is_none() && (l.stage == stage || self.is_meant(l));
+        let waits = |life: &Life| self.leaders_of(life).any(is_leading);
+        let is_due = |life: &Life| {
+            life.stage < stage
+                && life.target.is_some()
+                && life.failure.is_none()
+                && self.is_meant(life)
+                && (stage == Stage::Forced || !waits(life))
+        };
+        let mut due: Vec<usize> = (0..self.lives.len()).filter(|&i| is_due(&self.lives[i])).collect();
+        due.sort_by_key(|&i| self.lives[i].victim.leaders.len());
+        due
+    }
+
+    fn leaders_of<'a>(&'a self, life: &'a Life) -> impl Iterator<Item = &'a Life> {
+        self.lives.iter().filter(|l| life.victim.leaders.contains(&l.victim.process.id))
+    }
+
+    /// Whether somebody who is still meant waits for this one to end: a master may close its socket long before
+    /// its workers are done.
+    fn leads(&self, leader: &Life) -> bool {
+        let id = leader.victim.process.id;
+        self.lives
+            .iter()
+            .any(|l| l.victim.leaders.contains(&id) && l.target.is_some() && l.failure.is_none() && self.is_meant(l))
     }
 
     fn signal(&mut self, indices: &[usize], signal: Signal, stage: Stage, world: &mut World<'_>) -> anyhow::Result<()> {
@@ -280,6 +303,8 @@ impl Run {
                 self.freed[index] = Some(self.started.elapsed());
             }
         }
+        // Relatives first: who is one and holds the port as well is meant even once it lets go of that.
+        self.adopt_kin(world)?;
         self.adopt(world);
         Ok(())
     }
@@ -325,6 +350,7 @@ impl Run {
                 let mut victim = Victim::new(&holder.process, &stat_of);
                 victim.inodes.push(inode);
                 victim.groups.push(group);
+                victim.leaders = self.plan.leaders(&victim, self.lives.iter().map(|l| &l.victim), &stat_of);
                 let mut life = Life::new(victim);
                 life.open();
                 self.lives.push(life);
@@ -332,14 +358,46 @@ impl Run {
         }
     }
 
+    /// Takes in relatives that came since the plan was made. Only living members of a family show who else is one.
+    fn adopt_kin(&mut self, world: &World<'_>) -> anyhow::Result<()> {
+        let known = || self.lives.iter().filter(|l| l.target.is_some()).map(|l| &l.victim);
+        if known().all(|victim| victim.kin.is_none()) {
+            return Ok(());
+        }
+        let seen = process::boot_ns_now();
+        let all = stat::all().context("cannot read the processes in /proc")?;
+        for relative in plan::relatives(known(), &all, seen, &stat_of) {
+            let id = relative.stat.id();
+            let is_known = self.lives.iter().any(|l| l.victim.process.id.is_same(id))
+                || self.plan.refused.iter().any(|r| r.process.id.is_same(id));
+            if is_known || world.guards.refuse(id.pid, &stat_of).is_some() {
+                continue;
+            }
+            let Some(process) = process::read_exact(id) else { continue };
+            let mut victim = relative.victim(&Arc::new(process), &stat_of);
+            victim.leaders = self.plan.leaders(&victim, self.lives.iter().map(|l| &l.victim), &stat_of);
+            let mut life = Life::new(victim);
+            life.open();
+            self.lives.push(life);
+        }
+        Ok(())
+    }
+
     fn is_free(&self) -> bool {
         self.plan.groups.iter().zip(&self.freed).all(|(g, freed)| g.sockets.is_empty() || freed.is_some())
     }
 
-    fn holds_now(&self, life: &Life) -> bool {
-        self.current
-            .iter()
-            .any(|l| l.holds(life.victim.process.id) && self.plan.groups.iter().any(|group| group.wants(l.socket.id)))
+    /// Whether all is as it should be: the ports free, and the relatives that are meant as well gone.
+    fn is_done(&self) -> bool {
+        self.is_free() && !self.lives.iter().any(|l| l.is_kin_left() && l.failure.is_none())
+    }
+
+    /// Whether the process holds what is to be freed, or is meant whatever it holds.
+    fn is_meant(&self, life: &Life) -> bool {
+        life.victim.kin.is_some()
+            || self.current.iter().any(|l| {
+                l.holds(life.victim.process.id) && self.plan.groups.iter().any(|group| group.wants(l.socket.id))
+            })
     }
 
     /// A port is free before its last holder is a zombie. Those that are seen to be exiting are waited for, so that
@@ -397,7 +455,7 @@ impl Life {
     }
 
     fn open(&mut self) {
-        let target = Target { id: self.victim.process.id, inodes: self.victim.inodes.clone() };
+        let target = Target { id: self.victim.process.id, inodes: self.victim.inodes.clone(), kin: self.victim.kin };
         match target.open() {
             Ok(open) => self.target = Some(open),
             // It ended before anything was done.
@@ -419,6 +477,11 @@ impl Life {
         if !self.ended && self.failure.is_none() {
             self.open();
         }
+    }
+
+    /// Whether it was meant for its kinship and is still there.
+    pub(super) fn is_kin_left(&self) -> bool {
+        self.victim.kin.is_some() && !self.ended && (self.target.is_some() || self.failure.is_some())
     }
 
     fn is_awaited(&self, stage: Stage) -> bool {

@@ -1,12 +1,28 @@
 //! What a kill would do: which processes to signal, in which order, and which never. Pure: it is handed what was read.
+//!
+//! **Order: masters before workers.** A master that is told to end ends its workers, each as its kind does it: gunicorn
+//! closes the socket and lets them finish their requests, nginx and php-fpm pass the signal on, the workers of a node
+//! cluster leave when they lose it. A worker that is signalled by itself is replaced by a master that lives, and cut
+//! off in the midst of a request by one that is shutting down. So whoever has a victim of one of its ports among its
+//! ancestors (its *leaders*) is not signalled as long as that one is on its way out, even if that one holds the
+//! port no longer; only once it is gone, or the grace is over.
+//!
+//! A parent that holds nothing, though it may bring its children back, is a *supervisor*: named, and not
+//! signalled. To portwatch it looks like an editor or a terminal multiplexer that started two servers. What it brings
+//! back is reported as such. Of real servers none needs more: the master of gunicorn, nginx, php-fpm, uvicorn and a
+//! node cluster holds the port as well, with SO_REUSEPORT too, and of postgres and a cluster that schedules
+//! round robin it is the only one.
+//!
+//! `--group` knows no order: as with Ctrl-C, every member is told at once.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::sync::Arc;
 
-use crate::engine::roster::Role;
-use crate::engine::{Container, Roster};
-use crate::model::{Listener, NetnsId, Process, ProcessId, Protocol, Socket, SocketId};
+use super::guards::{Guards, Verdict};
+use super::kin::{self, Kin, Reach, Relation};
+use crate::engine::Container;
+use crate::model::{BootNs, Listener, NetnsId, Process, ProcessId, Protocol, Socket, SocketId};
 use crate::source::stat::{self, Stat};
 use crate::supervisor::Supervisor;
 
@@ -19,8 +35,12 @@ pub struct Plan {
     /// Containers to be stopped, whose processes are not signalled.
     pub stops: Vec<Stop>,
     pub refused: Vec<Refused>,
+    /// Relatives of holders that are not signalled; they are not in the way of any port.
+    pub spared: Vec<Spared>,
     /// The listeners that the plan was made from.
     pub listeners: Vec<Listener>,
+    /// Who is meant besides the holders.
+    pub reach: Reach,
 }
 
 /// One port of one protocol in one network namespace: what an outcome reports on.
@@ -44,8 +64,10 @@ pub struct Victim {
     pub inodes: Vec<u64>,
     /// Indices into [`Plan::groups`].
     pub groups: Vec<usize>,
-    /// Whether it is signalled at once: none of its ancestors is about to be, for the same port.
-    pub first: bool,
+    /// Its ancestors that are signalled as well, for one of the same ports: it waits for them to end.
+    pub leaders: Vec<ProcessId>,
+    /// Why it is signalled even if it holds nothing.
+    pub kin: Option<Kin>,
     pub supervisor: Option<Supervisor>,
 }
 
@@ -69,84 +91,15 @@ pub struct Refused {
     pub denied: bool,
 }
 
-/// Whom portwatch does not signal.
-#[derive(Clone, Debug, Default)]
-pub struct Guards {
-    own: u32,
-    ancestors: Vec<u32>,
-    force_self: bool,
-    roster: Roster,
-    stop_containers: bool,
-}
-
-/// What is to be done about the holder of a socket.
+/// Somebody related to a holder who is not signalled.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Verdict {
-    Signal,
-    /// Stop the container that it runs in, or holds the port for.
-    Stop(Container),
-    Refuse {
+pub enum Spared {
+    Relative {
+        process: Arc<Process>,
         reason: String,
-        /// For want of permission.
-        denied: bool,
     },
-}
-
-impl Guards {
-    /// `own` is portwatch's pid; `force_self` gives up the protection of its ancestors.
-    pub fn new(own: u32, force_self: bool, stat: &dyn Fn(u32) -> Option<Stat>) -> Guards {
-        Guards { own, ancestors: stat::ancestors(own, stat), force_self, ..Guards::default() }
-    }
-
-    /// The guards of this process, from `/proc`.
-    pub fn current(force_self: bool) -> Guards {
-        Guards::new(std::process::id(), force_self, &|pid| stat::read(pid).ok())
-    }
-
-    /// Adds what is known of containers. With `stop`, those of the holders are stopped; else whatever holds a port for a
-    /// container is left alone, for the container would go on with a dead port.
-    pub fn with_containers(self, roster: Roster, stop: bool) -> Guards {
-        Guards { roster, stop_containers: stop, ..self }
-    }
-
-    pub(super) fn judge(&self, process: &Process, socket: &Socket, stat: &dyn Fn(u32) -> Option<Stat>) -> Verdict {
-        if let Some(reason) = self.refuse(process.id.pid, stat) {
-            return Verdict::Refuse { reason, denied: false };
-        }
-        let Some(link) = self.roster.link(process, socket) else { return Verdict::Signal };
-        if self.stop_containers {
-            return match (self.roster.obstacle(&link, socket), link.container) {
-                (None, Some(container)) => Verdict::Stop(container.clone()),
-                (Some((reason, denied)), _) => Verdict::Refuse { reason, denied },
-                (None, None) => Verdict::Refuse { reason: link.describe(socket), denied: false },
-            };
-        }
-        match link.role {
-            Role::Proxy(_) => Verdict::Refuse { reason: self.roster.refusal(&link, socket), denied: false },
-            Role::Inside(_) => Verdict::Signal,
-        }
-    }
-
-    /// The name of the container that the process runs in, where an engine told it.
-    fn container_name(&self, process: &Process, socket: &Socket) -> Option<String> {
-        Some(self.roster.link(process, socket)?.container?.name.clone())
-    }
-
-    /// Why this process must not be signalled, if so.
-    pub fn refuse(&self, pid: u32, stat: &dyn Fn(u32) -> Option<Stat>) -> Option<String> {
-        let reason = if pid <= 1 {
-            "init is never signalled"
-        } else if pid == self.own {
-            "portwatch itself holds the port"
-        } else if self.ancestors.contains(&pid) && !self.force_self {
-            "portwatch was started by it; --force-self signals it all the same"
-        } else if stat(pid).is_some_and(|s| s.kernel_thread) {
-            "kernel threads are never signalled"
-        } else {
-            return None;
-        };
-        Some(reason.to_owned())
-    }
+    /// The members of this process group that hold nothing: portwatch is one of them.
+    OwnGroup(u32),
 }
 
 impl Group {
@@ -220,15 +173,79 @@ impl Plan {
                 push_new(&mut victim.inodes, listener.socket.id.inode);
             }
         }
-        let mut victims: Vec<Victim> = victims.into_values().collect();
-        order(&mut victims, stat);
-        Plan { groups, victims, stops, refused: refused.into_values().collect(), listeners: selected }
+        let mut plan = Plan {
+            groups,
+            victims: victims.into_values().collect(),
+            stops,
+            refused: refused.into_values().collect(),
+            listeners: selected,
+            ..Plan::default()
+        };
+        plan.order(stat);
+        plan
     }
 
-    /// Whether a person should be asked: a container would be stopped, or more than one process, or somebody else's, be
-    /// signalled.
-    pub fn wants_confirmation(&self, own_uid: u32) -> bool {
-        !self.stops.is_empty() || self.victims.len() > 1 || self.victims.iter().any(|v| v.process.uid != Some(own_uid))
+    /// Takes in the relatives of those who are to be signalled. `all` is every process as read after the moment `seen`;
+    /// `read` tells of one what a person should know. Who is refused has no relatives.
+    pub fn reach_out(
+        &mut self,
+        reach: Reach,
+        all: &[Stat],
+        seen: BootNs,
+        read: &dyn Fn(ProcessId) -> Option<Process>,
+        guards: &Guards,
+        stat: &dyn Fn(u32) -> Option<Stat>,
+    ) {
+        self.reach = reach;
+        for victim in &mut self.victims {
+            let id = victim.process.id;
+            let now = stat(id.pid).filter(|now| now.id().is_same(id));
+            match now.and_then(|now| reach.relation(&now)) {
+                Some(Relation::Group { group, .. }) if group == guards.group => {
+                    push_new(&mut self.spared, Spared::OwnGroup(group));
+                }
+                relation => victim.kin = relation.map(|relation| Kin { relation, seen }),
+            }
+        }
+        for relative in relatives(&self.victims, all, seen, stat) {
+            let id = relative.stat.id();
+            if self.refused.iter().any(|refused| refused.process.id.is_same(id)) {
+                continue;
+            }
+            let process = Arc::new(read(id).unwrap_or_else(|| Process::bare(id, relative.stat.name.clone())));
+            match guards.refuse(id.pid, stat) {
+                Some(reason) => self.spared.push(Spared::Relative { process, reason }),
+                None => self.victims.push(relative.victim(&process, stat)),
+            }
+        }
+        self.order(stat);
+    }
+
+    /// Masters first.
+    fn order(&mut self, stat: &dyn Fn(u32) -> Option<Stat>) {
+        let leaders: Vec<Vec<ProcessId>> =
+            self.victims.iter().map(|victim| self.leaders(victim, self.victims.iter(), stat)).collect();
+        for (victim, leaders) in self.victims.iter_mut().zip(leaders) {
+            victim.leaders = leaders;
+        }
+        self.victims.sort_by_key(|victim| (victim.leaders.len(), victim.process.id.pid));
+    }
+
+    /// For whom of the `others` the victim has to wait.
+    pub(super) fn leaders<'a>(
+        &self,
+        victim: &Victim,
+        others: impl Iterator<Item = &'a Victim>,
+        stat: &dyn Fn(u32) -> Option<Stat>,
+    ) -> Vec<ProcessId> {
+        if self.reach == Reach::Group {
+            return Vec::new();
+        }
+        let ancestors = stat::ancestors(victim.process.id.pid, stat);
+        let leads = |other: &&Victim| {
+            ancestors.contains(&other.process.id.pid) && other.groups.iter().any(|group| victim.groups.contains(group))
+        };
+        others.filter(leads).map(|leader| leader.process.id).collect()
     }
 }
 
@@ -242,6 +259,40 @@ impl Stop {
     }
 }
 
+/// A process that was found to be related to a victim.
+#[derive(Debug)]
+pub(super) struct Relative {
+    pub(super) stat: Stat,
+    kin: Kin,
+    groups: Vec<usize>,
+}
+
+/// The relatives of those victims that are meant with theirs, found in `all`, read after `seen`.
+pub(super) fn relatives<'a>(
+    victims: impl IntoIterator<Item = &'a Victim>,
+    all: &[Stat],
+    seen: BootNs,
+    stat: &dyn Fn(u32) -> Option<Stat>,
+) -> Vec<Relative> {
+    let known: Vec<(&Victim, Relation)> =
+        victims.into_iter().filter_map(|victim| Some((victim, victim.kin?.relation))).collect();
+    let anchors: Vec<(ProcessId, Relation)> =
+        known.iter().map(|(victim, relation)| (victim.process.id, *relation)).collect();
+    let found = kin::relatives(&anchors, all, seen, stat).into_iter();
+    found
+        .map(|(stat, anchor, kin)| {
+            let groups = known.iter().find(|(victim, _)| victim.process.id == anchor);
+            Relative { stat, kin, groups: groups.map(|(victim, _)| victim.groups.clone()).unwrap_or_default() }
+        })
+        .collect()
+}
+
+impl Relative {
+    pub(super) fn victim(&self, process: &Arc<Process>, stat: &dyn Fn(u32) -> Option<Stat>) -> Victim {
+        Victim { groups: self.groups.clone(), kin: Some(self.kin), ..Victim::new(process, stat) }
+    }
+}
+
 impl Victim {
     /// A victim that holds nothing yet.
     pub(super) fn new(process: &Arc<Process>, stat: &dyn Fn(u32) -> Option<Stat>) -> Victim {
@@ -249,7 +300,8 @@ impl Victim {
             process: Arc::clone(process),
             inodes: Vec::new(),
             groups: Vec::new(),
-            first: true,
+            leaders: Vec::new(),
+            kin: None,
             supervisor: Supervisor::of(process, stat),
         }
     }
@@ -296,17 +348,6 @@ fn group(selected: &[Listener], others: &[Socket], named: &[(u16, Option<Protoco
         }
     }
     groups.into_values().collect()
-}
-
-/// Masters first: who has a victim of each of its ports among its ancestors waits for that one to end.
-fn order(victims: &mut [Victim], stat: &dyn Fn(u32) -> Option<Stat>) {
-    let groups_of: BTreeMap<u32, Vec<usize>> = victims.iter().map(|v| (v.process.id.pid, v.groups.clone())).collect();
-    for victim in victims.iter_mut() {
-        let ancestors = stat::ancestors(victim.process.id.pid, stat);
-        let led = |group: &usize| ancestors.iter().any(|a| groups_of.get(a).is_some_and(|g| g.contains(group)));
-        victim.first = !victim.groups.iter().all(led);
-    }
-    victims.sort_by_key(|v| (!v.first, v.process.id.pid));
 }
 
 #[cfg(test)]

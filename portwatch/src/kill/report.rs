@@ -158,7 +158,7 @@ impl<'a> End<'a> {
             (None, Stage::Soft) => format!("still there after {}", SignalName(run.options.signal)),
             (None, Stage::Unsignalled) => "not signalled: it could not be proved to hold the port".to_owned(),
         };
-        let left = self.lives.iter().filter(|l| self.still_holds(l));
+        let left = self.lives.iter().filter(|l| self.still_holds(l) || l.is_kin_left());
         let left = left.map(|l| Failure { pid: l.victim.process.id.pid, reason: reason(l) });
         left.chain(self.unstopped(run)).collect()
     }

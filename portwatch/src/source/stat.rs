@@ -82,6 +82,15 @@ pub fn read(pid: u32) -> io::Result<Stat> {
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/stat is not as documented")))
 }
 
+/// Every process that is visible, one after the other: no two are of the same moment.
+///
+/// # Errors
+/// When `/proc` cannot be listed.
+pub fn all() -> io::Result<Vec<Stat>> {
+    let numbers = fs::read_dir("/proc")?.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    Ok(numbers.filter_map(|pid: u32| read(pid).ok()).collect())
+}
+
 /// Reads a `stat` file by its path relative to a directory under `/proc/PID`. `None`: the process is gone.
 pub(super) fn read_at(dir: BorrowedFd<'_>, path: &CStr) -> Option<Stat> {
     let mut buffer = [0u8; MAX_BYTES];

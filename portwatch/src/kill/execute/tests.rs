@@ -92,7 +92,7 @@ fn a_worker_follows_its_master_before_the_grace_is_over() {
     pids.sort_unstable();
     let port = leave_to(listener, &pids);
     let plan = plan(&port);
-    assert_eq!(plan.victims.iter().map(|v| v.first).collect::<Vec<_>>(), [true, false]);
+    assert_eq!(plan.victims.iter().map(|v| v.leaders.is_empty()).collect::<Vec<_>>(), [true, false]);
     let outcome = run_with(plan, port.port, Options { grace: Duration::from_secs(60), ..quick() }, &holds);
     assert_eq!(outcome.status, Status::Cleaned, "{outcome:?}");
     assert_eq!((&outcome.killed[..], &outcome.forced[..]), (&[master.pid(), worker][..], &[][..]));
@@ -362,7 +362,7 @@ fn a_pid_recycled_around_verification_is_told_apart_at_each_step() {
     for serving in [false, true] {
         // Before the pidfd: it is the stranger's, and the stranger is no holder, by its socket and by its start.
         let (victim, port) = serve(POLITE);
-        let target = Target { id: victim.id(), inodes: vec![port.inode] };
+        let target = Target { id: victim.id(), inodes: vec![port.inode], kin: None };
         let Some((mut stranger, _other)) = recycle(victim, serving) else { return };
         let open = target.open().unwrap();
         let verdict = open.verify(&mut |id, inodes| prove_by_proc(id, inodes, &holds));
@@ -371,7 +371,7 @@ fn a_pid_recycled_around_verification_is_told_apart_at_each_step() {
 
         // After the pidfd, before the check.
         let (victim, port) = serve(POLITE);
-        let open = Target { id: victim.id(), inodes: vec![port.inode] }.open().unwrap();
+        let open = Target { id: victim.id(), inodes: vec![port.inode], kin: None }.open().unwrap();
         let Some((mut stranger, _other)) = recycle(victim, serving) else { return };
         let verdict = open.verify(&mut |_, _| Ok(true));
         assert!(matches!(verdict, Verdict::Gone), "{verdict:?}");
@@ -379,7 +379,7 @@ fn a_pid_recycled_around_verification_is_told_apart_at_each_step() {
 
         // After the check, before the signal.
         let (victim, port) = serve(POLITE);
-        let open = Target { id: victim.id(), inodes: vec![port.inode] }.open().unwrap();
+        let open = Target { id: victim.id(), inodes: vec![port.inode], kin: None }.open().unwrap();
         let Verdict::Verified(verified) = open.verify(&mut |id, inodes| prove_by_proc(id, inodes, &holds)) else {
             panic!("the victim is not verified");
         };
