@@ -105,12 +105,21 @@ impl Namespaces {
 /// # Errors
 /// When the namespace may not be entered (that takes `CAP_SYS_ADMIN`), or its sockets cannot be read.
 pub fn dump_in(namespace: &File) -> anyhow::Result<Dump> {
+    within(namespace, diag::dump)
+}
+
+/// Does something in another network namespace. A thread of its own enters it, never the caller's. Sockets that are
+/// opened there stay there, whoever uses them later.
+///
+/// # Errors
+/// When the namespace may not be entered (that takes `CAP_SYS_ADMIN`), and those of `work`.
+pub fn within<T: Send>(namespace: &File, work: impl FnOnce() -> anyhow::Result<T> + Send) -> anyhow::Result<T> {
     std::thread::scope(|scope| {
         let helper = std::thread::Builder::new()
             .name("netns".into())
             .spawn_scoped(scope, || {
                 setns(namespace.as_fd(), CloneFlags::CLONE_NEWNET).context("cannot enter a network namespace")?;
-                diag::dump()
+                work()
             })
             .context("cannot start a thread to enter a network namespace")?;
         helper.join().unwrap_or_else(|_| Err(anyhow::anyhow!("the thread in a network namespace panicked")))
