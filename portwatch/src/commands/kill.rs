@@ -2,7 +2,6 @@
 
 use std::io::{self, IsTerminal as _, Write as _};
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -10,12 +9,13 @@ use clap::Args;
 use nix::unistd::Uid;
 use portwatch::kill::signal::SignalName;
 use portwatch::kill::{self, Guards, Options, Outcome, Plan, World, text};
-use portwatch::model::{Listener, Process, Socket};
-use portwatch::render::{self, json};
+use portwatch::model::{Listener, Socket};
+use portwatch::render::json;
 use portwatch::select::{Filters, Selector};
 use portwatch::source::{Scanner, procfs, stat};
 use rustix::process::Signal;
 
+use super::progress::Display;
 use super::{Users, columns, explain, note, print, selection, selector};
 use crate::cli::{Globals, Netns, Selectors, TARGETS, duration};
 use crate::exit_codes::{self, NO, Usage};
@@ -116,6 +116,7 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
         note("nothing was signalled");
         return Ok(ExitCode::from(NO));
     }
+    let mut display = Display::new(args.json || args.quiet);
     let mut outcomes = kill::execute(
         plan,
         options,
@@ -123,13 +124,11 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
             rescan: &mut || Ok(scanner.scan(all_netns, &|socket| selector.matches_socket(socket))?.listeners),
             holds: &procfs::holds,
             guards: &guards,
-            waiting: &mut |processes, left| progress(processes, left, args),
+            addresses: &|port| selector.named_addresses(port),
+            progress: &mut |progress| display.show(progress),
         },
     )?;
-    if !args.json && !args.quiet && io::stderr().is_terminal() {
-        // Over the line of progress.
-        let _ = write!(io::stderr(), "\r\x1b[K");
-    }
+    display.close();
     outcomes.iter_mut().for_each(|outcome| outcome.correct(&left_out));
     report(args, &outcomes)
 }
@@ -180,18 +179,6 @@ fn is_confirmed(plan: &Plan) -> anyhow::Result<bool> {
     Ok(matches!(answer.trim(), "y" | "Y" | "yes" | "Yes"))
 }
 
-/// One line, rewritten in place, on a terminal only.
-fn progress(processes: &[Arc<Process>], left: Duration, args: &KillArgs) {
-    if args.json || args.quiet || !io::stderr().is_terminal() {
-        return;
-    }
-    let who = match processes {
-        [one] => format!("{} ({})", render::escape(&one.name), one.id.pid),
-        many => format!("{} processes", many.len()),
-    };
-    let _ = write!(io::stderr(), "\r\x1b[Kwaiting for {who} to end, {:.0} s left", left.as_secs_f64().ceil());
-}
-
 fn report(args: &KillArgs, outcomes: &[Outcome]) -> anyhow::Result<ExitCode> {
     let code = ExitCode::from(kill::exit_code(outcomes));
     let mut text = String::new();
@@ -206,6 +193,10 @@ fn report(args: &KillArgs, outcomes: &[Outcome]) -> anyhow::Result<ExitCode> {
             } else if !outcome.is_done() {
                 note(&line);
             }
+        }
+        if let Some(summary) = text::summary(outcomes).filter(|_| !args.quiet) {
+            text += &summary;
+            text.push('\n');
         }
     }
     match print(&text) {

@@ -3,6 +3,7 @@
 
 pub(crate) mod kill;
 pub(crate) mod list;
+mod progress;
 pub(crate) mod status;
 pub(crate) mod watch;
 pub(crate) mod who;

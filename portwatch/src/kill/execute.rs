@@ -1,44 +1,55 @@
-//! Carries out a plan: signals, waits, looks at the ports again, and says what became of them.
+//! Carries out a plan: signals, waits, looks at the ports again, and proves that they are free.
 //!
 //! One pass of the [`Run`] owns all state; nothing else writes to it. A process is signalled only through
 //! [`super::target`], so only when it was just proved to hold what it is to let go of.
+//!
+//! Between two full scans, which say who holds what, [`Sight`] says which sockets are there. A scan is made only where
+//! it can tell something new: when a port has nobody left to wait for, or a socket came that nobody knows.
 
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::io;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
 use rustix::process::Signal;
 
+use super::life::{Grip, Life, Stage, is_silent, spare_descriptors, stat_of};
 use super::outcome::Outcome;
-use super::plan::{Guards, Plan, Refused, Victim, push_new};
+use super::plan::{Guards, Plan, Refused, Victim, key, push_new, same_socket};
+use super::progress::{Progress, Step};
+use super::prove::{self, Blocked, Place};
 use super::report;
-use super::signal::SignalName;
-use super::target::{OpenError, OpenTarget, SignalError, Target, Verdict, prove_by_proc};
-use crate::model::{Listener, Process, ProcessId};
-use crate::source::stat::{self, Stat};
+use super::sight::{LOOK_EVERY, Sight};
+use super::target::{SignalError, Verdict, prove_by_proc};
+use super::why;
+use crate::model::{Listener, NetnsId, ProcessId, Protocol, Socket};
+use crate::source::netns;
 
-/// How long SIGKILL is waited for. Only a process inside the kernel that cannot be interrupted takes longer.
+/// How long SIGKILL is waited for in any case. It acts at once, except on a process that is asleep in the kernel.
 const FORCE_WAIT: Duration = Duration::from_secs(2);
 
-/// How often the port is looked at while waiting for processes: no event tells a one-shot kill that a process closed
-/// its socket and lives on (the agent's table knows). The end of a process is an event, and cuts this short.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// How long it is waited for where the process is on its way out: gigabytes of memory go before the sockets do.
+const TEARDOWN_WAIT: Duration = Duration::from_secs(60);
 
-/// The same while looking out for a new owner, whose arrival is no event either.
-const SETTLE_EVERY: Duration = Duration::from_millis(50);
+/// How often holders are looked for where sockets cannot be watched, or others wait for a holder to let go.
+const SCAN_EVERY: Duration = Duration::from_millis(100);
 
-/// How long to wait for processes that are seen to be exiting, so as to report them as ended.
-const EXIT_WAIT: Duration = Duration::from_secs(1);
+/// How long a socket may outlive its last holder (what the kernel does for it is still under way), and a bind() fail
+/// on what others of the victims' sockets leave behind.
+const AFTERMATH: Duration = Duration::from_millis(250);
+
+/// How long those are waited for that let go of the port and did not end yet, so as to report most of them as ended.
+const LINGER: Duration = Duration::from_millis(10);
 
 /// How to kill.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
     /// The first signal; SIGKILL leaves the grace out.
     pub signal: Signal,
-    /// How long processes have to end after it.
+    /// How long processes have to end after it. Zero: SIGKILL follows at once.
     pub grace: Duration,
     /// Whether SIGKILL follows.
     pub force: bool,
@@ -59,8 +70,10 @@ pub struct World<'a> {
     /// Whether process `pid` has a descriptor of the socket with this inode now, from `/proc`.
     pub holds: &'a dyn Fn(u32, u64) -> io::Result<bool>,
     pub guards: &'a Guards,
-    /// Told now and then who is waited for, and how long at most.
-    pub waiting: &'a mut dyn FnMut(&[Arc<Process>], Duration),
+    /// The addresses at which a port that nobody has is to be free, as the user wrote them. Empty: all.
+    pub addresses: &'a dyn Fn(u16) -> Vec<IpAddr>,
+    /// Told what happens to each process.
+    pub progress: &'a mut dyn FnMut(&Progress<'_>),
 }
 
 impl std::fmt::Debug for World<'_> {
@@ -77,43 +90,18 @@ pub fn planned(plan: Plan) -> Vec<Outcome> {
 /// Frees the ports of the plan. Signals may have been sent when it fails: it fails only if the host cannot be scanned.
 pub fn execute(plan: Plan, options: Options, world: &mut World<'_>) -> anyhow::Result<Vec<Outcome>> {
     let mut run = Run::new(plan, options);
+    run.sight = Sight::open(&run.plan);
     if !run.lives.is_empty() {
-        run.open_all();
+        run.open_all(world);
         run.soft(world)?;
         if options.force && !run.is_free() {
             run.forced(world)?;
         }
-        run.reap_exiting();
+        run.linger(world);
         run.settle(world)?;
     }
+    run.prove(world)?;
     Ok(report::outcomes(&run))
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Stage {
-    Unsignalled,
-    Soft,
-    Forced,
-}
-
-/// A victim on its way.
-#[derive(Debug)]
-pub(super) struct Life {
-    pub(super) victim: Victim,
-    /// Open as long as its process is of interest: not ended, and a holder as far as we know.
-    target: Option<OpenTarget>,
-    pub(super) stage: Stage,
-    /// Whether it ended after the first signal was sent.
-    pub(super) ended: bool,
-    /// Why it could not be signalled.
-    pub(super) failure: Option<Failed>,
-}
-
-#[derive(Clone, Debug)]
-pub(super) struct Failed {
-    pub(super) reason: String,
-    /// For want of permission.
-    pub(super) denied: bool,
 }
 
 #[derive(Debug)]
@@ -121,94 +109,198 @@ pub(super) struct Run {
     pub(super) plan: Plan,
     pub(super) options: Options,
     pub(super) lives: Vec<Life>,
-    /// The listeners on the plan's ports when last looked at.
+    /// The listeners on the plan's ports when last looked at, with their holders when last scanned.
     pub(super) current: Vec<Listener>,
     pub(super) started: Instant,
     /// When each group was free, since `started`.
     pub(super) freed: Vec<Option<Duration>>,
-}
-
-fn stat_of(pid: u32) -> Option<Stat> {
-    stat::read(pid).ok()
+    /// Why bind() fails on each group although nobody listens.
+    pub(super) blocked: Vec<Option<Blocked>>,
+    sight: Sight,
+    /// Indices into the plan's groups.
+    group_of: HashMap<(u16, Protocol, NetnsId), usize>,
+    /// How many pidfds may still be kept.
+    spare: usize,
+    /// Whether anybody was signalled.
+    began: bool,
+    /// Whether something happened since the last scan that may have changed who holds what.
+    stale: bool,
+    /// Whether a socket was seen that the last scan did not know.
+    stranger: bool,
+    /// Inodes of all such sockets. A scan may leave them out, for the selectors do.
+    strangers: HashSet<u64>,
+    scanned: Instant,
+    /// When the last victim ended.
+    last_end: Instant,
+    /// Seconds left as last told.
+    told: Option<u128>,
 }
 
 impl Run {
     fn new(plan: Plan, options: Options) -> Run {
         let lives = plan.victims.iter().cloned().map(Life::new).collect();
-        let current = plan.listeners.clone();
-        let freed = vec![None; plan.groups.len()];
-        Run { plan, options, lives, current, started: Instant::now(), freed }
-    }
-
-    /// All pidfds first: the earlier they are open, the earlier nothing can be confused.
-    fn open_all(&mut self) {
-        for life in &mut self.lives {
-            life.open();
+        let group_of = plan.groups.iter().enumerate().map(|(i, g)| ((g.port, g.proto, g.netns), i)).collect();
+        let now = Instant::now();
+        Run {
+            lives,
+            current: plan.listeners.clone(),
+            started: now,
+            freed: vec![None; plan.groups.len()],
+            blocked: vec![None; plan.groups.len()],
+            sight: Sight::default(),
+            group_of,
+            spare: 0,
+            began: false,
+            stale: false,
+            stranger: false,
+            strangers: HashSet::new(),
+            scanned: now,
+            last_end: now,
+            told: None,
+            plan,
+            options,
         }
     }
 
+    /// All pidfds first: the earlier they are open, the earlier nothing can be confused.
+    fn open_all(&mut self, world: &mut World<'_>) {
+        self.spare = spare_descriptors(self.lives.len());
+        for index in 0..self.lives.len() {
+            let firmly = self.claim();
+            self.lives[index].open(firmly, false);
+            self.tell_if_over(index, world);
+        }
+    }
+
+    /// Whether one more pidfd may be kept.
+    fn claim(&mut self) -> bool {
+        let may = self.spare > 0;
+        self.spare = self.spare.saturating_sub(1);
+        may
+    }
+
     fn soft(&mut self, world: &mut World<'_>) -> anyhow::Result<()> {
-        let stage = if self.options.signal == Signal::KILL { Stage::Forced } else { Stage::Soft };
-        let deadline = Instant::now() + if stage == Stage::Forced { FORCE_WAIT } else { self.options.grace };
+        let forced = self.options.signal == Signal::KILL;
+        let (stage, wait) = if forced { (Stage::Forced, FORCE_WAIT) } else { (Stage::Soft, self.options.grace) };
         let first: Vec<usize> = (0..self.lives.len()).filter(|&i| self.lives[i].victim.first).collect();
         self.signal(&first, self.options.signal, stage, world)?;
-        self.wait(deadline, self.options.signal, stage, world)
+        self.wait(Instant::now() + wait, self.options.signal, stage, world)
     }
 
     fn forced(&mut self, world: &mut World<'_>) -> anyhow::Result<()> {
-        let due = self.due(Stage::Forced);
+        // Workers may have come and gone during the grace.
+        self.look(world)?;
+        let due: Vec<usize> = (0..self.lives.len()).filter(|&i| self.can_go_to(i, Stage::Forced)).collect();
+        for &index in &due {
+            let life = &mut self.lives[index];
+            // Without a grace it had no chance to end, and there is nothing to explain.
+            if life.stage != Stage::Soft || self.options.grace.is_zero() {
+                continue;
+            }
+            life.outlived = why::why(life.pid(), self.options.signal);
+            let step = Step::Outlived { grace: self.options.grace, why: life.outlived.clone() };
+            tell(life, step, world);
+        }
         self.signal(&due, Signal::KILL, Stage::Forced, world)?;
         self.wait(Instant::now() + FORCE_WAIT, Signal::KILL, Stage::Forced, world)
     }
 
-    /// Until the ports are free, nobody is left to wait for, or the deadline. When all who were signalled are gone and
-    /// others hold the port still, such as workers that their master left behind, those are signalled as well.
+    /// Until the ports are free, nobody is left to wait for, or the deadline. Where all who were signalled on a port
+    /// are gone and others hold it still, such as workers that their master left behind, those are signalled as well.
     fn wait(&mut self, deadline: Instant, signal: Signal, stage: Stage, world: &mut World<'_>) -> anyhow::Result<()> {
+        self.told = None;
+        let mut limit = deadline;
         loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if self.lives.iter().any(|l| l.is_awaited(stage)) {
-                self.poll(left.min(LOOK_EVERY));
+            self.pause(limit.saturating_duration_since(Instant::now()), world);
+            if !self.is_free() && self.wants_scan(stage, world) {
+                self.look(world)?;
             }
-            self.look(world)?;
             if self.is_free() {
                 return Ok(());
             }
-            let awaited: Vec<Arc<Process>> = self
-                .lives
-                .iter()
-                .filter(|l| l.is_awaited(stage) && self.holds_now(l))
-                .map(|l| Arc::clone(&l.victim.process))
-                .collect();
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            let now = Instant::now();
+            if now >= limit {
+                let dying = |l: &Life| l.is_awaited(Stage::Forced) && l.is_dying();
+                let extends = stage == Stage::Forced && now < deadline + TEARDOWN_WAIT && self.lives.iter().any(dying);
+                if !extends {
+                    return Ok(());
+                }
+                limit = now + LOOK_EVERY;
+            }
+            let due: Vec<usize> = (0..self.lives.len()).filter(|&i| self.is_due(i, stage)).collect();
+            if !due.is_empty() {
+                self.signal(&due, signal, stage, world)?;
+            } else if self.lives.iter().any(|l| l.is_awaited(stage) && self.holds_now(l)) {
+                self.tell_waiting(deadline.saturating_duration_since(now), stage, world);
+            } else if self.last_end.elapsed() > AFTERMATH || !self.began {
                 return Ok(());
             }
-            if !awaited.is_empty() {
-                (world.waiting)(&awaited, left);
-                continue;
-            }
-            let due = self.due(stage);
-            if due.is_empty() {
-                return Ok(());
-            }
-            self.signal(&due, signal, stage, world)?;
         }
     }
 
-    /// Holders that were not brought to this stage yet and can be.
-    fn due(&self, stage: Stage) -> Vec<usize> {
-        (0..self.lives.len())
-            .filter(|&i| {
-                let life = &self.lives[i];
-                life.stage < stage && life.target.is_some() && life.failure.is_none() && self.holds_now(life)
-            })
-            .collect()
+    /// Whether a full scan could tell more than what is known.
+    fn wants_scan(&mut self, stage: Stage, world: &World<'_>) -> bool {
+        if self.stranger || self.stale && self.is_anything_unawaited(stage) {
+            return true;
+        }
+        if self.scanned.elapsed() < SCAN_EVERY {
+            return false;
+        }
+        self.scanned = Instant::now();
+        // Who waits for a master to let go learns of it by no event.
+        let has_followers = self.lives.iter().any(|l| l.stage == Stage::Unsignalled && l.is_held());
+        let let_go = |life: &Life| {
+            let holds = |&inode: &u64| (world.holds)(life.pid(), inode).unwrap_or(true);
+            life.is_awaited(stage) && self.holds_now(life) && !life.victim.inodes.iter().any(holds)
+        };
+        self.is_blind() || has_followers && self.lives.iter().any(let_go)
+    }
+
+    /// Whether only full scans can tell of some port.
+    fn is_blind(&self) -> bool {
+        self.plan.groups.iter().any(|g| !g.sockets.is_empty() && !self.sight.sees(g.netns))
+    }
+
+    /// Whether a group that is not free has nobody left to wait for, as far as is known.
+    fn is_anything_unawaited(&self, stage: Stage) -> bool {
+        (0..self.plan.groups.len()).any(|g| self.is_taken(g) && !self.is_group_awaited(g, stage))
+    }
+
+    fn is_taken(&self, group: usize) -> bool {
+        !self.plan.groups[group].sockets.is_empty() && self.freed[group].is_none()
+    }
+
+    fn is_group_awaited(&self, group: usize, stage: Stage) -> bool {
+        self.lives.iter().any(|l| l.is_awaited(stage) && self.holds_of(l, group))
+    }
+
+    /// Holders that can still be brought to this stage.
+    fn can_go_to(&self, index: usize, stage: Stage) -> bool {
+        let life = &self.lives[index];
+        life.stage < stage && life.is_held() && life.failure.is_none() && self.holds_now(life)
+    }
+
+    /// Of those, the ones who have nobody to wait for on any port that they hold.
+    fn is_due(&self, index: usize, stage: Stage) -> bool {
+        self.can_go_to(index, stage) && {
+            let life = &self.lives[index];
+            let mut held = life.victim.groups.iter().filter(|&&g| self.holds_of(life, g));
+            held.all(|&g| !self.is_group_awaited(g, stage))
+        }
     }
 
     fn signal(&mut self, indices: &[usize], signal: Signal, stage: Stage, world: &mut World<'_>) -> anyhow::Result<()> {
         for &index in indices {
+            let began = self.began;
             let life = &mut self.lives[index];
-            let Some(target) = &life.target else { continue };
+            if !life.is_held() {
+                continue;
+            }
+            let is_firm = matches!(life.grip, Grip::Firm(_));
+            let Some(target) = life.take_grip(began) else {
+                self.tell_if_over(index, world);
+                continue;
+            };
             let mut broken = None;
             let verdict = target.verify(&mut |id, inodes| match prove_by_proc(id, inodes, world.holds) {
                 // /proc will not say; a scan that reads the kernel's own tables may.
@@ -222,12 +314,19 @@ impl Run {
                 }
                 answer => answer,
             });
+            let mut resumed = false;
             let sent = match verdict {
-                Verdict::Verified(holder) => holder.signal(signal),
+                Verdict::Verified(holder) => {
+                    let stopped = signal != Signal::KILL && why::is_stopped(life.pid());
+                    let sent = holder.signal(signal);
+                    // What is sent to a stopped process stays pending: let it go on, so that it can end in peace.
+                    resumed = stopped && sent.is_ok() && holder.signal(Signal::CONT).is_ok();
+                    sent
+                }
                 Verdict::Gone => Err(SignalError::Gone),
+                // Not ours to signal, nor to wait for: it is let go of.
                 Verdict::NotHolder => {
-                    // Not ours to signal, nor to wait for.
-                    life.target = None;
+                    self.stale = true;
                     continue;
                 }
                 Verdict::Unknown(error) if is_silent(&error) => Err(SignalError::Denied),
@@ -236,59 +335,112 @@ impl Run {
             if let Some(error) = broken {
                 return Err(error).context("cannot verify the holders of a port by a fresh scan");
             }
-            life.sent(sent, signal, stage);
+            let is_sent = sent.is_ok();
+            life.grip = if is_firm { Grip::Firm(target) } else { Grip::Loose };
+            life.sent(sent, signal, stage, began);
+            self.began |= is_sent;
+            if is_sent {
+                tell(&self.lives[index], Step::Sent { signal, resumed }, world);
+            } else if let Some(failed) = &self.lives[index].failure {
+                tell(&self.lives[index], Step::Failed { reason: failed.reason.clone() }, world);
+            } else {
+                self.tell_if_over(index, world);
+            }
         }
         Ok(())
     }
 
-    /// Waits for a process to end, at most `timeout`, and notes all that did.
-    fn poll(&mut self, timeout: Duration) {
-        let mut fds: Vec<PollFd<'_>> =
-            self.lives.iter().filter_map(|l| l.target.as_ref()).map(|t| PollFd::new(t, PollFlags::IN)).collect();
-        let timeout = Timespec {
-            tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
-            tv_nsec: i64::from(timeout.subsec_nanos()),
+    /// Waits for something to happen, at most `timeout` and [`LOOK_EVERY`]; notes who ended, and which sockets are left.
+    fn pause(&mut self, timeout: Duration, world: &mut World<'_>) {
+        let held = |life: &Life| matches!(life.grip, Grip::Firm(_));
+        let firm: Vec<usize> = (0..self.lives.len()).filter(|&i| held(&self.lives[i])).collect();
+        let fds: Vec<_> = firm
+            .iter()
+            .filter_map(|&i| match &self.lives[i].grip {
+                Grip::Firm(target) => Some(target.as_fd()),
+                _ => None,
+            })
+            .collect();
+        let ready = self.sight.wait(&fds, timeout);
+        for (index, _) in firm.into_iter().zip(ready).filter(|(_, ready)| *ready) {
+            self.over(index, world);
+        }
+        for index in 0..self.lives.len() {
+            if matches!(self.lives[index].grip, Grip::Loose) && self.lives[index].is_exiting() {
+                self.over(index, world);
+            }
+        }
+        self.glance();
+    }
+
+    fn over(&mut self, index: usize, world: &mut World<'_>) {
+        self.lives[index].over(self.began);
+        self.stale = true;
+        self.last_end = Instant::now();
+        self.tell_if_over(index, world);
+    }
+
+    /// Looks at the sockets alone: which of those known are left, and whether others came.
+    fn glance(&mut self) {
+        let sockets = self.sight.look();
+        let inodes: HashSet<u64> = sockets.iter().map(|s| s.id.inode).collect();
+        let is_there = |known: &Socket| {
+            let id = known.id;
+            if id.inode != 0 { inodes.contains(&id.inode) } else { sockets.iter().any(|s| same_socket(s.id, id)) }
         };
-        match poll(&mut fds, Some(&timeout)) {
-            // A signal to portwatch itself: the caller's loop comes back.
-            Ok(0) | Err(Errno::INTR) => return,
-            // Out of memory for the table: go by the scans alone, which are about to follow.
-            Err(_) => return,
-            Ok(_) => {}
+        let sight = &self.sight;
+        self.current.retain(|l| !sight.sees(l.socket.netns) || is_there(&l.socket));
+        let known: HashSet<u64> = self.current.iter().map(|l| l.socket.id.inode).collect();
+        for socket in sockets.iter().filter(|s| s.id.inode != 0 && !known.contains(&s.id.inode)) {
+            let Some(&group) = self.group_of.get(&key(socket)) else { continue };
+            self.stranger |= self.plan.groups[group].is_new(socket) && self.strangers.insert(socket.id.inode);
         }
-        let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
-        let open = self.lives.iter_mut().filter(|l| l.target.is_some());
-        for (life, _) in open.zip(ready).filter(|(_, ready)| *ready) {
-            life.ended = true;
-            life.target = None;
-        }
+        self.note_freed();
     }
 
     /// Looks at the ports again: who is there, and whether processes joined that hold what is to be freed.
     fn look(&mut self, world: &mut World<'_>) -> anyhow::Result<()> {
-        let listeners = (world.rescan)().context("cannot look at the ports again")?;
-        self.current = listeners.into_iter().filter(|l| self.plan.groups.iter().any(|g| g.covers(&l.socket))).collect();
-        for (index, group) in self.plan.groups.iter().enumerate() {
-            if self.freed[index].is_none() && !self.current.iter().any(|l| group.wants(l.socket.id)) {
-                self.freed[index] = Some(self.started.elapsed());
-            }
-        }
+        (self.stale, self.stranger, self.scanned) = (false, false, Instant::now());
+        let mut listeners = (world.rescan)().context("cannot look at the ports again")?;
+        listeners
+            .retain(|l| self.group_of.get(&key(&l.socket)).is_some_and(|&g| self.plan.groups[g].covers(&l.socket)));
+        self.current = listeners;
+        self.note_freed();
         self.adopt(world);
         Ok(())
     }
 
+    fn note_freed(&mut self) {
+        let mut taken = vec![false; self.plan.groups.len()];
+        for listener in &self.current {
+            if let Some(&group) = self.group_of.get(&key(&listener.socket)) {
+                taken[group] |= self.plan.groups[group].wants(listener.socket.id);
+            }
+        }
+        for (freed, taken) in self.freed.iter_mut().zip(taken) {
+            if freed.is_none() && !taken {
+                *freed = Some(self.started.elapsed());
+            }
+        }
+    }
+
     /// Takes in holders that the plan did not know, such as a worker forked since: as any other, they pass the guards.
     fn adopt(&mut self, world: &World<'_>) {
+        let began = self.began;
         for listener in &self.current {
-            let Some(group) = self.plan.groups.iter().position(|g| g.wants(listener.socket.id)) else { continue };
+            let Some(&group) = self.group_of.get(&key(&listener.socket)) else { continue };
+            if !self.plan.groups[group].wants(listener.socket.id) {
+                continue;
+            }
             let inode = listener.socket.id.inode;
             for holder in &listener.holders {
                 let id = holder.process.id;
+                let firmly = self.spare > 0;
                 if let Some(refused) = self.plan.refused.iter_mut().find(|r| r.process.id.is_same(id)) {
                     push_new(&mut refused.groups, group);
                 } else if let Some(life) = self.lives.iter_mut().find(|l| l.victim.process.id.is_same(id)) {
                     push_new(&mut life.victim.groups, group);
-                    life.reopen_for(inode);
+                    life.reopen_for(inode, firmly, began);
                 } else if let Some(reason) = world.guards.refuse(id.pid, &stat_of) {
                     let process = Arc::clone(&holder.process);
                     self.plan.refused.push(Refused { process, groups: vec![group], reason });
@@ -297,7 +449,8 @@ impl Run {
                     victim.inodes.push(inode);
                     victim.groups.push(group);
                     let mut life = Life::new(victim);
-                    life.open();
+                    life.open(firmly, began);
+                    self.spare = self.spare.saturating_sub(1);
                     self.lives.push(life);
                 }
             }
@@ -305,32 +458,42 @@ impl Run {
     }
 
     fn is_free(&self) -> bool {
-        self.plan.groups.iter().zip(&self.freed).all(|(g, freed)| g.sockets.is_empty() || freed.is_some())
+        (0..self.plan.groups.len()).all(|group| !self.is_taken(group))
     }
 
     fn holds_now(&self, life: &Life) -> bool {
-        self.current
-            .iter()
-            .any(|l| l.holds(life.victim.process.id) && self.plan.groups.iter().any(|group| group.wants(l.socket.id)))
+        life.victim.groups.iter().any(|&group| self.holds_of(life, group))
     }
 
-    /// A port is free before its last holder is a zombie. Those that are seen to be exiting are waited for, so that
-    /// they are reported as ended; those that live on without the port are not.
-    fn reap_exiting(&mut self) {
-        let until = Instant::now() + EXIT_WAIT;
+    fn holds_of(&self, life: &Life, group: usize) -> bool {
+        let wanted = &self.plan.groups[group];
+        life.victim.groups.contains(&group)
+            && self.current.iter().any(|l| wanted.wants(l.socket.id) && l.holds(life.victim.process.id))
+    }
+
+    /// A port is free before its last holder is a zombie: who is exiting after a signal has ended. The others get a
+    /// moment, for most servers close their port first and end then.
+    fn linger(&mut self, world: &mut World<'_>) {
+        let until = Instant::now() + LINGER;
         loop {
-            self.poll(Duration::ZERO);
-            let exiting = self.lives.iter().any(|l| {
-                l.target.is_some() && l.stage != Stage::Unsignalled && {
-                    let id = l.victim.process.id;
-                    stat_of(id.pid).is_some_and(|s| s.id().is_same(id) && s.exiting)
+            for index in 0..self.lives.len() {
+                let life = &self.lives[index];
+                let is_done = life.stage != Stage::Unsignalled && !self.holds_now(life);
+                if life.is_held() && is_done && life.is_exiting() {
+                    self.over(index, world);
                 }
-            });
-            let left = until.saturating_duration_since(Instant::now());
-            if !exiting || left.is_zero() {
-                return;
             }
-            self.poll(left);
+            let lives_on = |l: &&Life| l.is_held() && l.stage != Stage::Unsignalled && !self.holds_now(l);
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() || self.lives.iter().filter(lives_on).count() == 0 {
+                break;
+            }
+            self.pause(left, world);
+        }
+        for life in self.lives.iter().filter(|l| l.is_held() && !self.holds_now(l)) {
+            if let Some(signalled) = life.signalled {
+                tell(life, Step::LetGo { after: signalled.elapsed() }, world);
+            }
         }
     }
 
@@ -338,15 +501,17 @@ impl Run {
     fn settle(&mut self, world: &mut World<'_>) -> anyhow::Result<()> {
         let until = Instant::now() + self.options.settle;
         loop {
-            let open = self.plan.groups.iter().enumerate().any(|(index, _)| {
-                self.freed[index].is_some() && self.new_owners(index).next().is_none() && self.may_respawn(index)
+            let open = (0..self.plan.groups.len()).any(|group| {
+                self.freed[group].is_some() && self.new_owners(group).next().is_none() && self.may_respawn(group)
             });
             let left = until.saturating_duration_since(Instant::now());
             if !open || left.is_zero() {
                 return Ok(());
             }
-            self.poll(left.min(SETTLE_EVERY));
-            self.look(world)?;
+            self.pause(left, world);
+            if self.stranger || self.is_blind() && self.scanned.elapsed() >= SCAN_EVERY {
+                self.look(world)?;
+            }
         }
     }
 
@@ -357,75 +522,105 @@ impl Run {
     fn may_respawn(&self, group: usize) -> bool {
         let is_alive = |id: ProcessId| stat_of(id.pid).is_some_and(|s| s.id().is_same(id) && !s.exiting);
         let in_group = self.lives.iter().filter(|l| l.victim.groups.contains(&group));
-        in_group.filter_map(|l| l.victim.supervisor.as_ref()).any(|supervisor| {
-            supervisor.unit.is_some() || supervisor.container.is_some() || supervisor.parent.is_some_and(is_alive)
-        })
-    }
-}
-
-impl Life {
-    fn new(victim: Victim) -> Life {
-        Life { victim, target: None, stage: Stage::Unsignalled, ended: false, failure: None }
-    }
-
-    fn open(&mut self) {
-        let target = Target { id: self.victim.process.id, inodes: self.victim.inodes.clone() };
-        match target.open() {
-            Ok(open) => self.target = Some(open),
-            // It ended before anything was done.
-            Err(OpenError::Gone) => {}
-            Err(OpenError::Failed(error)) => {
-                let pid = self.victim.process.id.pid;
-                self.failure = Some(Failed { reason: format!("cannot open a pidfd of {pid}: {error}"), denied: false });
+        let mut parents: BTreeSet<ProcessId> = BTreeSet::new();
+        for supervisor in in_group.filter_map(|l| l.victim.supervisor.as_ref()) {
+            if supervisor.unit.is_some() || supervisor.container.is_some() {
+                return true;
             }
+            parents.extend(supervisor.parent);
+        }
+        parents.into_iter().any(is_alive)
+    }
+
+    /// Binds to each port that is free now, as a server would: exit code 0 promises that it works. What is in the way
+    /// may go in a moment, as the victims' other sockets do.
+    fn prove(&mut self, world: &mut World<'_>) -> anyhow::Result<()> {
+        let until = Instant::now() + AFTERMATH;
+        let mut open: Vec<usize> = (0..self.plan.groups.len()).filter(|&g| self.is_provable(g)).collect();
+        loop {
+            let mut left = Vec::new();
+            for group in open {
+                let places = self.places(group, world);
+                let netns = self.netns_of(group);
+                let was_blocked = self.blocked[group].is_some();
+                self.blocked[group] = prove::blocked(&mut self.sight, netns, &places);
+                if self.blocked[group].is_some() {
+                    left.push(group);
+                } else if was_blocked {
+                    self.freed[group] = Some(self.started.elapsed());
+                }
+            }
+            // Nothing of ours is about to go where nobody had the port.
+            left.retain(|&g| !self.plan.groups[g].sockets.is_empty());
+            let remaining = until.saturating_duration_since(Instant::now());
+            if left.is_empty() || remaining.is_zero() {
+                return Ok(());
+            }
+            self.pause(remaining, world);
+            if self.stranger {
+                self.look(world)?;
+            }
+            // Bound first, listening now: somebody else's.
+            open = left.into_iter().filter(|&g| self.is_provable(g)).collect();
         }
     }
 
-    /// Seen with a socket that it was not known to hold. The pidfd is the same process's in any case: each signal
-    /// verifies anew.
-    fn reopen_for(&mut self, inode: u64) {
-        if self.victim.inodes.contains(&inode) {
+    /// UDP has no state between taken and free. Where others share the port, bind() fails or succeeds for reasons of
+    /// their own.
+    fn is_provable(&mut self, group: usize) -> bool {
+        let target = &self.plan.groups[group];
+        let is_ours = target.sockets.is_empty() || self.freed[group].is_some();
+        let is_alone = !self.current.iter().any(|l| target.covers(&l.socket));
+        let provable = target.proto == Protocol::Tcp && is_ours && is_alone;
+        if !provable {
+            self.blocked[group] = None;
+        }
+        provable
+    }
+
+    fn netns_of(&self, group: usize) -> NetnsId {
+        let group = &self.plan.groups[group];
+        if group.sockets.is_empty() { netns::own().unwrap_or(0) } else { group.netns }
+    }
+
+    fn places(&self, group: usize, world: &World<'_>) -> Vec<Place> {
+        let group = &self.plan.groups[group];
+        let mut places: Vec<Place> = Vec::new();
+        for Listener { socket, .. } in self.plan.listeners.iter().filter(|l| group.wants(l.socket.id)) {
+            push_new(&mut places, (socket.endpoint(), socket.v6only));
+        }
+        if group.sockets.is_empty() {
+            let mut addresses = (world.addresses)(group.port);
+            if addresses.is_empty() {
+                addresses = vec![IpAddr::from([0; 4]), Ipv6Addr::UNSPECIFIED.into()];
+            }
+            places.extend(addresses.into_iter().map(|address| (SocketAddr::new(address, group.port), Some(true))));
+        }
+        places
+    }
+
+    fn tell_waiting(&mut self, left: Duration, stage: Stage, world: &mut World<'_>) {
+        let seconds = left.as_millis().div_ceil(1000);
+        if self.told.replace(seconds) == Some(seconds) {
             return;
         }
-        self.victim.inodes.push(inode);
-        if !self.ended && self.failure.is_none() {
-            self.open();
+        for life in self.lives.iter().filter(|l| l.is_awaited(stage) && self.holds_now(l)) {
+            tell(life, Step::Waiting { left }, world);
         }
     }
 
-    fn is_awaited(&self, stage: Stage) -> bool {
-        self.stage == stage && self.target.is_some() && self.failure.is_none()
-    }
-
-    fn sent(&mut self, sent: Result<(), SignalError>, signal: Signal, stage: Stage) {
-        let pid = self.victim.process.id.pid;
-        let failed = match sent {
-            Ok(()) => {
-                self.stage = stage;
-                return;
-            }
-            Err(SignalError::Gone) => {
-                // Ended before the first signal: not by us.
-                self.ended = self.stage != Stage::Unsignalled;
-                self.target = None;
-                return;
-            }
-            Err(SignalError::Denied) => {
-                let owner = self.victim.process.uid.map_or_else(|| "another user".to_owned(), report::user);
-                Failed { reason: format!("not permitted: it runs as {owner}; try sudo"), denied: true }
-            }
-            Err(SignalError::Failed(error)) => {
-                let reason = format!("cannot send {} to {pid}: {error}", SignalName(signal));
-                Failed { reason, denied: false }
-            }
-        };
-        self.failure = Some(failed);
+    fn tell_if_over(&self, index: usize, world: &mut World<'_>) {
+        let life = &self.lives[index];
+        if life.gone {
+            tell(life, Step::Gone, world);
+        } else if life.ended {
+            tell(life, Step::Ended { after: life.signalled.unwrap_or(self.started).elapsed() }, world);
+        }
     }
 }
 
-/// Whether `/proc` refused to answer, which says nothing of the process.
-fn is_silent(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::NotFound)
+fn tell(life: &Life, step: Step, world: &mut World<'_>) {
+    (world.progress)(&Progress { process: &life.victim.process, step });
 }
 
 #[cfg(test)]

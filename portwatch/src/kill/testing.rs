@@ -180,7 +180,7 @@ pub(super) fn scan(port: u16) -> Vec<Listener> {
             address: Ipv4Addr::LOCALHOST.into(),
             port,
             v6only: None,
-            netns: 1,
+            netns: crate::source::netns::own().unwrap(),
             uid: fields[7].parse().unwrap(),
             backlog: None,
         };

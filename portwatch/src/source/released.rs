@@ -77,8 +77,16 @@ pub struct Remnant {
 pub struct State(u8);
 
 impl State {
+    pub const FIN_WAIT2: State = State(5);
+    pub const TIME_WAIT: State = State(6);
+
+    /// Whether it is bound and nothing else.
     pub fn is_bound(self) -> bool {
         self.0 == TCP_BOUND_INACTIVE
+    }
+
+    pub fn is_time_wait(self) -> bool {
+        self == State::TIME_WAIT
     }
 }
 

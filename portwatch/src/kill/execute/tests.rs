@@ -17,7 +17,13 @@ fn quick() -> Options {
 
 fn run_with(plan: Plan, port: u16, options: Options, holds: &dyn Fn(u32, u64) -> io::Result<bool>) -> Outcome {
     let guards = Guards::current(false);
-    let mut world = World { rescan: &mut || Ok(scan(port)), holds, guards: &guards, waiting: &mut |_, _| {} };
+    let mut world = World {
+        rescan: &mut || Ok(scan(port)),
+        holds,
+        guards: &guards,
+        addresses: &|_| Vec::new(),
+        progress: &mut |_| {},
+    };
     let mut outcomes = execute(plan, options, &mut world).unwrap();
     assert_eq!(outcomes.len(), 1, "{outcomes:?}");
     outcomes.remove(0)
@@ -57,7 +63,7 @@ fn no_force_leaves_a_survivor() {
     let (mut server, port) = serve(DEAF);
     let outcome = run(&port, Options { grace: Duration::from_millis(100), force: false, ..quick() });
     assert_eq!((outcome.status, &outcome.remaining_pids[..]), (Status::Partial, &[server.pid()][..]), "{outcome:?}");
-    assert_eq!(outcome.failed[0].reason, "still there after SIGTERM");
+    assert_eq!(outcome.failed[0].reason, "still there after SIGTERM: it ignores SIGTERM");
     assert!(outcome.still_listening && server.is_alive());
 }
 
@@ -138,20 +144,19 @@ fn a_new_owner_is_reported_with_who_started_it() {
     let again: RefCell<Option<(Helper, Port)>> = RefCell::new(None);
     let guards = Guards::current(false);
     let mut world = World {
-        rescan: &mut || {
+        rescan: &mut || Ok(scan(port.port)),
+        holds: &holds,
+        guards: &guards,
+        addresses: &|_| Vec::new(),
+        progress: &mut |progress| {
             // The test process, parent of the server, is the supervisor: it starts another once the port is free.
-            if scan(port.port).is_empty() {
+            if matches!(progress.step, Step::Ended { .. }) {
                 let listener = std::net::TcpListener::bind(("127.0.0.1", port.port)).unwrap();
                 let helper = Helper::start(POLITE, &[&listener]);
                 let port = leave_to(listener, &[helper.pid()]);
                 again.replace(Some((helper, port)));
-                return Ok(Vec::new());
             }
-            Ok(scan(port.port))
         },
-        holds: &holds,
-        guards: &guards,
-        waiting: &mut |_, _| {},
     };
     let options = Options { settle: Duration::from_secs(20), ..Options::default() };
     let outcome = execute(plan, options, &mut world).unwrap().remove(0);
@@ -216,8 +221,13 @@ fn anothers_process_is_denied_and_lives() {
         let found = scan(port.port);
         let Some(outcome) = as_nobody(|| {
             let guards = Guards::current(false);
-            let mut world =
-                World { rescan: &mut || Ok(found.clone()), holds: &holds, guards: &guards, waiting: &mut |_, _| {} };
+            let mut world = World {
+                rescan: &mut || Ok(found.clone()),
+                holds: &holds,
+                guards: &guards,
+                addresses: &|_| Vec::new(),
+                progress: &mut |_| {},
+            };
             execute(plan, quick(), &mut world).unwrap().remove(0)
         }) else {
             return;
