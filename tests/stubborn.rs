@@ -178,6 +178,8 @@ fn resisting() -> Vec<Test> {
             let stage = Stage::new();
             let server = stage.puppet();
             let sock = server.serve();
+            // It handles the signal, so the signal has to wait for it; by default this sleep would end.
+            server.release_on_term(-1);
             server.vfork(sock.fd);
             let outcome = kill(sock.address, &["--grace", "100ms", "--no-force"], 1);
             check_status(&outcome, "partial", &[], &[]);
@@ -425,6 +427,7 @@ fn crowd(files: Option<u64>) {
     if !host.unshare_net() {
         return;
     }
+    let checker = host.fork();
     let servers: Vec<Puppet> = (0..CROWD).map(|_| host.fork()).collect();
     for (server, port) in servers.iter().zip(FIRST_PORT..) {
         server.tcp(&format!("127.0.0.1:{port}"), "");
@@ -448,7 +451,7 @@ fn crowd(files: Option<u64>) {
             assert!(server.is_alive());
         } else {
             check_status(outcome, "cleaned", &[server], &[]);
-            host.tcp(&format!("127.0.0.1:{port}"), "reuseaddr cloexec");
+            checker.tcp(&format!("127.0.0.1:{port}"), "reuseaddr");
         }
     }
 }
@@ -456,7 +459,7 @@ fn crowd(files: Option<u64>) {
 fn many() -> Vec<Test> {
     vec![
         test("stubborn::three_hundred_listeners_are_freed_but_for_one_that_refuses", || crowd(None)),
-        test("stubborn::three_hundred_listeners_are_freed_with_few_descriptors", || crowd(Some(400))),
+        test("stubborn::three_hundred_listeners_are_freed_with_few_descriptors", || crowd(Some(64))),
         test("stubborn::a_summary_counts_what_became_of_several", || {
             let stage = Stage::new();
             let (one, two) = (stage.puppet(), stage.puppet());

@@ -42,7 +42,7 @@ const SCAN_EVERY: Duration = Duration::from_millis(100);
 const AFTERMATH: Duration = Duration::from_millis(250);
 
 /// How long those are waited for that let go of the port and did not end yet, so as to report most of them as ended.
-const LINGER: Duration = Duration::from_millis(10);
+const LINGER: Duration = Duration::from_millis(5);
 
 /// How to kill.
 #[derive(Clone, Copy, Debug)]

@@ -42,8 +42,9 @@ const OFFSET_REMOTE_PORT: u32 = 22;
 const MAX_RANGES: usize = 64;
 
 /// `TCP_BOUND_INACTIVE` (net/tcp_states.h, since 6.8): bound, and neither listening nor connected. Older kernels show
-/// no such socket and pass over the flag.
+/// no such socket and pass over the flag. It is asked for by this state, and answered with TCP_CLOSE.
 const TCP_BOUND_INACTIVE: u8 = 13;
+const TCP_CLOSE: u8 = 7;
 const TCP_LISTEN: u8 = 10;
 
 /// Watches ports of one network namespace.
@@ -82,7 +83,7 @@ impl State {
 
     /// Whether it is bound and nothing else.
     pub fn is_bound(self) -> bool {
-        self.0 == TCP_BOUND_INACTIVE
+        matches!(self.0, TCP_BOUND_INACTIVE | TCP_CLOSE)
     }
 
     pub fn is_time_wait(self) -> bool {
@@ -100,12 +101,12 @@ impl fmt::Display for State {
             4 => "FIN_WAIT1",
             5 => "FIN_WAIT2",
             6 => "TIME_WAIT",
-            7 => "CLOSE",
             8 => "CLOSE_WAIT",
             9 => "LAST_ACK",
             TCP_LISTEN => "LISTEN",
             11 => "CLOSING",
-            _ => "BOUND",
+            // As `ss` shows those that are bound and nothing else.
+            _ => "UNCONN",
         })
     }
 }
