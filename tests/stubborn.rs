@@ -192,6 +192,22 @@ fn resisting() -> Vec<Test> {
             // This sleep is killable.
             check_status(&kill(sock.address, &["--grace", "0"], 0), "cleaned", &[&server], &[&server]);
         }),
+        test("stubborn::one_in_a_frozen_cgroup_is_told", || {
+            let stage = Stage::new();
+            let server = stage.puppet();
+            let sock = server.serve();
+            // It handles the signal: one that ends it by default would end it in any ice.
+            server.release_on_term(-1);
+            let Some(ice) = frozen::Ice::around(&server) else { return };
+            let outcome = kill(sock.address, &["--grace", "100ms", "--no-force"], 1);
+            check_status(&outcome, "partial", &[], &[]);
+            assert_eq!(
+                outcome["failed"][0]["reason"],
+                "still there after SIGTERM: its cgroup is frozen (a paused container?), and SIGTERM waits until it thaws"
+            );
+            drop(ice);
+            assert!(server.is_alive());
+        }),
         test("stubborn::one_that_not_even_sigkill_ends_is_stuck", || {
             let stage = Stage::new();
             let server = stage.puppet();
@@ -487,6 +503,62 @@ fn many() -> Vec<Test> {
 
 fn targets(addresses: &[SocketAddr]) -> String {
     addresses.iter().map(|a| format!("{}/tcp", a.port())).collect::<Vec<_>>().join(",")
+}
+
+/// A cgroup that is frozen.
+mod frozen {
+    use std::fs;
+    use std::path::{Path, PathBuf};
+
+    use crate::puppet::Puppet;
+    use crate::subject::skip;
+
+    pub(super) struct Ice {
+        directory: PathBuf,
+        pid: u32,
+    }
+
+    impl Ice {
+        /// Version 2, where it is mounted.
+        pub(super) fn around(puppet: &Puppet) -> Option<Ice> {
+            let roots = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
+            let Some(root) = roots.iter().find(|root| Path::new(root).join("cgroup.procs").exists()) else {
+                skip("cgroup2", "no version 2 hierarchy is mounted");
+                return None;
+            };
+            let directory = Path::new(root).join(format!("portwatch-test-{}", puppet.pid));
+            if let Err(error) = fs::create_dir(&directory) {
+                skip("cgroup2", &format!("{}: {error}", directory.display()));
+                return None;
+            }
+            let ice = Ice { directory, pid: puppet.pid };
+            ice.write("cgroup.procs", &puppet.pid.to_string());
+            ice.write("cgroup.freeze", "1");
+            let events = ice.directory.join("cgroup.events");
+            let until = std::time::Instant::now() + crate::puppet::PATIENCE;
+            while !fs::read_to_string(&events).expect("cgroup.events").contains("frozen 1") {
+                assert!(std::time::Instant::now() < until, "it does not freeze");
+                std::thread::yield_now();
+            }
+            Some(ice)
+        }
+
+        fn write(&self, file: &str, text: &str) {
+            let path = self.directory.join(file);
+            fs::write(&path, text).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        }
+    }
+
+    impl Drop for Ice {
+        fn drop(&mut self) {
+            let _ = fs::write(self.directory.join("cgroup.freeze"), "0");
+            // Out of it, so that it can go: where the process has ended already, it is empty anyway.
+            if let Some(root) = self.directory.parent() {
+                let _ = fs::write(root.join("cgroup.procs"), self.pid.to_string());
+            }
+            let _ = fs::remove_dir(&self.directory);
+        }
+    }
 }
 
 /// A file system whose server takes requests and never answers: who waits for it is beyond any signal.

@@ -124,7 +124,11 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
             rescan: &mut || Ok(scanner.scan(all_netns, &|socket| selector.matches_socket(socket))?.listeners),
             holds: &procfs::holds,
             guards: &guards,
-            addresses: &|port| selector.named_addresses(port),
+            // Of a namespace where nobody has the port, there may be nothing to go by.
+            addresses: &|port| match args.selectors.netns {
+                Netns::Id(_) => Vec::new(),
+                Netns::Own | Netns::All => selector.named_addresses(port),
+            },
             progress: &mut |progress| display.show(progress),
         },
     )?;

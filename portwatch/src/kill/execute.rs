@@ -8,7 +8,7 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::io;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -70,7 +70,7 @@ pub struct World<'a> {
     /// Whether process `pid` has a descriptor of the socket with this inode now, from `/proc`.
     pub holds: &'a dyn Fn(u32, u64) -> io::Result<bool>,
     pub guards: &'a Guards,
-    /// The addresses at which a port that nobody has is to be free, as the user wrote them. Empty: all.
+    /// The addresses of this network namespace at which a port that nobody has is to be free.
     pub addresses: &'a dyn Fn(u16) -> Vec<IpAddr>,
     /// Told what happens to each process.
     pub progress: &'a mut dyn FnMut(&Progress<'_>),
@@ -371,6 +371,7 @@ impl Run {
             }
         }
         self.glance();
+        self.note_let_go(LINGER, world);
     }
 
     fn over(&mut self, index: usize, world: &mut World<'_>) {
@@ -490,9 +491,23 @@ impl Run {
             }
             self.pause(left, world);
         }
-        for life in self.lives.iter().filter(|l| l.is_held() && !self.holds_now(l)) {
-            if let Some(signalled) = life.signalled {
-                tell(life, Step::LetGo { after: signalled.elapsed() }, world);
+        self.note_let_go(Duration::ZERO, world);
+    }
+
+    /// Tells who has let go of everything for at least so long, and goes on.
+    fn note_let_go(&mut self, least: Duration, world: &mut World<'_>) {
+        for index in 0..self.lives.len() {
+            let life = &self.lives[index];
+            let (Some(signalled), None, true) = (life.signalled, life.let_go, life.is_held()) else { continue };
+            if self.holds_now(life) {
+                continue;
+            }
+            let life = &mut self.lives[index];
+            let since = *life.empty_since.get_or_insert_with(Instant::now);
+            if since.elapsed() >= least {
+                let after = since - signalled;
+                life.let_go = Some(after);
+                tell(life, Step::LetGo { after }, world);
             }
         }
     }
@@ -590,10 +605,7 @@ impl Run {
             push_new(&mut places, (socket.endpoint(), socket.v6only));
         }
         if group.sockets.is_empty() {
-            let mut addresses = (world.addresses)(group.port);
-            if addresses.is_empty() {
-                addresses = vec![IpAddr::from([0; 4]), Ipv6Addr::UNSPECIFIED.into()];
-            }
+            let addresses = (world.addresses)(group.port);
             places.extend(addresses.into_iter().map(|address| (SocketAddr::new(address, group.port), Some(true))));
         }
         places

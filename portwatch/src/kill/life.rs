@@ -5,7 +5,7 @@
 //! ```
 
 use std::io;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::process::{Resource, Rlimit, Signal, getrlimit, setrlimit};
 
@@ -41,6 +41,10 @@ pub(super) struct Life {
     pub(super) stage: Stage,
     /// When the first signal was sent to it.
     pub(super) signalled: Option<Instant>,
+    /// Since when it is known to hold none of the ports any more, alive as it is.
+    pub(super) empty_since: Option<Instant>,
+    /// How long after the signal it let go of them, once that was told.
+    pub(super) let_go: Option<Duration>,
     /// Whether it ended after the first signal was sent, to it or to another victim.
     pub(super) ended: bool,
     /// Whether it had ended before anything was done.
@@ -86,6 +90,8 @@ impl Life {
             grip: Grip::None,
             stage: Stage::Unsignalled,
             signalled: None,
+            empty_since: None,
+            let_go: None,
             ended: false,
             gone: false,
             outlived: None,

@@ -29,7 +29,7 @@ pub enum Step {
     Ended { after: Duration },
     /// It ended before anything was sent to it.
     Gone,
-    /// It closed the port and goes on.
+    /// It closed its ports and goes on, maybe to end later.
     LetGo { after: Duration },
     /// It could not be signalled.
     Failed { reason: String },
@@ -38,7 +38,7 @@ pub enum Step {
 impl Step {
     /// Whether nothing more will be said of the process.
     pub fn is_last(&self) -> bool {
-        matches!(self, Step::Ended { .. } | Step::Gone | Step::LetGo { .. } | Step::Failed { .. })
+        matches!(self, Step::Ended { .. } | Step::Gone | Step::Failed { .. })
     }
 }
 
@@ -49,6 +49,7 @@ impl fmt::Display for Step {
             Step::Sent { signal, resumed: true } => {
                 write!(f, "{} sent, and SIGCONT, for it was stopped", SignalName(*signal))
             }
+            Step::Waiting { left: Duration::ZERO } => f.write_str("still ending"),
             Step::Waiting { left } => write!(f, "still alive, {} s left", left.as_millis().div_ceil(1000)),
             Step::Outlived { grace, why: Some(why) } => {
                 write!(f, "still alive after {}: {}", span(*grace), escape(why))
@@ -56,7 +57,7 @@ impl fmt::Display for Step {
             Step::Outlived { grace, why: None } => write!(f, "still alive after {}", span(*grace)),
             Step::Ended { after } => write!(f, "ended in {}", span(*after)),
             Step::Gone => f.write_str("ended by itself before"),
-            Step::LetGo { after } => write!(f, "let go of the port in {} and goes on", span(*after)),
+            Step::LetGo { after } => write!(f, "let go of the port in {}", span(*after)),
             Step::Failed { reason } => write!(f, "not signalled: {}", escape(reason)),
         }
     }
@@ -78,12 +79,12 @@ mod tests {
             (Step::Sent { signal: Signal::TERM, resumed: false }, "SIGTERM sent"),
             (Step::Sent { signal: Signal::TERM, resumed: true }, "SIGTERM sent, and SIGCONT, for it was stopped"),
             (Step::Waiting { left: second }, "still alive, 2 s left"),
-            (Step::Waiting { left: Duration::ZERO }, "still alive, 0 s left"),
+            (Step::Waiting { left: Duration::ZERO }, "still ending"),
             (Step::Outlived { grace: second, why: None }, "still alive after 1.2s"),
             (Step::Outlived { grace: second, why: Some("it\u{1b}".into()) }, "still alive after 1.2s: it\\x1b"),
             (Step::Ended { after: second }, "ended in 1.2s"),
             (Step::Gone, "ended by itself before"),
-            (Step::LetGo { after: second }, "let go of the port in 1.2s and goes on"),
+            (Step::LetGo { after: second }, "let go of the port in 1.2s"),
             (Step::Failed { reason: "no".into() }, "not signalled: no"),
         ] {
             assert_eq!(step.to_string(), expected);

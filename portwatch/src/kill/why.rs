@@ -27,14 +27,15 @@ struct Condition {
     is_init: bool,
 }
 
-/// Why this process outlives `signal`, where that can be seen: half a sentence that begins with "it".
+/// Why this process outlives `signal`, where that can be seen: half a sentence.
 pub(super) fn why(pid: u32, signal: Signal) -> Option<String> {
     sentence(&read(pid)?, signal)
 }
 
-/// Whether a task of this process is inside the kernel where no signal reaches it: it need not be waited for.
+/// Whether a task of this process is inside the kernel where no signal reaches it, or held by a tracer that is told of
+/// its end first: it need not be waited for.
 pub(super) fn is_unreachable(pid: u32) -> bool {
-    tasks(pid).any(|(_, stat)| stat.state == 'D' && !stat.exiting)
+    tasks(pid).any(|(_, stat)| matches!(stat.state, 'D' | 't') && !stat.exiting)
 }
 
 /// Whether it is stopped (`SIGSTOP`, `^Z`): what is sent stays pending until it goes on. Not so by a tracer.
@@ -60,14 +61,13 @@ fn read(pid: u32) -> Option<Condition> {
         blocked: status.sigblk,
         threads: status.threads,
         // The last number is the one in its own namespace.
+        frozen: is_frozen(pid).unwrap_or(false),
         is_init: status.nspid.is_some_and(|pids| pids.len() > 1 && pids.last() == Some(&1)),
         ..Condition::default()
     };
     for (path, stat) in tasks(pid) {
         // Not readable by everybody, and "0" where it does not sleep.
         let wchan = fs::read_to_string(format!("/proc/{path}/wchan")).ok().filter(|name| name != "0");
-        // The freezer of cgroup v1 shows as D, that of v2 as S.
-        condition.frozen |= matches!(wchan.as_deref(), Some("__refrigerator" | "do_freezer_trap"));
         condition.exiting |= stat.exiting;
         match stat.state {
             'D' if !stat.exiting => condition.asleep = Some(wchan),
@@ -78,11 +78,34 @@ fn read(pid: u32) -> Option<Condition> {
     Some(condition)
 }
 
+/// Whether its cgroup is frozen. In state and place it looks like many others.
+fn is_frozen(pid: u32) -> Option<bool> {
+    let mounts = procfs::process::Process::myself().ok()?.mountinfo().ok()?.0;
+    let groups = procfs::process::Process::new(i32::try_from(pid).ok()?).ok()?.cgroups().ok()?.0;
+    let is_frozen = |group: &procfs::ProcessCGroup| {
+        let is_v2 = group.hierarchy == 0;
+        if !is_v2 && !group.controllers.iter().any(|controller| controller == "freezer") {
+            return false;
+        }
+        let mount = mounts.iter().find(|mount| match is_v2 {
+            true => mount.fs_type == "cgroup2",
+            false => mount.fs_type == "cgroup" && mount.super_options.contains_key("freezer"),
+        });
+        let directory = mount.map(|mount| mount.mount_point.join(group.pathname.trim_start_matches('/')));
+        let read = |file: &str| directory.as_ref().and_then(|d| fs::read_to_string(d.join(file)).ok());
+        match is_v2 {
+            true => read("cgroup.events").is_some_and(|events| events.lines().any(|line| line == "frozen 1")),
+            false => read("freezer.state").is_some_and(|state| state.trim_end() == "FROZEN"),
+        }
+    };
+    Some(groups.iter().any(is_frozen))
+}
+
 fn sentence(condition: &Condition, signal: Signal) -> Option<String> {
     let name = SignalName(signal);
     let has = |mask: u64| u32::try_from(signal.as_raw() - 1).is_ok_and(|bit| mask >> bit & 1 == 1);
     if condition.frozen {
-        return Some("its cgroup is frozen (a paused container?): it ends when that thaws".to_owned());
+        return Some(format!("its cgroup is frozen (a paused container?), and {name} waits until it thaws"));
     }
     if let Some(wchan) = &condition.asleep {
         let place = wchan.as_ref().map(|wchan| format!(", in {wchan}")).unwrap_or_default();
@@ -92,7 +115,9 @@ fn sentence(condition: &Condition, signal: Signal) -> Option<String> {
         return Some("it is still being torn down by the kernel".to_owned());
     }
     if signal == Signal::KILL {
-        return None;
+        // A tracer may ask to see each exit before it happens.
+        let tracer = condition.tracer.as_ref().filter(|_| condition.stopped == Some('t'));
+        return tracer.map(|tracer| format!("it is held by {tracer}, which traces it"));
     }
     match (condition.stopped, &condition.tracer) {
         (Some(_), Some(tracer)) => {
@@ -129,7 +154,8 @@ mod tests {
         let asleep =
             |name: &str| format!("it is in uninterruptible sleep (state D, in f), where {name} does not reach it");
         let torn = "it is still being torn down by the kernel".to_owned();
-        let frozen = "its cgroup is frozen (a paused container?): it ends when that thaws".to_owned();
+        let frozen =
+            |name: &str| format!("its cgroup is frozen (a paused container?), and {name} waits until it thaws");
         let soft = |text: &str| [text.to_owned(), String::new()];
         type Change<'a> = &'a dyn Fn(&mut Condition);
         let cases: [(Change<'_>, [String; 2]); 10] = [
@@ -141,14 +167,20 @@ mod tests {
             (&|c| c.is_init = true, soft("it is PID 1 of its container or pid namespace and does not handle SIGTERM")),
             (&|c| c.stopped = Some('T'), soft("it is stopped (state T): SIGTERM stays pending until SIGCONT")),
             (&|c| c.asleep = Some(Some("f".into())), [asleep("SIGTERM"), asleep("SIGKILL")]),
-            (&|c| (c.asleep, c.frozen) = (Some(None), true), [frozen.clone(), frozen.clone()]),
+            (&|c| (c.asleep, c.frozen) = (Some(None), true), [frozen("SIGTERM"), frozen("SIGKILL")]),
             (&|c| c.exiting = true, [torn.clone(), torn.clone()]),
         ];
         for (change, expected) in cases {
             assert_eq!(with(change), expected);
         }
         let traced = with(&|c| (c.stopped, c.tracer) = (Some('t'), Some("gdb (7)".into())));
-        assert_eq!(traced, soft("it is stopped by gdb (7), which traces it: SIGTERM stays pending"));
+        assert_eq!(
+            traced,
+            [
+                "it is stopped by gdb (7), which traces it: SIGTERM stays pending",
+                "it is held by gdb (7), which traces it"
+            ]
+        );
     }
 
     #[test]

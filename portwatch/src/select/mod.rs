@@ -125,7 +125,8 @@ impl Selector {
         named
     }
 
-    /// The addresses at which this port is meant, as far as targets, `--addr`, `-4` and `-6` say. Empty: all.
+    /// The addresses at which this port is meant, as far as targets, `--addr`, `-4` and `-6` say: all of both families where
+    /// they say nothing.
     pub fn named_addresses(&self, port: u16) -> Vec<IpAddr> {
         let targets = self.targets.iter().filter(|target| target.ports.contains(&port));
         let named: Vec<Option<IpAddr>> = targets.map(|target| target.address).collect();
@@ -136,7 +137,7 @@ impl Selector {
             Filters { addresses, .. } if !addresses.is_empty() => addresses.clone(),
             Filters { ipv4: true, ipv6: false, .. } => vec![Ipv4Addr::UNSPECIFIED.into()],
             Filters { ipv4: false, ipv6: true, .. } => vec![Ipv6Addr::UNSPECIFIED.into()],
-            _ => Vec::new(),
+            _ => vec![Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()],
         }
     }
 
