@@ -112,6 +112,59 @@ fn a_port_let_go_is_free_whether_or_not_its_holder_lives() {
 }
 
 #[test]
+fn where_sockets_cannot_be_watched_full_scans_serve() {
+    // No namespace has this number, so there is none to look into.
+    let scan_elsewhere = |port: u16| {
+        let mut found = scan(port);
+        found.iter_mut().for_each(|l| l.socket.netns = 1);
+        found
+    };
+    for (script, ended) in [(POLITE, true), (RELEASING, false)] {
+        let (mut server, port) = serve(script);
+        let guards = Guards::current(false);
+        let plan = Plan::new(scan_elsewhere(port.port), &[], &[], &guards, &stat_of);
+        let mut world = World {
+            rescan: &mut || Ok(scan_elsewhere(port.port)),
+            holds: &holds,
+            guards: &guards,
+            addresses: &|_| Vec::new(),
+            progress: &mut |_| {},
+        };
+        let outcome =
+            execute(plan, Options { grace: Duration::from_secs(60), ..quick() }, &mut world).unwrap().remove(0);
+        assert_eq!((outcome.status, outcome.killed.is_empty()), (Status::Cleaned, !ended), "{outcome:?}");
+        assert_eq!(server.is_alive(), !ended);
+        assert!(outcome.elapsed < Duration::from_secs(30), "{outcome:?}");
+    }
+}
+
+#[test]
+fn what_happens_is_told_in_order() {
+    let (server, port) = serve(DEAF);
+    let guards = Guards::current(false);
+    let mut told = Vec::new();
+    let mut world = World {
+        rescan: &mut || Ok(scan(port.port)),
+        holds: &holds,
+        guards: &guards,
+        addresses: &|_| Vec::new(),
+        progress: &mut |progress| {
+            assert_eq!(progress.process.id.pid, server.pid());
+            told.push(progress.step.clone());
+        },
+    };
+    execute(plan(&port), Options { grace: Duration::from_millis(100), ..quick() }, &mut world).unwrap();
+    told.retain(|step| !matches!(step, Step::Waiting { .. }));
+    let why = Some("it ignores SIGTERM".to_owned());
+    let grace = Duration::from_millis(100);
+    assert_eq!(told[0], Step::Sent { signal: Signal::TERM, resumed: false });
+    assert_eq!(told[1], Step::Outlived { grace, why });
+    assert_eq!(told[2], Step::Sent { signal: Signal::KILL, resumed: false });
+    assert!(matches!(told[3], Step::Ended { after } if after >= grace), "{told:?}");
+    assert_eq!(told.len(), 4, "{told:?}");
+}
+
+#[test]
 fn a_holder_forked_after_the_plan_ends_as_well() {
     let listener = listen();
     let first = Helper::start(POLITE, &[&listener]);
