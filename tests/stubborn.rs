@@ -1,6 +1,9 @@
 //! Processes that do not end, end late, or let go of a port without ending; and ports that are not free although
 //! nobody listens. Whatever happens, exit code 0 means that bind() succeeds now.
 
+mod frozen;
+mod fuse;
+
 use std::fs;
 use std::net::{SocketAddr, TcpListener};
 use std::time::{Duration, Instant};
@@ -503,135 +506,4 @@ fn many() -> Vec<Test> {
 
 fn targets(addresses: &[SocketAddr]) -> String {
     addresses.iter().map(|a| format!("{}/tcp", a.port())).collect::<Vec<_>>().join(",")
-}
-
-/// A cgroup that is frozen.
-mod frozen {
-    use std::fs;
-    use std::path::{Path, PathBuf};
-
-    use crate::puppet::Puppet;
-    use crate::subject::skip;
-
-    pub(super) struct Ice {
-        directory: PathBuf,
-        pid: u32,
-    }
-
-    impl Ice {
-        /// Version 2, where it is mounted.
-        pub(super) fn around(puppet: &Puppet) -> Option<Ice> {
-            let roots = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
-            let Some(root) = roots.iter().find(|root| Path::new(root).join("cgroup.procs").exists()) else {
-                skip("cgroup2", "no version 2 hierarchy is mounted");
-                return None;
-            };
-            let directory = Path::new(root).join(format!("portwatch-test-{}", puppet.pid));
-            if let Err(error) = fs::create_dir(&directory) {
-                skip("cgroup2", &format!("{}: {error}", directory.display()));
-                return None;
-            }
-            let ice = Ice { directory, pid: puppet.pid };
-            ice.write("cgroup.procs", &puppet.pid.to_string());
-            ice.write("cgroup.freeze", "1");
-            let events = ice.directory.join("cgroup.events");
-            let until = std::time::Instant::now() + crate::puppet::PATIENCE;
-            while !fs::read_to_string(&events).expect("cgroup.events").contains("frozen 1") {
-                assert!(std::time::Instant::now() < until, "it does not freeze");
-                std::thread::yield_now();
-            }
-            Some(ice)
-        }
-
-        fn write(&self, file: &str, text: &str) {
-            let path = self.directory.join(file);
-            fs::write(&path, text).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-        }
-    }
-
-    impl Drop for Ice {
-        fn drop(&mut self) {
-            let _ = fs::write(self.directory.join("cgroup.freeze"), "0");
-            // Out of it, so that it can go: where the process has ended already, it is empty anyway.
-            if let Some(root) = self.directory.parent() {
-                let _ = fs::write(root.join("cgroup.procs"), self.pid.to_string());
-            }
-            let _ = fs::remove_dir(&self.directory);
-        }
-    }
-}
-
-/// A file system whose server takes requests and never answers: who waits for it is beyond any signal.
-mod fuse {
-    use std::fs::{self, File, OpenOptions};
-    use std::io::{Read, Write};
-    use std::os::fd::AsRawFd;
-    use std::path::{Path, PathBuf};
-
-    use nix::mount::{MntFlags, MsFlags, mount, umount2};
-
-    use crate::puppet::wait_readable;
-    use crate::subject::skip;
-
-    /// `FUSE_MIN_READ_BUFFER` (linux/fuse.h): smaller reads are refused.
-    const BUFFER_BYTES: usize = 128 * 1024;
-
-    pub(super) struct Dead {
-        device: File,
-        path: PathBuf,
-    }
-
-    impl Dead {
-        pub(super) fn mount(path: &Path) -> Option<Dead> {
-            fs::create_dir(path).expect("mkdir");
-            let device = match OpenOptions::new().read(true).write(true).open("/dev/fuse") {
-                Ok(device) => device,
-                Err(error) => {
-                    skip("fuse", &format!("/dev/fuse: {error}"));
-                    return None;
-                }
-            };
-            let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", device.as_raw_fd());
-            let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-            if let Err(errno) = mount(Some("dead"), path, Some("fuse"), flags, Some(options.as_str())) {
-                skip("fuse", &format!("mount: {errno}"));
-                return None;
-            }
-            let mut dead = Dead { device, path: path.to_owned() };
-            let init = dead.request();
-            // struct fuse_out_header {len, error, unique} and fuse_init_out of protocol 7.23 and later, 64 bytes:
-            // version 7.31, and everything else 0 but the size of a write.
-            let mut reply = Vec::new();
-            reply.extend(80u32.to_ne_bytes());
-            reply.extend(0i32.to_ne_bytes());
-            reply.extend(&init[8..16]);
-            reply.extend(7u32.to_ne_bytes());
-            reply.extend(31u32.to_ne_bytes());
-            reply.resize(80, 0);
-            reply[16 + 20..16 + 24].copy_from_slice(&4096u32.to_ne_bytes());
-            dead.device.write_all(&reply).expect("FUSE_INIT");
-            Some(dead)
-        }
-
-        fn request(&mut self) -> Vec<u8> {
-            let mut buffer = vec![0; BUFFER_BYTES];
-            let length = self.device.read(&mut buffer).expect("/dev/fuse");
-            buffer.truncate(length);
-            buffer
-        }
-
-        /// Takes the next request, which thus can no longer be given up.
-        pub(super) fn await_request(&self) {
-            assert!(wait_readable(&self.device), "nobody asks");
-            let mut buffer = vec![0; BUFFER_BYTES];
-            assert!((&self.device).read(&mut buffer).expect("/dev/fuse") > 0);
-        }
-    }
-
-    impl Drop for Dead {
-        fn drop(&mut self) {
-            // Whoever waits gets an error when the device is closed, right after this.
-            let _ = umount2(&self.path, MntFlags::MNT_DETACH | MntFlags::MNT_FORCE);
-        }
-    }
 }

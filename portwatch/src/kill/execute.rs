@@ -4,11 +4,13 @@
 //! [`super::target`], so only when it was just proved to hold what it is to let go of.
 //!
 //! Between two full scans, which say who holds what, [`Sight`] says which sockets are there. A scan is made only where
-//! it can tell something new: when a port has nobody left to wait for, or a socket came that nobody knows.
+//! it can tell something new: when a taken port has nobody left to wait for, or a socket came that nobody knows.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+mod after;
+
+use std::collections::{HashMap, HashSet};
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -20,13 +22,12 @@ use super::life::{Grip, Life, Stage, is_silent, spare_descriptors, stat_of};
 use super::outcome::Outcome;
 use super::plan::{Guards, Plan, Refused, Victim, key, push_new, same_socket};
 use super::progress::{Progress, Step};
-use super::prove::{self, Blocked, Place};
+use super::prove::Blocked;
 use super::report;
 use super::sight::{LOOK_EVERY, Sight};
 use super::target::{SignalError, Verdict, prove_by_proc};
 use super::why;
-use crate::model::{Listener, NetnsId, ProcessId, Protocol, Socket};
-use crate::source::netns;
+use crate::model::{Listener, NetnsId, Protocol, Socket};
 
 /// How long SIGKILL is waited for in any case. It acts at once, except on a process that is asleep in the kernel.
 const FORCE_WAIT: Duration = Duration::from_secs(2);
@@ -34,7 +35,7 @@ const FORCE_WAIT: Duration = Duration::from_secs(2);
 /// How long it is waited for where the process is on its way out: gigabytes of memory go before the sockets do.
 const TEARDOWN_WAIT: Duration = Duration::from_secs(60);
 
-/// How often holders are looked for where sockets cannot be watched, or others wait for a holder to let go.
+/// How often holders are looked for where sockets cannot be watched.
 const SCAN_EVERY: Duration = Duration::from_millis(100);
 
 /// How long a socket may outlive its last holder (what the kernel does for it is still under way), and a bind() fail
@@ -212,7 +213,7 @@ impl Run {
         let mut limit = deadline;
         loop {
             self.pause(limit.saturating_duration_since(Instant::now()), world);
-            if !self.is_free() && self.wants_scan(stage, world) {
+            if !self.is_free() && self.wants_scan(stage) {
                 self.look(world)?;
             }
             if self.is_free() {
@@ -230,7 +231,7 @@ impl Run {
             let due: Vec<usize> = (0..self.lives.len()).filter(|&i| self.is_due(i, stage)).collect();
             if !due.is_empty() {
                 self.signal(&due, signal, stage, world)?;
-            } else if self.lives.iter().any(|l| l.is_awaited(stage) && self.holds_now(l)) {
+            } else if (0..self.plan.groups.len()).any(|g| self.is_taken(g) && self.is_awaited(g, stage)) {
                 self.tell_waiting(deadline.saturating_duration_since(now), stage, world);
             } else if self.last_end.elapsed() > AFTERMATH || !self.began {
                 return Ok(());
@@ -239,21 +240,9 @@ impl Run {
     }
 
     /// Whether a full scan could tell more than what is known.
-    fn wants_scan(&mut self, stage: Stage, world: &World<'_>) -> bool {
-        if self.stranger || self.stale && self.is_anything_unawaited(stage) {
-            return true;
-        }
-        if self.scanned.elapsed() < SCAN_EVERY {
-            return false;
-        }
-        self.scanned = Instant::now();
-        // Who waits for a master to let go learns of it by no event.
-        let has_followers = self.lives.iter().any(|l| l.stage == Stage::Unsignalled && l.is_held());
-        let let_go = |life: &Life| {
-            let holds = |&inode: &u64| (world.holds)(life.pid(), inode).unwrap_or(true);
-            life.is_awaited(stage) && self.holds_now(life) && !life.victim.inodes.iter().any(holds)
-        };
-        self.is_blind() || has_followers && self.lives.iter().any(let_go)
+    fn wants_scan(&mut self, stage: Stage) -> bool {
+        let unawaited = || (0..self.plan.groups.len()).any(|g| self.is_taken(g) && !self.is_awaited(g, stage));
+        self.stranger || self.stale && unawaited() || self.is_blind() && self.scanned.elapsed() >= SCAN_EVERY
     }
 
     /// Whether only full scans can tell of some port.
@@ -261,17 +250,14 @@ impl Run {
         self.plan.groups.iter().any(|g| !g.sockets.is_empty() && !self.sight.sees(g.netns))
     }
 
-    /// Whether a group that is not free has nobody left to wait for, as far as is known.
-    fn is_anything_unawaited(&self, stage: Stage) -> bool {
-        (0..self.plan.groups.len()).any(|g| self.is_taken(g) && !self.is_group_awaited(g, stage))
-    }
-
     fn is_taken(&self, group: usize) -> bool {
         !self.plan.groups[group].sockets.is_empty() && self.freed[group].is_none()
     }
 
-    fn is_group_awaited(&self, group: usize, stage: Stage) -> bool {
-        self.lives.iter().any(|l| l.is_awaited(stage) && self.holds_of(l, group))
+    /// Whether somebody who got the signal may still free this port. A master often closes its own copy first, and then
+    /// ends its workers: as long as it lives, nobody meddles.
+    fn is_awaited(&self, group: usize, stage: Stage) -> bool {
+        self.lives.iter().any(|l| l.is_awaited(stage) && l.victim.groups.contains(&group))
     }
 
     /// Holders that can still be brought to this stage.
@@ -285,7 +271,7 @@ impl Run {
         self.can_go_to(index, stage) && {
             let life = &self.lives[index];
             let mut held = life.victim.groups.iter().filter(|&&g| self.holds_of(life, g));
-            held.all(|&g| !self.is_group_awaited(g, stage))
+            held.all(|&g| !self.is_awaited(g, stage))
         }
     }
 
@@ -472,28 +458,6 @@ impl Run {
             && self.current.iter().any(|l| wanted.wants(l.socket.id) && l.holds(life.victim.process.id))
     }
 
-    /// A port is free before its last holder is a zombie: who is exiting after a signal has ended. The others get a
-    /// moment, for most servers close their port first and end then.
-    fn linger(&mut self, world: &mut World<'_>) {
-        let until = Instant::now() + LINGER;
-        loop {
-            for index in 0..self.lives.len() {
-                let life = &self.lives[index];
-                let is_done = life.stage != Stage::Unsignalled && !self.holds_now(life);
-                if life.is_held() && is_done && life.is_exiting() {
-                    self.over(index, world);
-                }
-            }
-            let lives_on = |l: &&Life| l.is_held() && l.stage != Stage::Unsignalled && !self.holds_now(l);
-            let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() || self.lives.iter().filter(lives_on).count() == 0 {
-                break;
-            }
-            self.pause(left, world);
-        }
-        self.note_let_go(Duration::ZERO, world);
-    }
-
     /// Tells who has let go of everything for at least so long, and goes on.
     fn note_let_go(&mut self, least: Duration, world: &mut World<'_>) {
         for index in 0..self.lives.len() {
@@ -510,105 +474,6 @@ impl Run {
                 tell(life, Step::LetGo { after }, world);
             }
         }
-    }
-
-    /// Looks out for a new owner where something could bring one.
-    fn settle(&mut self, world: &mut World<'_>) -> anyhow::Result<()> {
-        let until = Instant::now() + self.options.settle;
-        loop {
-            let open = (0..self.plan.groups.len()).any(|group| {
-                self.freed[group].is_some() && self.new_owners(group).next().is_none() && self.may_respawn(group)
-            });
-            let left = until.saturating_duration_since(Instant::now());
-            if !open || left.is_zero() {
-                return Ok(());
-            }
-            self.pause(left, world);
-            if self.stranger || self.is_blind() && self.scanned.elapsed() >= SCAN_EVERY {
-                self.look(world)?;
-            }
-        }
-    }
-
-    pub(super) fn new_owners(&self, group: usize) -> impl Iterator<Item = &Listener> {
-        self.current.iter().filter(move |l| self.plan.groups[group].is_new(&l.socket))
-    }
-
-    fn may_respawn(&self, group: usize) -> bool {
-        let is_alive = |id: ProcessId| stat_of(id.pid).is_some_and(|s| s.id().is_same(id) && !s.exiting);
-        let in_group = self.lives.iter().filter(|l| l.victim.groups.contains(&group));
-        let mut parents: BTreeSet<ProcessId> = BTreeSet::new();
-        for supervisor in in_group.filter_map(|l| l.victim.supervisor.as_ref()) {
-            if supervisor.unit.is_some() || supervisor.container.is_some() {
-                return true;
-            }
-            parents.extend(supervisor.parent);
-        }
-        parents.into_iter().any(is_alive)
-    }
-
-    /// Binds to each port that is free now, as a server would: exit code 0 promises that it works. What is in the way
-    /// may go in a moment, as the victims' other sockets do.
-    fn prove(&mut self, world: &mut World<'_>) -> anyhow::Result<()> {
-        let until = Instant::now() + AFTERMATH;
-        let mut open: Vec<usize> = (0..self.plan.groups.len()).filter(|&g| self.is_provable(g)).collect();
-        loop {
-            let mut left = Vec::new();
-            for group in open {
-                let places = self.places(group, world);
-                let netns = self.netns_of(group);
-                let was_blocked = self.blocked[group].is_some();
-                self.blocked[group] = prove::blocked(&mut self.sight, netns, &places);
-                if self.blocked[group].is_some() {
-                    left.push(group);
-                } else if was_blocked {
-                    self.freed[group] = Some(self.started.elapsed());
-                }
-            }
-            // Nothing of ours is about to go where nobody had the port.
-            left.retain(|&g| !self.plan.groups[g].sockets.is_empty());
-            let remaining = until.saturating_duration_since(Instant::now());
-            if left.is_empty() || remaining.is_zero() {
-                return Ok(());
-            }
-            self.pause(remaining, world);
-            if self.stranger {
-                self.look(world)?;
-            }
-            // Bound first, listening now: somebody else's.
-            open = left.into_iter().filter(|&g| self.is_provable(g)).collect();
-        }
-    }
-
-    /// UDP has no state between taken and free. Where others share the port, bind() fails or succeeds for reasons of
-    /// their own.
-    fn is_provable(&mut self, group: usize) -> bool {
-        let target = &self.plan.groups[group];
-        let is_ours = target.sockets.is_empty() || self.freed[group].is_some();
-        let is_alone = !self.current.iter().any(|l| target.covers(&l.socket));
-        let provable = target.proto == Protocol::Tcp && is_ours && is_alone;
-        if !provable {
-            self.blocked[group] = None;
-        }
-        provable
-    }
-
-    fn netns_of(&self, group: usize) -> NetnsId {
-        let group = &self.plan.groups[group];
-        if group.sockets.is_empty() { netns::own().unwrap_or(0) } else { group.netns }
-    }
-
-    fn places(&self, group: usize, world: &World<'_>) -> Vec<Place> {
-        let group = &self.plan.groups[group];
-        let mut places: Vec<Place> = Vec::new();
-        for Listener { socket, .. } in self.plan.listeners.iter().filter(|l| group.wants(l.socket.id)) {
-            push_new(&mut places, (socket.endpoint(), socket.v6only));
-        }
-        if group.sockets.is_empty() {
-            let addresses = (world.addresses)(group.port);
-            places.extend(addresses.into_iter().map(|address| (SocketAddr::new(address, group.port), Some(true))));
-        }
-        places
     }
 
     fn tell_waiting(&mut self, left: Duration, stage: Stage, world: &mut World<'_>) {

@@ -28,6 +28,10 @@ pub(super) const RELEASING: &str = "trap 'exec 3>&-' TERM; echo ready; while :; 
 /// A master and a worker that share the socket; the worker learns nothing of the master's end.
 pub(super) const MASTER: &str = "sleep 1000 & echo $!; wait";
 
+/// A master that closes its copy on SIGTERM and lives on; its worker learns nothing of that.
+pub(super) const GRACEFUL_MASTER: &str =
+    "sleep 1000 & trap 'exec 3>&-' TERM; echo $!; while :; do read -r line && exit; done";
+
 /// A child of the test, ended and reaped when dropped.
 pub(super) struct Helper {
     child: Child,

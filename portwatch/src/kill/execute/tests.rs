@@ -102,6 +102,37 @@ fn a_worker_follows_its_master_before_the_grace_is_over() {
 }
 
 #[test]
+fn no_worker_is_signalled_while_its_master_shuts_down() {
+    let listener = listen();
+    let master = Helper::start(GRACEFUL_MASTER, &[&listener]);
+    let worker: u32 = master.said.parse().unwrap();
+    let mut pids = vec![master.pid(), worker];
+    pids.sort_unstable();
+    let port = leave_to(listener, &pids);
+    let guards = Guards::current(false);
+    let mut signalled = Vec::new();
+    let mut world = World {
+        rescan: &mut || Ok(scan(port.port)),
+        holds: &holds,
+        guards: &guards,
+        addresses: &|_| Vec::new(),
+        progress: &mut |progress| match progress.step {
+            Step::Sent { .. } => signalled.push(progress.process.id.pid),
+            // A second later, the master ends its worker in its own way: the worker's parent, it keeps the PID in use.
+            Step::Waiting { left } if left < Duration::from_secs(59) => {
+                let worker = nix::unistd::Pid::from_raw(worker.cast_signed());
+                nix::sys::signal::kill(worker, nix::sys::signal::SIGKILL).unwrap();
+            }
+            _ => {}
+        },
+    };
+    let options = Options { grace: Duration::from_secs(60), ..quick() };
+    let outcome = execute(plan(&port), options, &mut world).unwrap().remove(0);
+    assert_eq!((outcome.status, &signalled[..]), (Status::Cleaned, &[master.pid()][..]), "{outcome:?}");
+    assert!(outcome.killed.contains(&worker), "{outcome:?}");
+}
+
+#[test]
 fn a_port_let_go_is_free_whether_or_not_its_holder_lives() {
     let (mut server, port) = serve(RELEASING);
     let outcome = run(&port, quick());
