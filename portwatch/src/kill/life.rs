@@ -80,7 +80,7 @@ pub(super) fn spare_descriptors(wanted: usize) -> usize {
     if spare(limit) < wanted && setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).is_ok() {
         limit = maximum;
     }
-    usize::try_from(spare(limit).min(wanted)).unwrap_or(usize::MAX)
+    usize::try_from(spare(limit)).unwrap_or(usize::MAX)
 }
 
 impl Life {
