@@ -107,6 +107,14 @@ impl Actor {
                 sys::ignore_signal(libc::SIGTERM);
                 Ok(String::new())
             }
+            ["release-on-term", fd] => sys::close_on_term(parse(fd)?).map(done),
+            ["released-at"] => sys::closed_at().map(|time| time.to_string()),
+            ["touch", mebibytes] => sys::touch(parse(mebibytes)?).map(done),
+            ["limit-files", count] => sys::limit_files(parse(count)?).map(done),
+            ["trace", pid] => sys::trace(parse(pid)?).map(done),
+            ["look-up", path] => std::fs::metadata(path).map(|_| String::new()),
+            // The child answers, for the puppet itself sleeps until the child is gone.
+            ["vfork", fd] => sys::vfork(parse(fd)?, self.control.get_ref().as_raw_fd()).map(done),
             ["storm", count] => storm(parse(count)?),
             ["run", program, ref arguments @ ..] => run_child(program, arguments),
             _ => Err(io::Error::other("no such command")),

@@ -30,6 +30,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, WaitIdStat
 use tempfile::TempDir;
 
 pub use actor::run;
+pub use sys::monotonic_ns;
 
 /// Names the control socket of a puppet.
 pub const CONTROL_VARIABLE: &str = "PORTWATCH_PUPPET";
@@ -376,6 +377,56 @@ impl Puppet {
 
     pub fn ignore_term(&self) {
         self.tell("ignore-term");
+    }
+
+    /// SIGTERM closes this descriptor from now on, and no more.
+    pub fn release_on_term(&self, fd: i32) {
+        self.tell(&format!("release-on-term {fd}"));
+    }
+
+    /// When SIGTERM closed it: CLOCK_MONOTONIC in nanoseconds.
+    pub fn released_at(&self) -> u64 {
+        read(&self.tell("released-at"))
+    }
+
+    /// Has so much memory of its own from now on.
+    pub fn touch(&self, mebibytes: usize) {
+        self.tell(&format!("touch {mebibytes}"));
+    }
+
+    /// Limits the descriptors of what it runs, too.
+    pub fn limit_files(&self, count: u64) {
+        self.tell(&format!("limit-files {count}"));
+    }
+
+    /// Stops another puppet as a debugger does.
+    pub fn trace(&self, other: &Puppet) {
+        self.tell(&format!("trace {}", other.pid));
+    }
+
+    /// Falls asleep in state D, for good, as the only holder of `fd`. SIGKILL ends it.
+    pub fn vfork(&self, fd: i32) {
+        self.tell(&format!("vfork {fd}"));
+        self.await_state('D');
+    }
+
+    /// Sends a signal to it, and to nobody else.
+    pub fn signal(&self, signal: Signal) {
+        rustix::process::pidfd_send_signal(&self.pidfd, signal).expect("pidfd_send_signal");
+    }
+
+    /// Waits until its leader is in this state: nothing tells of that.
+    pub fn await_state(&self, state: char) {
+        let until = std::time::Instant::now() + PATIENCE;
+        while self.state() != Some(state) {
+            assert!(std::time::Instant::now() < until, "puppet {} is not in state {state}", self.pid);
+            std::thread::yield_now();
+        }
+    }
+
+    fn state(&self) -> Option<char> {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid)).ok()?;
+        stat.rsplit_once(") ")?.1.chars().next()
     }
 
     /// Runs a program as its child; exit code and standard output. No argument may contain a blank.

@@ -5,7 +5,6 @@ mod pick;
 use std::collections::BTreeSet;
 use std::io::{self, IsTerminal as _, Write as _};
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -14,7 +13,7 @@ use nix::unistd::Uid;
 use portwatch::engine::{self, Container, Engine, EngineError};
 use portwatch::kill::signal::SignalName;
 use portwatch::kill::{self, Concern, Guards, Options, Outcome, Plan, Reach, World, concern, preview, text};
-use portwatch::model::{Listener, Process, Protocol, Socket};
+use portwatch::model::{Listener, Protocol, Socket};
 use portwatch::render::table::Detail;
 use portwatch::render::{self, View, json};
 use portwatch::select::{Filters, Selector};
@@ -22,6 +21,7 @@ use portwatch::source::stat::{self, Stat};
 use portwatch::source::{Scanner, process, procfs};
 use rustix::process::Signal;
 
+use super::progress::Display;
 use super::{Users, explain, note, print, selection, selector, view, view_on};
 use crate::cli::{Globals, Netns, Selectors, TARGETS, duration};
 use crate::exit_codes::{self, NO, USAGE, Usage};
@@ -144,6 +144,7 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
     let ports: BTreeSet<(u16, Protocol)> = plan.groups.iter().map(|group| (group.port, group.proto)).collect();
     let is_of_interest =
         |socket: &Socket| ports.contains(&(socket.port, socket.proto)) && selector.matches_socket(socket);
+    let mut display = Display::new(args.json || args.quiet);
     let mut outcomes = kill::execute(
         plan,
         args.options(),
@@ -152,13 +153,15 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
             holds: &procfs::holds,
             guards: &guards,
             stop: &mut |containers, grace| stop(engine.as_ref(), containers, grace),
-            waiting: &mut |processes, left| progress(processes, left, args),
+            // Of a namespace where nobody has the port, there may be nothing to go by.
+            addresses: &|port| match args.selectors.netns {
+                Netns::Id(_) => Vec::new(),
+                Netns::Own | Netns::All => selector.named_addresses(port),
+            },
+            progress: &mut |progress| display.show(progress),
         },
     )?;
-    if !args.json && !args.quiet && io::stderr().is_terminal() {
-        // Over the line of progress.
-        let _ = write!(io::stderr(), "\r\x1b[K");
-    }
+    display.close();
     outcomes.iter_mut().for_each(|outcome| outcome.correct(&choice.left_out));
     report(args, &outcomes)
 }
@@ -309,18 +312,6 @@ fn is_confirmed(concerns: &[Concern]) -> anyhow::Result<bool> {
     Ok(matches!(answer.trim(), "y" | "Y" | "yes" | "Yes"))
 }
 
-/// One line, rewritten in place, on a terminal only.
-fn progress(processes: &[Arc<Process>], left: Duration, args: &KillArgs) {
-    if args.json || args.quiet || !io::stderr().is_terminal() {
-        return;
-    }
-    let who = match processes {
-        [one] => format!("{} ({})", render::escape(&one.name), one.id.pid),
-        many => format!("{} processes", many.len()),
-    };
-    let _ = write!(io::stderr(), "\r\x1b[Kwaiting for {who} to end, {:.0} s left", left.as_secs_f64().ceil());
-}
-
 fn report(args: &KillArgs, outcomes: &[Outcome]) -> anyhow::Result<ExitCode> {
     let code = ExitCode::from(kill::exit_code(outcomes));
     let mut text = String::new();
@@ -335,6 +326,10 @@ fn report(args: &KillArgs, outcomes: &[Outcome]) -> anyhow::Result<ExitCode> {
             } else if !outcome.is_done() {
                 note(&line);
             }
+        }
+        if let Some(summary) = text::summary(outcomes).filter(|_| !args.quiet) {
+            text += &summary;
+            text.push('\n');
         }
     }
     match print(&text) {

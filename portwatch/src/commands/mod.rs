@@ -4,6 +4,7 @@
 pub(crate) mod diagnose;
 pub(crate) mod kill;
 pub(crate) mod list;
+mod progress;
 pub(crate) mod status;
 pub(crate) mod watch;
 pub(crate) mod who;

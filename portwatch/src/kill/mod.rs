@@ -1,7 +1,7 @@
 //! Frees ports: from selected listeners to a [`Plan`], from the plan to one [`Outcome`] per port and protocol.
 //!
 //! ```text
-//!  Plan ─► signal the masters ─► wait: pidfds, port ─► signal who is left ─► wait ─► settle ─► Outcome
+//!  Plan ─► signal the masters ─► wait: pidfds, port ─► signal who is left ─► wait ─► settle ─► bind() ─► Outcome
 //!              (each: open a pidfd, verify, signal)          (SIGKILL)
 //! ```
 //!
@@ -15,14 +15,19 @@ pub mod concern;
 pub mod execute;
 mod guards;
 pub mod kin;
+mod life;
 pub mod outcome;
 pub mod plan;
 pub mod preview;
+pub mod progress;
+mod prove;
 mod report;
+mod sight;
 pub mod signal;
 mod stop;
 pub mod target;
 pub mod text;
+mod why;
 
 pub use concern::Concern;
 pub use execute::{Options, World, execute, planned};
@@ -30,6 +35,7 @@ pub use guards::Guards;
 pub use kin::Reach;
 pub use outcome::{Outcome, Status, exit_code};
 pub use plan::Plan;
+pub use progress::{Progress, Step};
 pub use stop::Stopper;
 
 #[cfg(test)]

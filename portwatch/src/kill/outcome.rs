@@ -18,7 +18,7 @@ pub enum Status {
     Partial,
     /// Still taken, and no holder was ever visible.
     Ghost,
-    /// Still taken: the holders are gone, or survive SIGKILL.
+    /// Still taken: the holders are gone, or survive SIGKILL; or nobody listens, and bind() fails all the same.
     Stuck,
     /// It was freed, and somebody took it again.
     Respawned,
@@ -43,6 +43,9 @@ pub struct Outcome {
     /// Containers that were stopped. What published their ports was not signalled, and is not in `killed`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub stopped: Vec<Stopped>,
+    /// Pids of holders that had ended before anything was sent to them.
+    #[serde(skip)]
+    pub gone: Vec<u32>,
     /// Inodes of sockets that are still there without a visible holder.
     pub ghost: Vec<u64>,
     pub still_listening: bool,
@@ -72,6 +75,9 @@ pub struct Stopped {
 pub struct Failure {
     pub pid: u32,
     pub reason: String,
+    /// Whether nothing was sent to it, rather than in vain.
+    #[serde(skip)]
+    pub refused: bool,
 }
 
 /// What a person should know of an outcome that is not plain.
@@ -144,8 +150,9 @@ mod tests {
             status,
             killed: vec![7],
             forced: Vec::new(),
-            failed: vec![Failure { pid: 9, reason: "no".into() }],
+            failed: vec![Failure { pid: 9, reason: "no".into(), refused: true }],
             stopped: Vec::new(),
+            gone: Vec::new(),
             ghost: vec![5],
             still_listening: false,
             remaining_pids: Vec::new(),

@@ -313,11 +313,11 @@ pub(super) fn push_new<T: PartialEq>(list: &mut Vec<T>, item: T) {
     }
 }
 
-fn key(socket: &Socket) -> (u16, Protocol, NetnsId) {
+pub(super) fn key(socket: &Socket) -> (u16, Protocol, NetnsId) {
     (socket.port, socket.proto, socket.netns)
 }
 
-fn same_socket(a: SocketId, b: SocketId) -> bool {
+pub(super) fn same_socket(a: SocketId, b: SocketId) -> bool {
     if a.inode != 0 && b.inode != 0 { a.inode == b.inode } else { a.cookie != 0 && a.cookie == b.cookie }
 }
 

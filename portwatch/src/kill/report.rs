@@ -5,10 +5,13 @@ use std::time::Duration;
 use nix::unistd::{Uid, User};
 use rustix::process::Signal;
 
-use super::execute::{Life, Run, Stage};
+use super::execute::Run;
+use super::life::{Life, Stage};
 use super::outcome::{Diagnostics, Failure, Outcome, Owner, Status, Stopped};
 use super::plan::{Group, Refused, Stop, push_new};
+use super::prove::Blocked;
 use super::signal::SignalName;
+use super::why;
 use crate::engine::EngineError;
 use crate::model::{Listener, Process};
 use crate::source::stat;
@@ -53,6 +56,7 @@ struct End<'a> {
     /// Sockets that came since.
     new: Vec<&'a Listener>,
     lives: Vec<&'a Life>,
+    blocked: Option<&'a Blocked>,
 }
 
 impl<'a> End<'a> {
@@ -65,6 +69,7 @@ impl<'a> End<'a> {
             old: on_port.filter(|l| group.wants(l.socket.id)).collect(),
             new: run.new_owners(index).collect(),
             lives: run.lives.iter().filter(|l| l.victim.groups.contains(&index)).collect(),
+            blocked: run.blocked[index].as_ref(),
         }
     }
 
@@ -78,6 +83,9 @@ impl<'a> End<'a> {
     }
 
     fn status(&self, run: &Run) -> Status {
+        if self.blocked.is_some() {
+            return Status::Stuck;
+        }
         if self.group.sockets.is_empty() {
             return Status::Free;
         }
@@ -148,18 +156,23 @@ impl<'a> End<'a> {
 
     fn refused(&self, run: &Run) -> Vec<Failure> {
         let spared = self.refused_here(run);
-        spared.map(|r| Failure { pid: r.process.id.pid, reason: r.reason.clone() }).collect()
+        spared.map(|r| Failure { pid: r.process.id.pid, reason: r.reason.clone(), refused: true }).collect()
     }
 
     fn failures(&self, run: &Run) -> Vec<Failure> {
+        let outlived = |life: &Life, signal: Signal, otherwise: &str| {
+            let why = why::why(life.pid(), signal).unwrap_or_else(|| otherwise.to_owned());
+            let after = format!("still there after {}", SignalName(signal));
+            if why.is_empty() { after } else { format!("{after}: {why}") }
+        };
         let reason = |life: &Life| match (&life.failure, life.stage) {
             (Some(failed), _) => failed.reason.clone(),
-            (None, Stage::Forced) => "still there after SIGKILL: it cannot be interrupted inside the kernel".to_owned(),
-            (None, Stage::Soft) => format!("still there after {}", SignalName(run.options.signal)),
+            (None, Stage::Forced) => outlived(life, Signal::KILL, "it cannot be interrupted inside the kernel"),
+            (None, Stage::Soft) => outlived(life, run.options.signal, ""),
             (None, Stage::Unsignalled) => "not signalled: it could not be proved to hold the port".to_owned(),
         };
         let left = self.lives.iter().filter(|l| self.still_holds(l) || l.is_kin_left());
-        let left = left.map(|l| Failure { pid: l.victim.process.id.pid, reason: reason(l) });
+        let left = left.map(|l| Failure { pid: l.pid(), reason: reason(l), refused: l.stage == Stage::Unsignalled });
         left.chain(self.unstopped(run)).collect()
     }
 
@@ -172,7 +185,7 @@ impl<'a> End<'a> {
                     Ok(()) => format!("still there after container {} has stopped", stop.container),
                     Err(error) => format!("cannot stop container {}: {error}", stop.container),
                 };
-                Failure { pid: process.id.pid, reason }
+                Failure { pid: process.id.pid, reason, refused: true }
             })
         })
     }
@@ -215,19 +228,27 @@ impl<'a> End<'a> {
                 "no visible process holds {port}: the kernel itself, another pid namespace or a descriptor in \
                  flight may; portwatch who {port} shows what is known"
             ),
-            Status::Stuck if self.old.iter().all(|l| l.is_ghost()) => {
+            Status::Stuck if self.blocked.is_some() => {
+                self.blocked.map(|blocked| blocked.message(!self.group.sockets.is_empty())).unwrap_or_default()
+            }
+            Status::Stuck if !self.old.is_empty() && self.old.iter().all(|l| l.is_ghost()) => {
                 format!("every visible holder is gone, and {port} is still taken")
             }
             Status::Partial if run.options.signal != Signal::KILL && !run.options.force => {
                 format!("--no-force left those that outlived {}", SignalName(run.options.signal))
             }
             Status::Cleaned => {
+                let forced = self.killed().filter(|l| l.stage == Stage::Forced);
+                let mut notes: Vec<String> = forced.filter_map(outlived).collect();
                 let alive = self.lives.iter().filter(|l| l.stage != Stage::Unsignalled && !l.ended);
                 let names: Vec<String> = alive.map(|l| named(&l.victim.process)).collect();
-                if names.is_empty() {
+                if !names.is_empty() {
+                    notes.push(format!("{} let go of the port and did not end yet", names.join(", ")));
+                }
+                if notes.is_empty() {
                     return None;
                 }
-                format!("{} let go of the port and did not end yet", names.join(", "))
+                notes.join("; ")
             }
             _ => return None,
         };
@@ -245,6 +266,7 @@ impl<'a> End<'a> {
         let pid = |life: &Life| life.victim.process.id.pid;
         let there = || self.old.iter().chain(&self.new);
         let mut remaining_pids: Vec<u32> = there().flat_map(|l| &l.holders).map(|h| h.process.id.pid).collect();
+        remaining_pids.extend(self.blocked.into_iter().flat_map(Blocked::pids));
         remaining_pids.sort_unstable();
         remaining_pids.dedup();
         let stopped = |stop: &Stop| Stopped {
@@ -257,6 +279,7 @@ impl<'a> End<'a> {
         let holders = there().flat_map(|l| &l.holders).map(|h| &h.process);
         let mut names: Vec<(u32, String)> =
             victims.chain(refused).chain(holders).map(|p| (p.id.pid, p.name.clone())).collect();
+        names.extend(self.blocked.into_iter().flat_map(Blocked::owners).map(|o| (o.pid, o.name.clone())));
         names.sort_unstable();
         names.dedup();
         let is_empty = self.group.sockets.is_empty();
@@ -268,6 +291,7 @@ impl<'a> End<'a> {
             forced: self.killed().filter(|l| l.stage == Stage::Forced).map(pid).collect(),
             failed,
             stopped: self.stopped(run).map(stopped).collect(),
+            gone: self.lives.iter().filter(|l| l.gone).map(|l| pid(l)).collect(),
             ghost: self.old.iter().filter(|l| l.is_ghost()).map(|l| l.socket.id.inode).collect(),
             still_listening: there().next().is_some(),
             remaining_pids,
@@ -281,4 +305,10 @@ impl<'a> End<'a> {
 
 fn named(process: &Process) -> String {
     format!("{} ({})", process.name, process.id.pid)
+}
+
+/// `python3 (7) ignores SIGTERM`, where it is known why it took SIGKILL.
+fn outlived(life: &Life) -> Option<String> {
+    let why = life.outlived.as_deref()?;
+    Some(format!("{}: {why}", named(&life.victim.process)))
 }

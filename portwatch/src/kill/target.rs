@@ -161,7 +161,7 @@ impl AsFd for OpenTarget {
 }
 
 impl Verified<'_> {
-    pub fn signal(self, signal: Signal) -> Result<(), SignalError> {
+    pub fn signal(&self, signal: Signal) -> Result<(), SignalError> {
         match pidfd_send_signal(self.pidfd, signal) {
             Ok(()) => Ok(()),
             Err(Errno::SRCH) => Err(SignalError::Gone),

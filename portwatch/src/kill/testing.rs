@@ -29,6 +29,10 @@ pub(super) const RELEASING: &str = "trap 'exec 3>&-' TERM; echo ready; while :; 
 /// A master and a worker that share the socket; the worker learns nothing of the master's end.
 pub(super) const MASTER: &str = "sleep 1000 & echo $!; wait";
 
+/// A master that closes its copy on SIGTERM and lives on; its worker learns nothing of that.
+pub(super) const GRACEFUL_MASTER: &str =
+    "sleep 1000 & trap 'exec 3>&-' TERM; echo $!; while :; do read -r line && exit; done";
+
 /// A child of the test, ended and reaped when dropped.
 pub(super) struct Helper {
     child: Child,
@@ -181,7 +185,7 @@ pub(super) fn scan(port: u16) -> Vec<Listener> {
             address: Ipv4Addr::LOCALHOST.into(),
             port,
             v6only: None,
-            netns: 1,
+            netns: crate::source::netns::own().unwrap(),
             uid: fields[7].parse().unwrap(),
             backlog: None,
         };

@@ -1,5 +1,7 @@
 //! What a kill says to people afterwards: one line per port. Pure; text from processes is escaped.
 
+use std::collections::BTreeSet;
+
 use super::outcome::{Outcome, Status};
 use crate::render::{escape, span};
 
@@ -40,6 +42,7 @@ pub fn outcome(outcome: &Outcome) -> String {
             let what = match outcome.status {
                 Status::Denied => "refused",
                 Status::Ghost => "has no visible holder",
+                Status::Stuck if !outcome.still_listening => "cannot be bound yet",
                 _ => "is still taken",
             };
             let parts: Vec<String> =
@@ -47,6 +50,51 @@ pub fn outcome(outcome: &Outcome) -> String {
             if parts.is_empty() { format!("{port} {what}") } else { format!("{port} {what}: {}", parts.join("; ")) }
         }
     }
+}
+
+/// All outcomes in one line, without the line's end; `None` where that says no more than the one outcome does.
+pub fn summary(outcomes: &[Outcome]) -> Option<String> {
+    let pids = |of: &dyn Fn(&Outcome) -> Vec<u32>| outcomes.iter().flat_map(of).collect::<BTreeSet<u32>>();
+    let forced = pids(&|o| o.forced.clone());
+    let ended = pids(&|o| o.killed.clone());
+    let failed = |refused: bool| pids(&|o| o.failed.iter().filter(|f| f.refused == refused).map(|f| f.pid).collect());
+    // A process that is refused for one port is refused for each.
+    let (refused, alive) = (failed(true), failed(false));
+    let mut gone = pids(&|o| o.gone.clone());
+    gone.retain(|pid| !ended.contains(pid));
+    let processes = ended.len() + refused.len() + alive.len() + gone.len();
+    if outcomes.len() < 2 && processes < 2 || outcomes.iter().any(|o| o.status == Status::Planned) {
+        return None;
+    }
+    let count = |wanted: &dyn Fn(&Outcome) -> bool| outcomes.iter().filter(|o| wanted(o)).count();
+    let ports = [
+        (count(&|o| o.status == Status::Cleaned), "freed"),
+        (count(&|o| o.status == Status::Free), "free already"),
+        (count(&|o| !o.is_done()), "not"),
+    ];
+    let deeds = [
+        (ended.len() - forced.len(), "terminated"),
+        (forced.len(), "force-killed"),
+        (gone.len(), "already gone"),
+        (refused.len(), "refused"),
+        (alive.len(), "still there"),
+    ];
+    let line = counted(&ports, "port", "ports");
+    Some(match counted(&deeds, "process", "processes") {
+        deeds if deeds.is_empty() => line,
+        deeds => format!("{line}: {deeds}"),
+    })
+}
+
+/// `2 ports freed, 1 not`: the noun stands with the first number.
+fn counted(counts: &[(usize, &str)], one: &str, many: &str) -> String {
+    let mut noun = true;
+    let there = counts.iter().filter(|(count, _)| *count > 0);
+    let parts = there.map(|(count, what)| {
+        let noun = std::mem::take(&mut noun).then_some(if *count == 1 { one } else { many });
+        [Some(count.to_string().as_str()), noun, Some(what)].into_iter().flatten().collect::<Vec<_>>().join(" ")
+    });
+    parts.collect::<Vec<_>>().join(", ")
 }
 
 /// `stopped container web; terminated a (1), b (2); killed by force c (3)`.
@@ -89,7 +137,13 @@ mod tests {
     use crate::model::Protocol;
 
     fn check(change: impl FnOnce(&mut Outcome), expected: &str) {
-        let mut subject = Outcome {
+        let mut subject = sample();
+        change(&mut subject);
+        assert_eq!(outcome(&subject), expected);
+    }
+
+    fn sample() -> Outcome {
+        Outcome {
             port: 8000,
             proto: Protocol::Tcp,
             status: Status::Cleaned,
@@ -97,6 +151,7 @@ mod tests {
             forced: Vec::new(),
             failed: Vec::new(),
             stopped: Vec::new(),
+            gone: Vec::new(),
             ghost: Vec::new(),
             still_listening: false,
             remaining_pids: Vec::new(),
@@ -104,9 +159,42 @@ mod tests {
             diagnostics: None,
             names: vec![(1, "init".into()), (7, "python3".into()), (8, "e\u{1b}[31mvil\n".into())],
             stopping: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_summary_counts_ports_and_processes() {
+        let port = |status, killed: &[u32], forced: &[u32]| {
+            let mut outcome = sample();
+            (outcome.status, outcome.killed, outcome.forced) = (status, killed.to_vec(), forced.to_vec());
+            outcome
         };
-        change(&mut subject);
-        assert_eq!(outcome(&subject), expected);
+        let failure = |pid, refused| Failure { pid, reason: String::new(), refused };
+        let mut not = port(Status::Partial, &[], &[]);
+        (not.failed, not.gone) = (vec![failure(5, true), failure(6, false)], vec![4]);
+        for (outcomes, expected) in [
+            (vec![], None),
+            (vec![port(Status::Cleaned, &[1], &[])], None),
+            (vec![port(Status::Planned, &[], &[]), port(Status::Planned, &[], &[])], None),
+            (vec![port(Status::Cleaned, &[1, 2], &[2])], Some("1 port freed: 1 process terminated, 1 force-killed")),
+            (
+                vec![
+                    port(Status::Cleaned, &[1], &[]),
+                    port(Status::Cleaned, &[1, 2], &[]),
+                    port(Status::Free, &[], &[]),
+                ],
+                Some("2 ports freed, 1 free already: 2 processes terminated"),
+            ),
+            (
+                vec![port(Status::Cleaned, &[1, 3], &[3]), not],
+                Some(
+                    "1 port freed, 1 not: 1 process terminated, 1 force-killed, 1 already gone, 1 refused, 1 still there",
+                ),
+            ),
+            (vec![port(Status::Free, &[], &[]), port(Status::Free, &[], &[])], Some("2 ports free already")),
+        ] {
+            assert_eq!(summary(&outcomes).as_deref(), expected);
+        }
     }
 
     #[test]
@@ -123,7 +211,7 @@ mod tests {
         check(
             |o| {
                 o.status = Status::Denied;
-                o.failed = vec![Failure { pid: 1, reason: "init is never signalled".into() }];
+                o.failed = vec![Failure { pid: 1, reason: "init is never signalled".into(), refused: true }];
             },
             "8000/tcp refused: init (1): init is never signalled",
         );
@@ -139,7 +227,7 @@ mod tests {
             |o| {
                 o.status = Status::Planned;
                 o.remaining_pids = vec![1, 7];
-                o.failed = vec![Failure { pid: 1, reason: "no".into() }];
+                o.failed = vec![Failure { pid: 1, reason: "no".into(), refused: true }];
             },
             "8000/tcp would stay: terminate python3 (7); init (1): no",
         );

@@ -8,7 +8,7 @@ mod target;
 #[cfg(test)]
 mod tests;
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
 use globset::GlobMatcher;
@@ -131,6 +131,22 @@ impl Selector {
             proto.is_none() || both != Some(port)
         });
         named
+    }
+
+    /// The addresses at which this port is meant, as far as targets, `--addr`, `-4` and `-6` say: all of both families where
+    /// they say nothing.
+    pub fn named_addresses(&self, port: u16) -> Vec<IpAddr> {
+        let targets = self.targets.iter().filter(|target| target.ports.contains(&port));
+        let named: Vec<Option<IpAddr>> = targets.map(|target| target.address).collect();
+        if !named.contains(&None) {
+            return named.into_iter().flatten().collect();
+        }
+        match &self.filters {
+            Filters { addresses, .. } if !addresses.is_empty() => addresses.clone(),
+            Filters { ipv4: true, ipv6: false, .. } => vec![Ipv4Addr::UNSPECIFIED.into()],
+            Filters { ipv4: false, ipv6: true, .. } => vec![Ipv6Addr::UNSPECIFIED.into()],
+            _ => vec![Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()],
+        }
     }
 
     /// What the socket alone can tell: false means that [`Selector::matches`] is false whoever holds it.

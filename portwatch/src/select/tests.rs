@@ -220,3 +220,23 @@ fn protocol_family_and_namespace_alone_name_nothing() {
     assert!(!selector("", Filters { addresses: vec![address], ..Filters::default() }).is_empty());
     assert!(!selector("", Filters { older_than: Some(Duration::ZERO), ..Filters::default() }).is_empty());
 }
+
+#[test]
+fn the_addresses_of_a_port_are_those_that_were_named() {
+    let all = ["0.0.0.0", "::"];
+    let (v4, v6) = (Filters { ipv4: true, ..Filters::default() }, Filters { ipv6: true, ..Filters::default() });
+    let on_loopback = Filters { addresses: vec!["::1".parse().unwrap()], ..Filters::default() };
+    for (words, filters, want) in [
+        ("8000", Filters::default(), &all[..]),
+        ("7000-9000/tcp", Filters::default(), &all[..]),
+        ("8000", v4, &all[..1]),
+        ("8000", v6, &all[1..]),
+        ("8000", on_loopback, &["::1"][..]),
+        ("127.0.0.1:8000 [::1]:8000 9", Filters::default(), &["127.0.0.1", "::1"][..]),
+        ("127.0.0.1:8000 8000", Filters::default(), &all[..]),
+    ] {
+        let selector = Selector::new(targets(words).unwrap(), filters);
+        let got: Vec<String> = selector.named_addresses(8000).iter().map(IpAddr::to_string).collect();
+        assert_eq!(got, want, "{words}");
+    }
+}

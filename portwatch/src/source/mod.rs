@@ -11,6 +11,7 @@ pub mod join;
 pub mod netns;
 pub mod process;
 pub mod procfs;
+pub mod released;
 pub mod stat;
 
 use std::cell::RefCell;

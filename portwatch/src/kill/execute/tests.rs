@@ -2,7 +2,9 @@ use std::cell::RefCell;
 
 use super::*;
 use crate::engine::Container;
+use crate::kill::life::stat_of;
 use crate::kill::outcome::Status;
+use crate::kill::plan::Stop;
 use crate::kill::target::Target;
 use crate::kill::testing::*;
 
@@ -23,7 +25,8 @@ fn run_with(plan: Plan, port: u16, options: Options, holds: &dyn Fn(u32, u64) ->
         holds,
         guards: &guards,
         stop: &mut no_containers,
-        waiting: &mut |_, _| {},
+        addresses: &|_| Vec::new(),
+        progress: &mut |_| {},
     };
     let mut outcomes = execute(plan, options, &mut world).unwrap();
     assert_eq!(outcomes.len(), 1, "{outcomes:?}");
@@ -64,7 +67,7 @@ fn no_force_leaves_a_survivor() {
     let (mut server, port) = serve(DEAF);
     let outcome = run(&port, Options { grace: Duration::from_millis(100), force: false, ..quick() });
     assert_eq!((outcome.status, &outcome.remaining_pids[..]), (Status::Partial, &[server.pid()][..]), "{outcome:?}");
-    assert_eq!(outcome.failed[0].reason, "still there after SIGTERM");
+    assert_eq!(outcome.failed[0].reason, "still there after SIGTERM: it ignores SIGTERM");
     assert!(outcome.still_listening && server.is_alive());
 }
 
@@ -103,6 +106,38 @@ fn a_worker_follows_its_master_before_the_grace_is_over() {
 }
 
 #[test]
+fn no_worker_is_signalled_while_its_master_shuts_down() {
+    let listener = listen();
+    let master = Helper::start(GRACEFUL_MASTER, &[&listener]);
+    let worker: u32 = master.said.parse().unwrap();
+    let mut pids = vec![master.pid(), worker];
+    pids.sort_unstable();
+    let port = leave_to(listener, &pids);
+    let guards = Guards::current(false);
+    let mut signalled = Vec::new();
+    let mut world = World {
+        rescan: &mut || Ok(scan(port.port)),
+        holds: &holds,
+        guards: &guards,
+        stop: &mut no_containers,
+        addresses: &|_| Vec::new(),
+        progress: &mut |progress| match progress.step {
+            Step::Sent { .. } => signalled.push(progress.process.id.pid),
+            // A second later, the master ends its worker in its own way: the worker's parent, it keeps the PID in use.
+            Step::Waiting { left } if left < Duration::from_secs(59) => {
+                let worker = nix::unistd::Pid::from_raw(worker.cast_signed());
+                nix::sys::signal::kill(worker, nix::sys::signal::SIGKILL).unwrap();
+            }
+            _ => {}
+        },
+    };
+    let options = Options { grace: Duration::from_secs(60), ..quick() };
+    let outcome = execute(plan(&port), options, &mut world).unwrap().remove(0);
+    assert_eq!((outcome.status, &signalled[..]), (Status::Cleaned, &[master.pid()][..]), "{outcome:?}");
+    assert!(outcome.killed.contains(&worker), "{outcome:?}");
+}
+
+#[test]
 fn a_port_let_go_is_free_whether_or_not_its_holder_lives() {
     let (mut server, port) = serve(RELEASING);
     let outcome = run(&port, quick());
@@ -110,6 +145,61 @@ fn a_port_let_go_is_free_whether_or_not_its_holder_lives() {
     let message = outcome.diagnostics.unwrap().message;
     assert!(message.ends_with(&format!("({}) let go of the port and did not end yet", server.pid())), "{message}");
     assert!(server.is_alive());
+}
+
+#[test]
+fn where_sockets_cannot_be_watched_full_scans_serve() {
+    // No namespace has this number, so there is none to look into.
+    let scan_elsewhere = |port: u16| {
+        let mut found = scan(port);
+        found.iter_mut().for_each(|l| l.socket.netns = 1);
+        found
+    };
+    for (script, ended) in [(POLITE, true), (RELEASING, false)] {
+        let (mut server, port) = serve(script);
+        let guards = Guards::current(false);
+        let plan = Plan::new(scan_elsewhere(port.port), &[], &[], &guards, &stat_of);
+        let mut world = World {
+            rescan: &mut || Ok(scan_elsewhere(port.port)),
+            holds: &holds,
+            guards: &guards,
+            stop: &mut no_containers,
+            addresses: &|_| Vec::new(),
+            progress: &mut |_| {},
+        };
+        let outcome =
+            execute(plan, Options { grace: Duration::from_secs(60), ..quick() }, &mut world).unwrap().remove(0);
+        assert_eq!((outcome.status, outcome.killed.is_empty()), (Status::Cleaned, !ended), "{outcome:?}");
+        assert_eq!(server.is_alive(), !ended);
+        assert!(outcome.elapsed < Duration::from_secs(30), "{outcome:?}");
+    }
+}
+
+#[test]
+fn what_happens_is_told_in_order() {
+    let (server, port) = serve(DEAF);
+    let guards = Guards::current(false);
+    let mut told = Vec::new();
+    let mut world = World {
+        rescan: &mut || Ok(scan(port.port)),
+        holds: &holds,
+        guards: &guards,
+        stop: &mut no_containers,
+        addresses: &|_| Vec::new(),
+        progress: &mut |progress| {
+            assert_eq!(progress.process.id.pid, server.pid());
+            told.push(progress.step.clone());
+        },
+    };
+    execute(plan(&port), Options { grace: Duration::from_millis(100), ..quick() }, &mut world).unwrap();
+    told.retain(|step| !matches!(step, Step::Waiting { .. }));
+    let why = Some("it ignores SIGTERM".to_owned());
+    let grace = Duration::from_millis(100);
+    assert_eq!(told[0], Step::Sent { signal: Signal::TERM, resumed: false });
+    assert_eq!(told[1], Step::Outlived { grace, why });
+    assert_eq!(told[2], Step::Sent { signal: Signal::KILL, resumed: false });
+    assert!(matches!(told[3], Step::Ended { after } if after >= grace), "{told:?}");
+    assert_eq!(told.len(), 4, "{told:?}");
 }
 
 #[test]
@@ -145,21 +235,20 @@ fn a_new_owner_is_reported_with_who_started_it() {
     let again: RefCell<Option<(Helper, Port)>> = RefCell::new(None);
     let guards = Guards::current(false);
     let mut world = World {
-        rescan: &mut || {
+        rescan: &mut || Ok(scan(port.port)),
+        holds: &holds,
+        guards: &guards,
+        stop: &mut no_containers,
+        addresses: &|_| Vec::new(),
+        progress: &mut |progress| {
             // The test process, parent of the server, is the supervisor: it starts another once the port is free.
-            if scan(port.port).is_empty() {
+            if matches!(progress.step, Step::Ended { .. }) {
                 let listener = std::net::TcpListener::bind(("127.0.0.1", port.port)).unwrap();
                 let helper = Helper::start(POLITE, &[&listener]);
                 let port = leave_to(listener, &[helper.pid()]);
                 again.replace(Some((helper, port)));
-                return Ok(Vec::new());
             }
-            Ok(scan(port.port))
         },
-        holds: &holds,
-        guards: &guards,
-        stop: &mut no_containers,
-        waiting: &mut |_, _| {},
     };
     let options = Options { settle: Duration::from_secs(20), ..Options::default() };
     let outcome = execute(plan, options, &mut world).unwrap().remove(0);
@@ -213,7 +302,8 @@ fn run_stopping(port: &Port, stop: &mut crate::kill::Stopper<'_>) -> Outcome {
         holds: &holds,
         guards: &guards,
         stop: &mut |containers, grace| stop(containers, grace),
-        waiting: &mut |_, _| {},
+        addresses: &|_| Vec::new(),
+        progress: &mut |_| {},
     };
     execute(plan, quick(), &mut world).unwrap().remove(0)
 }
@@ -281,7 +371,8 @@ fn anothers_process_is_denied_and_lives() {
                 holds: &holds,
                 guards: &guards,
                 stop: &mut no_containers,
-                waiting: &mut |_, _| {},
+                addresses: &|_| Vec::new(),
+                progress: &mut |_| {},
             };
             execute(plan, quick(), &mut world).unwrap().remove(0)
         }) else {
