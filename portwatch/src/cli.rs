@@ -18,6 +18,7 @@ use crate::commands::who::WhoArgs;
 /// For the end of the help of every verb with targets.
 pub(crate) const TARGETS: &str = "\
 Targets: 8000  :8000  3000,8080  3000-3005  8000/tcp  5353/udp  127.0.0.1:8000  [::1]:8000  @dev (3000, 8000, 8080)
+Own sets: `web = [8000, \"3000-3005\"]` under [sets] in ~/.config/portwatch/config.toml is @web
 Exit codes: 0 done, 1 the answer is no, 2 usage, 3 not permitted, 4 portwatch itself failed";
 
 /// Which processes own which listening ports on this host, exactly; and a race-free way to free them

@@ -4,6 +4,7 @@
 //! says what changed, a [`select::Selector`] picks listeners, [`kill`] acts on them and [`render`] shows them.
 
 pub mod cgroup;
+pub mod config;
 pub mod kill;
 pub mod model;
 pub mod render;
@@ -11,3 +12,4 @@ pub mod select;
 pub mod source;
 pub mod table;
 pub mod tracker;
+pub mod waiting;

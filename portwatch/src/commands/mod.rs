@@ -19,9 +19,10 @@ use anyhow::Context;
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use nix::unistd::{Uid, User};
+use portwatch::config::{self, ConfigError};
 use portwatch::model::{BootNs, Listener, NetnsId};
 use portwatch::render::{self, Clock, View};
-use portwatch::select::{Filters, Selector, builtin_sets, parse_targets};
+use portwatch::select::{Filters, Selector, Sets, parse_targets};
 use portwatch::source::{Scanner, Tier};
 
 use crate::cli::{Globals, Netns, Selectors};
@@ -29,7 +30,7 @@ use crate::exit_codes::Usage;
 
 /// What the arguments mean.
 pub(crate) fn selector(targets: &[String], selectors: &Selectors) -> anyhow::Result<Selector> {
-    let targets = parse_targets(targets, &builtin_sets()).map_err(|bad| Usage(bad.to_string()))?;
+    let targets = parse_targets(targets, &sets_for(targets)?).map_err(|bad| Usage(bad.to_string()))?;
     Ok(Selector::new(
         targets,
         Filters {
@@ -50,6 +51,17 @@ pub(crate) fn selector(targets: &[String], selectors: &Selectors) -> anyhow::Res
             },
         },
     ))
+}
+
+/// The sets of the configuration, which is read only where a target names one.
+fn sets_for(targets: &[String]) -> anyhow::Result<Sets> {
+    if !targets.iter().any(|target| target.contains('@')) {
+        return Ok(Sets::new());
+    }
+    match config::sets(&|name| std::env::var_os(name), Uid::effective().as_raw()) {
+        Err(ConfigError::Broken(what)) => Err(Usage(what).into()),
+        sets => Ok(sets?),
+    }
 }
 
 /// A name is looked up first: a user may be called `1000`.

@@ -12,6 +12,7 @@ pub mod netns;
 pub mod process;
 pub mod procfs;
 pub mod stat;
+pub mod trial;
 
 use std::cell::RefCell;
 use std::collections::HashSet;
