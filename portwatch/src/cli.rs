@@ -12,6 +12,7 @@ use portwatch::source::Probe;
 use crate::commands::kill::KillArgs;
 use crate::commands::list::ListArgs;
 use crate::commands::status::StatusArgs;
+use crate::commands::wait::WaitArgs;
 use crate::commands::watch::WatchArgs;
 use crate::commands::who::WhoArgs;
 
@@ -33,7 +34,8 @@ Examples:
   portwatch who 8000                  everything about one port
   portwatch watch --for 10s           ports as they open and close
   portwatch kill 8000                 free a port
-  portwatch kill @dev --older-than 24h --dry-run"
+  portwatch kill @dev --older-than 24h --dry-run
+  portwatch wait 5432 --bound --timeout 30s && make test"
 )]
 pub(crate) struct Cli {
     #[command(subcommand)]
@@ -62,6 +64,8 @@ pub(crate) enum Verb {
     Watch(WatchArgs),
     /// Free ports, by ending the processes that hold them
     Kill(KillArgs),
+    /// Wait until ports are bound, or free
+    Wait(WaitArgs),
     /// Show how listeners are learnt on this host, and why not in a better way
     Status(StatusArgs),
 }

@@ -4,6 +4,7 @@
 pub(crate) mod kill;
 pub(crate) mod list;
 pub(crate) mod status;
+pub(crate) mod wait;
 pub(crate) mod watch;
 pub(crate) mod who;
 
@@ -143,7 +144,8 @@ pub(crate) fn clock() -> anyhow::Result<Clock> {
     Ok(Clock { now_boot_ns: boot_ns()?, now_wall: Timestamp::now(), tz: TimeZone::system() })
 }
 
-fn boot_ns() -> anyhow::Result<BootNs> {
+/// Nanoseconds since boot.
+pub(crate) fn boot_ns() -> anyhow::Result<BootNs> {
     let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME).context("cannot read CLOCK_BOOTTIME")?;
     Ok(BootNs::try_from(std::time::Duration::from(now).as_nanos())?)
 }
