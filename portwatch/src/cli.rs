@@ -9,8 +9,10 @@ use jiff::{Span, SpanRelativeTo};
 use portwatch::model::NetnsId;
 use portwatch::source::Probe;
 
+use crate::commands::completions::{CompleteArgs, CompletionsArgs};
 use crate::commands::kill::KillArgs;
 use crate::commands::list::ListArgs;
+use crate::commands::man::ManArgs;
 use crate::commands::status::StatusArgs;
 use crate::commands::wait::WaitArgs;
 use crate::commands::watch::WatchArgs;
@@ -68,6 +70,13 @@ pub(crate) enum Verb {
     Wait(WaitArgs),
     /// Show how listeners are learnt on this host, and why not in a better way
     Status(StatusArgs),
+    /// Print the completion script of a shell
+    Completions(CompletionsArgs),
+    /// Write the manual pages to a directory
+    Man(ManArgs),
+    /// What the completion scripts ask
+    #[command(name = "__complete", hide = true)]
+    Complete(CompleteArgs),
 }
 
 /// Filters that all verbs share. Different ones narrow each other; one given twice means either.

@@ -1,8 +1,10 @@
 //! The verbs, a file each, and what they share: from arguments to a selector, from a selector to listeners, and the
 //! way to the terminal.
 
+pub(crate) mod completions;
 pub(crate) mod kill;
 pub(crate) mod list;
+pub(crate) mod man;
 pub(crate) mod status;
 pub(crate) mod wait;
 pub(crate) mod watch;
