@@ -330,11 +330,11 @@ fn pids(listeners: &[Listener]) -> Values {
 }
 
 fn commands(listeners: &[Listener]) -> Values {
-    by(listeners, |_| None, |holder| Some(holder.process.name.clone()))
+    by(listeners, |_| None, |holder| Some(globset::escape(&holder.process.name)))
 }
 
 fn units(listeners: &[Listener]) -> Values {
-    by(listeners, |_| None, |holder| holder.process.cgroup.as_deref().and_then(cgroup::unit).map(str::to_owned))
+    by(listeners, |_| None, |holder| holder.process.cgroup.as_deref().and_then(cgroup::unit).map(globset::escape))
 }
 
 /// What listeners or their holders have in common, with the ports of each.
@@ -431,7 +431,7 @@ mod tests {
         for line in ["kill ", "who ", "list --tcp ", "wait --bound "] {
             assert!(complete(&format!("portwatch {line}")).contains(&port), "{line}");
         }
-        assert_eq!(complete(&format!("portwatch kill {port}")), [port.clone()]);
+        assert_eq!(complete(&format!("portwatch kill {port}")), [port.as_str()]);
         assert!(complete("portwatch kill 127.0.0.1:").contains(&endpoint.to_string()));
         assert!(complete("portwatch kill --pid ").contains(&std::process::id().to_string()));
         assert!(complete("portwatch list --addr 127").contains(&"127.0.0.1".to_owned()));
