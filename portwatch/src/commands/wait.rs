@@ -158,6 +158,7 @@ impl Wait<'_> {
         loop {
             let began = Instant::now();
             let sockets = if in_own_netns { Some(sockets(&selector)?) } else { None };
+            let rest = interval.max(began.elapsed() * REST);
             let is_old = scanned.elapsed() >= POLL_INTERVAL && selector.has_process_filters();
             if sockets.is_none() || sockets != known || is_old {
                 listeners = scanner.scan(!in_own_netns, &|socket| selector.matches_socket(socket))?.listeners;
@@ -168,7 +169,6 @@ impl Wait<'_> {
             if look.is_true() || self.is_over() {
                 return self.report(&look, false).map(Polled::Over);
             }
-            let rest = interval.max(began.elapsed() * REST);
             let attached = async {
                 match &mut opening {
                     Some(opening) => opening.await,
