@@ -11,7 +11,7 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::puppet::{PATIENCE, Puppet, Stage, wait_readable};
-use crate::subject::{Run, binary, command, pidfd, plain_command, portwatch, skip};
+use crate::subject::{Run, binary, command, finish, pidfd, plain_command, portwatch, skip};
 use crate::watcher::{Watch, switches_of};
 use crate::{Test, test, test_each_probe, test_each_tier};
 
@@ -321,14 +321,11 @@ fn ordinary_user() {
     let run = waiting.finish().expect(0);
     let hidden = "uid 0 (not visible to you; try sudo)";
     assert_eq!(timeless(&run.text()), format!("{target} is bound by {hidden} after TIME\n"));
-    let waiting = Waiting::spawn(as_user(&["-v", "wait", &target, "--free", "--timeout", "100ms"]), "poll");
-    assert_eq!(
-        waiting.finish().expect(1).errors(),
-        format!("portwatch: {target} is still held by {hidden} after 100ms\n")
-    );
+    let wait = |arguments: &[&str]| finish(as_user(arguments).spawn().expect("portwatch"));
+    let run = wait(&["wait", &target, "--free", "--timeout", "100ms"]).expect(1);
+    assert_eq!(run.errors(), format!("portwatch: {target} is still held by {hidden} after 100ms\n"));
     // Without --verbose, nothing is said of how it waits. Nobody may bind a privileged port, which is not its use.
-    let run = crate::subject::finish(as_user(&["wait", "1/tcp", "--free"]).spawn().expect("portwatch"));
-    let run = run.expect(0);
+    let run = wait(&["wait", "1/tcp", "--free"]).expect(0);
     assert_eq!((run.text(), run.errors()), ("1/tcp is free\n".to_owned(), String::new()));
 }
 
@@ -357,7 +354,7 @@ fn signals_and_closed_outputs() {
         drop(reader);
         let mut command = command(&["wait", &port, "--timeout", "0"]);
         let child = command.args(arguments).stdout(writer).spawn().expect("portwatch");
-        let run = crate::subject::finish(child).expect(code);
+        let run = finish(child).expect(code);
         assert_eq!(run.errors(), "");
     }
 }
