@@ -10,16 +10,20 @@ use jiff::{Span, SpanRelativeTo};
 use portwatch::model::NetnsId;
 use portwatch::source::Probe;
 
+use crate::commands::completions::{CompleteArgs, CompletionsArgs};
 use crate::commands::diagnose::DiagnoseArgs;
 use crate::commands::kill::KillArgs;
 use crate::commands::list::ListArgs;
+use crate::commands::man::ManArgs;
 use crate::commands::status::StatusArgs;
+use crate::commands::wait::WaitArgs;
 use crate::commands::watch::WatchArgs;
 use crate::commands::who::WhoArgs;
 
 /// For the end of the help of every verb with targets.
 pub(crate) const TARGETS: &str = "\
 Targets: 8000  :8000  3000,8080  3000-3005  8000/tcp  5353/udp  127.0.0.1:8000  [::1]:8000  @dev (3000, 8000, 8080)
+Own sets: `web = [8000, \"3000-3005\"]` under [sets] in ~/.config/portwatch/config.toml is @web
 Exit codes: 0 done, 1 the answer is no, 2 usage, 3 not permitted, 4 portwatch itself failed";
 
 /// Which processes own which listening ports on this host, exactly; and a race-free way to free them
@@ -34,7 +38,8 @@ Examples:
   portwatch who 8000                  everything about one port
   portwatch watch --for 10s           ports as they open and close
   portwatch kill 8000                 free a port
-  portwatch kill @dev --older-than 24h --dry-run"
+  portwatch kill @dev --older-than 24h --dry-run
+  portwatch wait 5432 --bound --timeout 30s && make test"
 )]
 pub(crate) struct Cli {
     #[command(subcommand)]
@@ -63,10 +68,19 @@ pub(crate) enum Verb {
     Watch(WatchArgs),
     /// Free ports, by ending the processes that hold them
     Kill(KillArgs),
+    /// Wait until ports are bound, or free
+    Wait(WaitArgs),
     /// Explain why a port is or stays taken, and what to do next
     Diagnose(DiagnoseArgs),
     /// Show how listeners are learnt on this host, and why not in a better way
     Status(StatusArgs),
+    /// Print the completion script of a shell
+    Completions(CompletionsArgs),
+    /// Write the manual pages to a directory
+    Man(ManArgs),
+    /// What the completion scripts ask
+    #[command(name = "__complete", hide = true)]
+    Complete(CompleteArgs),
 }
 
 /// Filters that all verbs share. Different ones narrow each other; one given twice means either.

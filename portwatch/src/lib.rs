@@ -4,6 +4,7 @@
 //! says what changed, a [`select::Selector`] picks listeners, [`kill`] acts on them and [`render`] shows them.
 
 pub mod cgroup;
+pub mod config;
 pub mod diagnose;
 pub mod engine;
 pub mod kill;
@@ -14,3 +15,4 @@ pub mod source;
 pub mod supervisor;
 pub mod table;
 pub mod tracker;
+pub mod waiting;

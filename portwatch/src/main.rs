@@ -44,6 +44,10 @@ fn run(verb: &Verb, globals: &cli::Globals) -> anyhow::Result<ExitCode> {
         Verb::Watch(args) => commands::watch::run(args, globals),
         Verb::Diagnose(args) => commands::diagnose::run(args, globals),
         Verb::Kill(args) => commands::kill::run(args, globals),
+        Verb::Wait(args) => commands::wait::run(args, globals),
+        Verb::Completions(args) => commands::completions::run(args),
+        Verb::Man(args) => commands::man::run(args),
+        Verb::Complete(args) => Ok(commands::completions::answer(args)),
     }
 }
 

@@ -1,11 +1,14 @@
 //! The verbs, a file each, and what they share: from arguments to a selector, from a selector to listeners, and the
 //! way to the terminal.
 
+pub(crate) mod completions;
 pub(crate) mod diagnose;
 pub(crate) mod kill;
 pub(crate) mod list;
+pub(crate) mod man;
 mod progress;
 pub(crate) mod status;
+pub(crate) mod wait;
 pub(crate) mod watch;
 pub(crate) mod who;
 
@@ -22,11 +25,12 @@ use anyhow::Context;
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use nix::unistd::{Uid, User};
+use portwatch::config::{self, ConfigError};
 use portwatch::engine::roster::Lost;
 use portwatch::engine::{self, Wanted};
 use portwatch::model::{BootNs, Listener, NetnsId};
 use portwatch::render::{self, Clock, View};
-use portwatch::select::{Filters, Selector, builtin_sets, parse_targets};
+use portwatch::select::{Filters, Selector, Sets, parse_targets};
 use portwatch::source::{Scanner, Tier};
 
 use crate::cli::{Globals, Netns, Selectors};
@@ -34,7 +38,7 @@ use crate::exit_codes::Usage;
 
 /// What the arguments mean.
 pub(crate) fn selector(targets: &[String], selectors: &Selectors) -> anyhow::Result<Selector> {
-    let targets = parse_targets(targets, &builtin_sets()).map_err(|bad| Usage(bad.to_string()))?;
+    let targets = parse_targets(targets, &sets_for(targets)?).map_err(|bad| Usage(bad.to_string()))?;
     Ok(Selector::new(
         targets,
         Filters {
@@ -57,6 +61,17 @@ pub(crate) fn selector(targets: &[String], selectors: &Selectors) -> anyhow::Res
             },
         },
     ))
+}
+
+/// The sets of the configuration, which is read only where a target names one.
+fn sets_for(targets: &[String]) -> anyhow::Result<Sets> {
+    if !targets.iter().any(|target| target.contains('@')) {
+        return Ok(Sets::new());
+    }
+    match config::sets(&|name| std::env::var_os(name), Uid::effective().as_raw()) {
+        Err(ConfigError::Broken(what)) => Err(Usage(what).into()),
+        sets => Ok(sets?),
+    }
 }
 
 /// A name is looked up first: a user may be called `1000`.
@@ -169,7 +184,8 @@ pub(crate) fn clock() -> anyhow::Result<Clock> {
     Ok(Clock { now_boot_ns: boot_ns()?, now_wall: Timestamp::now(), tz: TimeZone::system() })
 }
 
-fn boot_ns() -> anyhow::Result<BootNs> {
+/// Nanoseconds since boot.
+pub(crate) fn boot_ns() -> anyhow::Result<BootNs> {
     let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME).context("cannot read CLOCK_BOOTTIME")?;
     Ok(BootNs::try_from(std::time::Duration::from(now).as_nanos())?)
 }

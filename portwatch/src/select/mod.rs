@@ -83,16 +83,25 @@ impl Selector {
     /// Whether nothing says which listeners are meant: no target, address, owner, process, directory, container or age.
     /// Families, protocols and namespaces narrow a selection but do not make one: `kill --tcp` names nothing.
     pub fn is_empty(&self) -> bool {
-        let Filters { addresses, uids, pids, commands, cwds, containers, units, older_than, .. } = &self.filters;
-        self.targets.is_empty()
-            && addresses.is_empty()
-            && uids.is_empty()
+        self.targets.is_empty() && self.filters.addresses.is_empty() && !self.has_process_filters()
+    }
+
+    /// Whether it matters who holds a listener, or for how long.
+    pub fn has_process_filters(&self) -> bool {
+        let Filters { uids, pids, commands, cwds, containers, units, older_than, .. } = &self.filters;
+        !(uids.is_empty()
             && pids.is_empty()
             && commands.is_empty()
             && cwds.is_empty()
             && containers.is_empty()
             && units.is_empty()
-            && older_than.is_none()
+            && older_than.is_none())
+    }
+
+    /// Whether anything but the targets and the namespace narrows the selection.
+    pub fn has_filters(&self) -> bool {
+        let Filters { ipv4, ipv6, tcp, udp, addresses, .. } = &self.filters;
+        *ipv4 || *ipv6 || *tcp || *udp || !addresses.is_empty() || self.has_process_filters()
     }
 
     /// The targets as given, sets expanded.

@@ -13,6 +13,7 @@ pub mod process;
 pub mod procfs;
 pub mod released;
 pub mod stat;
+pub mod trial;
 
 use std::cell::RefCell;
 use std::collections::HashSet;

@@ -306,6 +306,8 @@ mod tests {
 
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+    use std::time::{Duration, Instant};
+
     use super::*;
 
     fn ports(of: &[(Protocol, SocketAddr)]) -> BTreeSet<(Protocol, u16)> {
