@@ -1,16 +1,13 @@
 //! Names and command lines that try to draw on the terminal or to break a line.
 
 use std::ffi::OsStr;
-use std::fs::File;
-use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
-use std::process::Stdio;
 
-use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use serde_json::Value;
 
 use crate::puppet::{Puppet, Sock, Stage};
-use crate::subject::{command, finish, portwatch};
+use crate::subject::{command, portwatch};
+use crate::terminal::Terminal;
 use crate::watcher::Watch;
 use crate::{Test, test};
 
@@ -43,35 +40,11 @@ fn assert_harmless(what: &str, bytes: &[u8]) {
 
 /// Runs with standard output on a terminal of 100 columns.
 fn on_terminal(arguments: &[&str]) -> Vec<u8> {
-    let controller = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).expect("a pseudo terminal");
-    grantpt(&controller).expect("grantpt");
-    unlockpt(&controller).expect("unlockpt");
-    let path = ptsname(&controller, Vec::new()).expect("ptsname");
-    let size = rustix::termios::Winsize { ws_row: 24, ws_col: 100, ws_xpixel: 0, ws_ypixel: 0 };
-    rustix::termios::tcsetwinsize(&controller, size).expect("TIOCSWINSZ");
-    let terminal = File::options().read(true).write(true).open(OsStr::from_bytes(path.as_bytes())).expect("terminal");
+    let mut terminal = Terminal::new(100);
     let mut command = command(arguments);
-    command.env("NO_COLOR", "1").env("TERM", "xterm").stdout(Stdio::from(terminal));
-    let child = command.spawn().expect("portwatch");
-    // The command owns a copy of the terminal: the end is only seen once that is closed.
-    drop(command);
-    let mut bytes = Vec::new();
-    let mut controller = File::from(controller);
-    let mut chunk = [0; 4096];
-    loop {
-        match controller.read(&mut chunk) {
-            Ok(0) => break,
-            Ok(len) => bytes.extend_from_slice(&chunk[..len]),
-            // All ends of the terminal are closed.
-            Err(error) if error.raw_os_error() == Some(nix::libc::EIO) => break,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => panic!("terminal: {error}"),
-        }
-    }
-    finish(child).expect(0);
-    // The terminal itself turns every line end into CR LF.
-    bytes.retain(|&byte| byte != b'\r');
-    bytes
+    let child = command.env("NO_COLOR", "1").env("TERM", "xterm").stdout(terminal.stdio()).spawn().expect("portwatch");
+    assert_eq!(terminal.end(child), Some(0), "{}", terminal.said);
+    terminal.said.into_bytes()
 }
 
 /// The name and command line in JSON are what the process set, bytes that are not UTF-8 as U+FFFD.

@@ -14,6 +14,7 @@
 mod agent;
 mod container;
 mod diagnose;
+mod dockerd;
 mod gate;
 mod hostile;
 mod idle;
@@ -28,6 +29,7 @@ mod storm;
 mod stubborn;
 mod subject;
 mod supervised;
+mod terminal;
 mod user;
 mod wait;
 mod watch;
@@ -97,5 +99,8 @@ fn main() -> ExitCode {
             Ok::<(), Failed>(())
         })
     });
-    libtest_mimic::run(&arguments, trials.collect()).exit_code()
+    let conclusion = libtest_mimic::run(&arguments, trials.collect());
+    // Where a filter left out the test that ends it.
+    dockerd::end();
+    conclusion.exit_code()
 }

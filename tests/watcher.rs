@@ -188,14 +188,7 @@ impl Watch {
 
     /// Voluntary context switches so far, by thread.
     pub fn switches(&self) -> BTreeMap<u32, u64> {
-        let tasks = fs::read_dir(format!("/proc/{}/task", self.pid())).expect("its threads");
-        let count = |task: fs::DirEntry| {
-            let status = fs::read_to_string(task.path().join("status")).expect("status");
-            let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
-            let tid = task.file_name().to_str().and_then(|tid| tid.parse().ok()).expect("a thread id");
-            (tid, line.and_then(|count| count.trim().parse().ok()).expect("a count"))
-        };
-        tasks.map(|task| count(task.expect("a thread"))).collect()
+        switches_of(self.pid())
     }
 
     /// Ends it as Ctrl-C does; the exit code.
@@ -212,6 +205,18 @@ impl Drop for Watch {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Voluntary context switches of a process so far, by thread.
+pub fn switches_of(pid: u32) -> BTreeMap<u32, u64> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("its threads");
+    let count = |task: fs::DirEntry| {
+        let status = fs::read_to_string(task.path().join("status")).expect("status");
+        let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+        let tid = task.file_name().to_str().and_then(|tid| tid.parse().ok()).expect("a thread id");
+        (tid, line.and_then(|count| count.trim().parse().ok()).expect("a count"))
+    };
+    tasks.map(|task| count(task.expect("a thread"))).collect()
 }
 
 fn without_fds(row: Row) -> Row {

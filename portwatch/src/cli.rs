@@ -4,23 +4,29 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand};
-use globset::{Glob, GlobMatcher};
+use globset::{Glob, GlobBuilder, GlobMatcher};
 use jiff::{Span, SpanRelativeTo};
 use portwatch::agent::SOCKET;
 use portwatch::model::NetnsId;
 use portwatch::source::Probe;
 
 use crate::commands::agent::AgentArgs;
+use crate::commands::completions::{CompleteArgs, CompletionsArgs};
+use crate::commands::diagnose::DiagnoseArgs;
 use crate::commands::kill::KillArgs;
 use crate::commands::list::ListArgs;
+use crate::commands::man::ManArgs;
 use crate::commands::status::StatusArgs;
+use crate::commands::wait::WaitArgs;
 use crate::commands::watch::WatchArgs;
 use crate::commands::who::WhoArgs;
 
 /// For the end of the help of every verb with targets.
 pub(crate) const TARGETS: &str = "\
 Targets: 8000  :8000  3000,8080  3000-3005  8000/tcp  5353/udp  127.0.0.1:8000  [::1]:8000  @dev (3000, 8000, 8080)
+Own sets: `web = [8000, \"3000-3005\"]` under [sets] in ~/.config/portwatch/config.toml is @web
 Exit codes: 0 done, 1 the answer is no, 2 usage, 3 not permitted, 4 portwatch itself failed";
 
 /// Which processes own which listening ports on this host, exactly; and a race-free way to free them
@@ -35,7 +41,8 @@ Examples:
   portwatch who 8000                  everything about one port
   portwatch watch --for 10s           ports as they open and close
   portwatch kill 8000                 free a port
-  portwatch kill @dev --older-than 24h --dry-run"
+  portwatch kill @dev --older-than 24h --dry-run
+  portwatch wait 5432 --bound --timeout 30s && make test"
 )]
 pub(crate) struct Cli {
     #[command(subcommand)]
@@ -80,10 +87,21 @@ pub(crate) enum Verb {
     Watch(WatchArgs),
     /// Free ports, by ending the processes that hold them
     Kill(KillArgs),
+    /// Wait until ports are bound, or free
+    Wait(WaitArgs),
+    /// Explain why a port is or stays taken, and what to do next
+    Diagnose(DiagnoseArgs),
     /// Track listeners for everybody on this host, until it is told to end
     Agent(AgentArgs),
     /// Show the agent's health, and how listeners are learnt on this host
     Status(StatusArgs),
+    /// Print the completion script of a shell
+    Completions(CompletionsArgs),
+    /// Write the manual pages to a directory
+    Man(ManArgs),
+    /// What the completion scripts ask
+    #[command(name = "__complete", hide = true)]
+    Complete(CompleteArgs),
 }
 
 /// Filters that all verbs share. Different ones narrow each other; one given twice means either.
@@ -117,6 +135,13 @@ pub(crate) struct Selectors {
     /// Working directory matches; * matches / too
     #[arg(long = "cwd", value_name = "GLOB", value_parser = glob)]
     pub(crate) cwds: Vec<GlobMatcher>,
+    /// Held by a process of this running container, or published for it; by name, id or the beginning of an id. The
+    /// container's own listeners are in its network namespace: see --netns
+    #[arg(long = "container", value_name = "NAME|ID", value_parser = NonEmptyStringValueParser::new())]
+    pub(crate) containers: Vec<String>,
+    /// systemd service, of the system or of a user, with or without .service; may be a glob
+    #[arg(long = "unit", value_name = "NAME", value_parser = unit)]
+    pub(crate) units: Vec<GlobMatcher>,
     /// Listening for longer than this (else: the process running for longer), such as 24h or 90s
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub(crate) older_than: Option<Duration>,
@@ -133,7 +158,7 @@ pub(crate) enum Netns {
     Id(NetnsId),
 }
 
-fn netns(text: &str) -> Result<Netns, String> {
+pub(crate) fn netns(text: &str) -> Result<Netns, String> {
     match text {
         "self" => Ok(Netns::Own),
         "all" => Ok(Netns::All),
@@ -146,6 +171,12 @@ fn netns(text: &str) -> Result<Netns, String> {
 
 fn glob(text: &str) -> Result<GlobMatcher, String> {
     Glob::new(text).map(|glob| glob.compile_matcher()).map_err(|error| error.kind().to_string())
+}
+
+/// As systemctl takes it: a backslash is part of a unit's name (`my\x2dapp.service`).
+fn unit(text: &str) -> Result<GlobMatcher, String> {
+    let glob = GlobBuilder::new(text).backslash_escape(false).build();
+    glob.map(|glob| glob.compile_matcher()).map_err(|error| error.kind().to_string())
 }
 
 /// Anything that people write for a length of time: `90s`, `24h`, `1h 30m`, `2 days` (of 24 hours).

@@ -5,6 +5,9 @@ use std::fmt;
 use std::io;
 use std::process::ExitCode;
 
+use portwatch::engine::EngineError;
+use portwatch::supervisor::systemd;
+
 /// The answer is no: nothing is there (`who`), something is still taken (`kill`), not healthy (`status`).
 pub(crate) const NO: u8 = 1;
 /// The command line means nothing; clap exits with the same code.
@@ -37,6 +40,11 @@ pub(crate) fn of(error: &anyhow::Error) -> Option<ExitCode> {
         return Some(ExitCode::from(USAGE));
     }
     for cause in error.chain() {
+        let engine = cause.downcast_ref::<EngineError>().is_some_and(|error| error.denied);
+        let manager = matches!(cause.downcast_ref(), Some(systemd::Error::Denied { .. }));
+        if engine || manager {
+            return Some(ExitCode::from(DENIED));
+        }
         let kind = cause.downcast_ref::<io::Error>().map(io::Error::kind);
         let errno = cause.downcast_ref::<nix::errno::Errno>().map(|errno| *errno as i32);
         let errno = errno.or_else(|| cause.downcast_ref::<rustix::io::Errno>().map(|errno| errno.raw_os_error()));
@@ -58,6 +66,7 @@ mod tests {
     #[test]
     fn errors_map_to_the_codes_of_the_contract() {
         let io = |kind| anyhow::Error::from(io::Error::from(kind)).context("cannot read x");
+        let engine = |denied| anyhow::Error::new(EngineError { message: "x".to_owned(), denied }).context("cannot y");
         for (error, want) in [
             (anyhow::Error::from(Usage("no".to_owned())), Some(ExitCode::from(USAGE))),
             (anyhow::Error::from(Usage("no".to_owned())).context("while"), Some(ExitCode::from(USAGE))),
@@ -66,6 +75,9 @@ mod tests {
             (io(io::ErrorKind::BrokenPipe), None),
             (anyhow::Error::from(nix::errno::Errno::EPERM), Some(ExitCode::from(DENIED))),
             (Err::<(), _>(rustix::io::Errno::ACCESS).context("x").unwrap_err(), Some(ExitCode::from(DENIED))),
+            (engine(true), Some(ExitCode::from(DENIED))),
+            (engine(false), Some(ExitCode::from(FAILED))),
+            (systemd::Error::Denied { what: "x".to_owned() }.into(), Some(ExitCode::from(DENIED))),
             (anyhow::anyhow!("x"), Some(ExitCode::from(FAILED))),
         ] {
             assert_eq!(of(&error), want, "{error:#}");

@@ -6,11 +6,16 @@
 pub mod agent;
 pub mod cgroup;
 pub mod client;
+pub mod config;
+pub mod diagnose;
+pub mod engine;
 pub mod kill;
 pub mod model;
 pub mod render;
 pub mod select;
 pub mod source;
+pub mod supervisor;
 pub mod table;
 pub mod tracker;
+pub mod waiting;
 pub mod wire;

@@ -43,7 +43,12 @@ fn run(verb: &Verb, globals: &cli::Globals) -> anyhow::Result<ExitCode> {
         Verb::Agent(args) => commands::agent::run(args, globals),
         Verb::Status(args) => commands::status::run(args, globals),
         Verb::Watch(args) => commands::watch::run(args, globals),
+        Verb::Diagnose(args) => commands::diagnose::run(args, globals),
         Verb::Kill(args) => commands::kill::run(args, globals),
+        Verb::Wait(args) => commands::wait::run(args, globals),
+        Verb::Completions(args) => commands::completions::run(args),
+        Verb::Man(args) => commands::man::run(args),
+        Verb::Complete(args) => Ok(commands::completions::answer(args)),
     }
 }
 
@@ -52,9 +57,10 @@ fn log_to_stderr() {
     struct Stderr;
 
     impl log::Log for Stderr {
-        /// The loader's own tracing is of interest to its developers alone.
+        /// What the loader and the client of container engines trace is of interest to their developers alone.
         fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
-            metadata.level() <= log::Level::Warn || !metadata.target().starts_with("aya")
+            let of_others = ["aya", "bollard"].iter().any(|name| metadata.target().starts_with(name));
+            metadata.level() <= log::Level::Warn || !of_others
         }
 
         fn log(&self, record: &log::Record<'_>) {

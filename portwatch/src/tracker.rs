@@ -40,7 +40,11 @@ const MIN_REST: Duration = Duration::from_millis(2);
 impl Tracker {
     /// Attaches probes, then reads what is there already. `ring_bytes` as in [`Live::open`].
     pub fn open(probe: Probe, ring_bytes: Option<u32>) -> anyhow::Result<Tracker> {
-        let live = Live::open(probe, ring_bytes)?;
+        Tracker::follow(Live::open(probe, ring_bytes)?)
+    }
+
+    /// As [`Tracker::open`], of a source that was just opened.
+    pub fn follow(live: Live) -> anyhow::Result<Tracker> {
         let mut tracker =
             Tracker { live, table: Table::new(), refresh_at: Instant::now(), read_at: 0, begun: Vec::new() };
         tracker.begun = tracker.refresh(0)?;

@@ -18,6 +18,7 @@ use std::time::Duration;
 use globset::{Glob, GlobMatcher};
 use serde::{Deserialize, Serialize};
 
+use crate::engine::Wanted;
 use crate::model::{Ancestor, BootNs, Change, Listener, NetnsId};
 use crate::select::{Filters, Selector, Sets, parse_targets};
 use crate::source::{Refusal, Tier};
@@ -156,6 +157,11 @@ pub struct Selection {
     pub commands: Vec<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub cwds: Vec<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub units: Vec<String>,
+    /// Looked up by the client, for whom an engine may answer that does not for the agent.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub containers: Vec<Wanted>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub older_than_ms: Option<u64>,
     #[serde(skip_serializing_if = "Scope::is_own")]
@@ -199,6 +205,8 @@ impl Selection {
             pids: filters.pids.clone(),
             commands: globs(&filters.commands),
             cwds: globs(&filters.cwds),
+            units: globs(&filters.units),
+            containers: filters.containers.clone(),
             older_than_ms: filters.older_than.map(|limit| u64::try_from(limit.as_millis()).unwrap_or(u64::MAX)),
             netns: filters.netns.map_or(Scope::All, Scope::Id),
         }
@@ -227,6 +235,8 @@ impl Selection {
                 pids: self.pids.clone(),
                 commands: globs(&self.commands)?,
                 cwds: globs(&self.cwds)?,
+                units: globs(&self.units)?,
+                containers: self.containers.clone(),
                 older_than: self.older_than_ms.map(Duration::from_millis),
                 netns,
             },
@@ -258,6 +268,8 @@ mod tests {
             pids: vec![7],
             commands: vec![glob("*python*")],
             cwds: vec![glob("/tmp/{a,b}*")],
+            units: vec![glob("web*")],
+            containers: vec![Wanted::IdPrefix("5eed".to_owned())],
             older_than: Some(Duration::from_secs(90)),
             netns: Some(4_026_531_833),
             ..Filters::default()

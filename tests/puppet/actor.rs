@@ -80,6 +80,7 @@ impl Actor {
             ["close", fd] => sys::close(parse(fd)?).map(done),
             ["dup", fd] => sys::dup(parse(fd)?).map(|fd| fd.to_string()),
             ["shutdown", fd] => sys::shutdown(parse(fd)?).map(done),
+            ["ring", fd] => sys::register_with_ring(parse(fd)?).map(|fd| fd.to_string()),
             ["cloexec", fd, on] => sys::set_cloexec(parse(fd)?, on == "on").map(done),
             ["mailbox", path] => UnixDatagram::bind(path).map(|socket| {
                 self.mailbox = Some(socket);
@@ -100,11 +101,20 @@ impl Actor {
             ["thread-serve"] => self.serve_from_thread(),
             ["unshare-net"] => sys::unshare_net().map(done),
             ["become", uid] => sys::become_user(parse(uid)?).map(done),
+            ["join-group", group] => sys::join_group(parse(group)?).map(done),
             ["setname", hex] => sys::set_name(&from_hex(hex)?).map(done),
             ["ignore-term"] => {
                 sys::ignore_signal(libc::SIGTERM);
                 Ok(String::new())
             }
+            ["release-on-term", fd] => sys::close_on_term(parse(fd)?).map(done),
+            ["released-at"] => sys::closed_at().map(|time| time.to_string()),
+            ["touch", mebibytes] => sys::touch(parse(mebibytes)?).map(done),
+            ["limit-files", count] => sys::limit_files(parse(count)?).map(done),
+            ["trace", pid] => sys::trace(parse(pid)?).map(done),
+            ["look-up", path] => std::fs::metadata(path).map(|_| String::new()),
+            // The child answers, for the puppet itself sleeps until the child is gone.
+            ["vfork", fd] => sys::vfork(parse(fd)?, self.control.get_ref().as_raw_fd()).map(done),
             ["storm", count] => storm(parse(count)?),
             ["run", program, ref arguments @ ..] => run_child(program, arguments),
             _ => Err(io::Error::other("no such command")),

@@ -7,7 +7,7 @@
 //! Only processes that a stage started are ever signalled, and by pidfd. The test process is their subreaper.
 
 mod actor;
-mod sys;
+pub mod sys;
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -30,6 +30,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, WaitIdStat
 use tempfile::TempDir;
 
 pub use actor::run;
+pub use sys::monotonic_ns;
 
 /// Names the control socket of a puppet.
 pub const CONTROL_VARIABLE: &str = "PORTWATCH_PUPPET";
@@ -126,6 +127,17 @@ impl Stage {
         let puppet = self.inner.admit();
         assert_eq!(puppet.pid, child.id());
         puppet
+    }
+
+    /// The next puppet that somebody else starts: [`Stage::recipe`] says how.
+    pub fn admit(&self) -> Puppet {
+        self.inner.admit()
+    }
+
+    /// The program and the variable in its environment that make a puppet of this stage.
+    pub fn recipe(&self) -> (PathBuf, String) {
+        let program = std::env::current_exe().expect("the path of this program");
+        (program, format!("{CONTROL_VARIABLE}={}", self.path("control").display()))
     }
 
     /// Whether a puppet of this stage opened the socket.
@@ -283,6 +295,11 @@ impl Puppet {
         self.tell(&format!("shutdown {fd}"));
     }
 
+    /// Registers `fd` with a new io_uring, which keeps it open; the descriptor of the ring.
+    pub fn register_with_ring(&self, fd: i32) -> Result<i32, Refused> {
+        self.attempt(&format!("ring {fd}")).map(|fd| read(&fd))
+    }
+
     pub fn set_cloexec(&self, fd: i32, on: bool) {
         self.tell(&format!("cloexec {fd} {}", if on { "on" } else { "off" }));
     }
@@ -349,12 +366,67 @@ impl Puppet {
         self.tell(&format!("become {uid}"));
     }
 
+    /// Moves into a process group of its own.
+    pub fn lead_group(&self) {
+        self.tell("join-group 0");
+    }
+
     pub fn set_name(&self, name: &[u8]) {
         self.tell(&format!("setname {}", hexadecimal(name)));
     }
 
     pub fn ignore_term(&self) {
         self.tell("ignore-term");
+    }
+
+    /// SIGTERM closes this descriptor from now on, and no more.
+    pub fn release_on_term(&self, fd: i32) {
+        self.tell(&format!("release-on-term {fd}"));
+    }
+
+    /// When SIGTERM closed it: CLOCK_MONOTONIC in nanoseconds.
+    pub fn released_at(&self) -> u64 {
+        read(&self.tell("released-at"))
+    }
+
+    /// Has so much memory of its own from now on.
+    pub fn touch(&self, mebibytes: usize) {
+        self.tell(&format!("touch {mebibytes}"));
+    }
+
+    /// Limits the descriptors of what it runs, too.
+    pub fn limit_files(&self, count: u64) {
+        self.tell(&format!("limit-files {count}"));
+    }
+
+    /// Stops another puppet as a debugger does.
+    pub fn trace(&self, other: &Puppet) {
+        self.tell(&format!("trace {}", other.pid));
+    }
+
+    /// Falls asleep in state D, for good, as the only holder of `fd`. SIGKILL ends it.
+    pub fn vfork(&self, fd: i32) {
+        self.tell(&format!("vfork {fd}"));
+        self.await_state('D');
+    }
+
+    /// Sends a signal to it, and to nobody else.
+    pub fn signal(&self, signal: Signal) {
+        rustix::process::pidfd_send_signal(&self.pidfd, signal).expect("pidfd_send_signal");
+    }
+
+    /// Waits until its leader is in this state: nothing tells of that.
+    pub fn await_state(&self, state: char) {
+        let until = std::time::Instant::now() + PATIENCE;
+        while self.state() != Some(state) {
+            assert!(std::time::Instant::now() < until, "puppet {} is not in state {state}", self.pid);
+            std::thread::yield_now();
+        }
+    }
+
+    fn state(&self) -> Option<char> {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid)).ok()?;
+        stat.rsplit_once(") ")?.1.chars().next()
     }
 
     /// Runs a program as its child; exit code and standard output. No argument may contain a blank.

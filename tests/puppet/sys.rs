@@ -7,6 +7,7 @@ use std::os::fd::RawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::ptr;
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
 use nix::libc;
 
@@ -199,6 +200,23 @@ pub fn receive_fd(through: RawFd) -> io::Result<RawFd> {
     })
 }
 
+/// Makes an io_uring and registers `fd` with it; the descriptor of the ring.
+pub fn register_with_ring(fd: RawFd) -> io::Result<RawFd> {
+    /// `IORING_REGISTER_FILES` (linux/io_uring.h).
+    const IORING_REGISTER_FILES: libc::c_long = 2;
+    // `struct io_uring_params` has 120 bytes; the kernel writes into it.
+    let mut params = [0u64; 15];
+    // SAFETY: a pointer to 120 writable bytes, all zero.
+    let ring = unsafe { libc::syscall(libc::SYS_io_uring_setup, 4, params.as_mut_ptr()) };
+    if ring < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let fds = [fd];
+    // SAFETY: a pointer to one descriptor, and that number.
+    let result = unsafe { libc::syscall(libc::SYS_io_uring_register, ring, IORING_REGISTER_FILES, fds.as_ptr(), 1) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(ring as RawFd) }
+}
+
 /// Moves into a new network namespace and sets its loopback interface up.
 pub fn unshare_net() -> io::Result<()> {
     // SAFETY: no pointers.
@@ -245,6 +263,12 @@ pub fn become_user(uid: u32) -> io::Result<()> {
     Ok(())
 }
 
+/// Joins a process group of this session; 0: one of its own.
+pub fn join_group(group: libc::pid_t) -> io::Result<()> {
+    // SAFETY: takes integers.
+    check(unsafe { libc::setpgid(0, group) }).map(drop)
+}
+
 /// Sets the name of this thread; the kernel keeps 15 bytes.
 pub fn set_name(name: &[u8]) -> io::Result<()> {
     let mut raw = [0u8; 16];
@@ -257,6 +281,101 @@ pub fn set_name(name: &[u8]) -> io::Result<()> {
 pub fn ignore_signal(signal: libc::c_int) {
     // SAFETY: SIG_IGN runs no code of ours.
     unsafe { libc::signal(signal, libc::SIG_IGN) };
+}
+
+/// The descriptor that [`on_term`] closes, and when it did, in nanoseconds of CLOCK_MONOTONIC.
+static TO_CLOSE: AtomicI32 = AtomicI32::new(-1);
+static CLOSED_AT: AtomicU64 = AtomicU64::new(0);
+
+extern "C" fn on_term(_: libc::c_int) {
+    // SAFETY: close is async-signal-safe; the descriptor is a plain number that nothing else owns.
+    unsafe { libc::close(TO_CLOSE.load(Ordering::Relaxed)) };
+    CLOSED_AT.store(monotonic_ns(), Ordering::Relaxed);
+}
+
+/// CLOCK_MONOTONIC, which every process of this machine shares.
+pub fn monotonic_ns() -> u64 {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the pointer is to one timespec; async-signal-safe.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}
+
+/// From now on SIGTERM closes `fd`, and the process goes on.
+pub fn close_on_term(fd: RawFd) -> io::Result<()> {
+    TO_CLOSE.store(fd, Ordering::Relaxed);
+    let handler: extern "C" fn(libc::c_int) = on_term;
+    // SAFETY: the handler makes async-signal-safe calls only. BSD semantics: interrupted reads go on.
+    let old = unsafe { libc::signal(libc::SIGTERM, handler as libc::sighandler_t) };
+    if old == libc::SIG_ERR { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+pub fn closed_at() -> io::Result<u64> {
+    match CLOSED_AT.load(Ordering::Relaxed) {
+        0 => Err(io::Error::other("nothing was closed by SIGTERM")),
+        time => Ok(time),
+    }
+}
+
+/// Has so much memory of its own, every page touched, for good.
+pub fn touch(mebibytes: usize) -> io::Result<()> {
+    let length = mebibytes << 20;
+    let (access, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    // SAFETY: a new anonymous mapping replaces nothing.
+    let start = unsafe { libc::mmap(ptr::null_mut(), length, access, kind | libc::MAP_POPULATE, -1, 0) };
+    if start == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Limits the descriptors of this process and of what it runs.
+pub fn limit_files(count: u64) -> io::Result<()> {
+    let limit = libc::rlimit { rlim_cur: count, rlim_max: count };
+    // SAFETY: the pointer is to one rlimit.
+    check(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) }).map(drop)
+}
+
+/// Stops another process as a debugger does.
+pub fn trace(pid: libc::pid_t) -> io::Result<()> {
+    for request in [libc::PTRACE_SEIZE, libc::PTRACE_INTERRUPT] {
+        // SAFETY: neither request uses its address or data.
+        if unsafe { libc::ptrace(request, pid, ptr::null_mut::<u8>(), ptr::null_mut::<u8>()) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    let mut status = 0;
+    // SAFETY: the pointer is to one c_int.
+    check(unsafe { libc::waitpid(pid, &raw mut status, libc::__WALL) }).map(drop)
+}
+
+/// What the child of [`vfork`] needs.
+struct Vforked {
+    fd: RawFd,
+    control: RawFd,
+}
+
+extern "C" fn vforked(argument: *mut libc::c_void) -> libc::c_int {
+    let answer = b"ok \n";
+    // SAFETY: `argument` is the parent's, which sleeps as long as this runs. Only system calls are made.
+    unsafe {
+        let Vforked { fd, control } = *argument.cast::<Vforked>();
+        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0);
+        libc::close(fd);
+        libc::write(control, answer.as_ptr().cast(), answer.len());
+        loop {
+            libc::pause();
+        }
+    }
+}
+
+/// Sleeps in state D until its child is gone, which closes `fd`, answers on `control` and then does nothing.
+pub fn vfork(fd: RawFd, control: RawFd) -> io::Result<()> {
+    let mut stack = vec![0u64; 8192];
+    let mut argument = Vforked { fd, control };
+    let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
+    // SAFETY: the child runs on a stack of its own while this thread sleeps, so what it borrows stays in place.
+    check(unsafe {
+        libc::clone(vforked, stack.as_mut_ptr().add(stack.len()).cast(), flags, (&raw mut argument).cast())
+    })
+    .map(drop)
 }
 
 /// Ends the calling thread alone, as a thread-group leader that leaves its threads running.

@@ -20,7 +20,7 @@ const QUEUE: usize = 4096;
 #[derive(Debug)]
 pub(super) enum Ask {
     List {
-        selector: Selector,
+        selector: Box<Selector>,
         reply: oneshot::Sender<Vec<Listener>>,
     },
     /// The listeners now, and every change from now on.

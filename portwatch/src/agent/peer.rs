@@ -227,7 +227,7 @@ impl Peer {
 
     async fn list(&mut self, selection: &Selection, identity: Identity, ancestors: bool) -> Result<(), End> {
         let Some(selector) = self.selector(selection, identity).await? else { return Ok(()) };
-        let listeners = self.ask(|reply| Ask::List { selector, reply }).await?;
+        let listeners = self.ask(|reply| Ask::List { selector: Box::new(selector), reply }).await?;
         let count = listeners.len();
         for listener in listeners {
             let ancestors = if ancestors { ancestors_of(&listener) } else { Vec::new() };

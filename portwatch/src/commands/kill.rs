@@ -1,24 +1,30 @@
 //! `portwatch kill`: frees ports by ending the processes that hold them.
 
+mod pick;
+
+use std::collections::BTreeSet;
 use std::io::{self, IsTerminal as _, Write as _};
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Args;
 use nix::unistd::Uid;
+use portwatch::engine::{self, Container, Engine, EngineError};
 use portwatch::kill::signal::SignalName;
-use portwatch::kill::{self, Guards, Options, Outcome, Plan, World, text};
-use portwatch::model::{Listener, Process, Socket};
-use portwatch::render::{self, json};
+use portwatch::kill::{self, Concern, Guards, Options, Outcome, Plan, Reach, World, concern, preview, text};
+use portwatch::model::{Listener, Protocol, Socket};
+use portwatch::render::table::Detail;
+use portwatch::render::{self, View, json};
 use portwatch::select::{Filters, Selector};
-use portwatch::source::{Scanner, procfs, stat};
+use portwatch::source::stat::{self, Stat};
+use portwatch::source::{Scanner, process, procfs};
 use rustix::process::Signal;
 
-use super::{Users, columns, explain, note, print, selection, selector};
+use super::progress::Display;
+use super::{Users, explain, note, print, selection, selector, view, view_on};
 use crate::cli::{Globals, Netns, Selectors, TARGETS, duration};
-use crate::exit_codes::{self, NO, Usage};
+use crate::exit_codes::{self, NO, USAGE, Usage};
 
 #[derive(Debug, Args)]
 #[command(after_help = format!("\
@@ -27,6 +33,7 @@ Examples:
   portwatch kill 3000-3005 --dry-run
   portwatch kill 8000 -s INT --grace 30s --no-force
   portwatch kill --cwd '/home/al/project*' -y
+  portwatch kill -i --user al         pick from a list
 
 {TARGETS}"))]
 pub(crate) struct KillArgs {
@@ -36,9 +43,18 @@ pub(crate) struct KillArgs {
     /// Show the plan and end nothing
     #[arg(short = 'n', long)]
     pub(crate) dry_run: bool,
+    /// Pick from a list of what is listening; targets and selectors narrow the list
+    #[arg(short, long)]
+    pub(crate) interactive: bool,
     /// Do not ask
     #[arg(short, long)]
     pub(crate) yes: bool,
+    /// End the descendants of the holders as well
+    #[arg(long)]
+    pub(crate) tree: bool,
+    /// Signal the process groups of the holders, all members at once
+    #[arg(long, conflicts_with = "tree")]
+    pub(crate) group: bool,
     /// Signal to begin with
     #[arg(short, long, default_value = "TERM", value_name = "SIGNAL")]
     pub(crate) signal: SignalName,
@@ -57,6 +73,10 @@ pub(crate) struct KillArgs {
     /// Allow to end the ancestors of portwatch, such as the shell it runs in
     #[arg(long)]
     pub(crate) force_self: bool,
+    /// Stop the container that a port leads into, or that its holder runs in, by the docker-compatible API: with its own
+    /// stop signal, and SIGKILL after the grace. Without this, what publishes a container's port is left alone
+    #[arg(long, conflicts_with = "no_force")]
+    pub(crate) stop_container: bool,
     /// One JSON array
     #[arg(long)]
     pub(crate) json: bool,
@@ -69,21 +89,15 @@ pub(crate) struct KillArgs {
 
 pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
     let selector = selector(&args.targets, &args.selectors)?;
-    if selector.is_empty() {
+    if args.interactive && !is_conversation() {
         return Err(Usage(
-            "name a port to free, as in `portwatch kill 8000`, or a selector; \
-            `portwatch list` shows what is listening"
-                .to_owned(),
+            "--interactive needs a terminal to show the list on; name the port instead: portwatch kill PORT".to_owned(),
         )
         .into());
     }
-    let SignalName(signal) = args.signal;
-    let options = Options {
-        signal: if args.force { Signal::KILL } else { signal },
-        grace: args.grace,
-        force: !args.no_force,
-        settle: args.settle,
-    };
+    if selector.is_empty() && !args.interactive {
+        return name_a_port(&selector, args, globals);
+    }
     if std::fs::read_link("/proc/self").ok() != Some(std::process::id().to_string().into()) {
         anyhow::bail!(
             "/proc belongs to another pid namespace, so its PIDs mean nothing here; mount one of this namespace"
@@ -94,102 +108,208 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
         explain(globals, &format!("holders are read from {}: {reason}", scanner.method()));
     }
     let all_netns = args.selectors.netns != Netns::Own;
-    let guards = Guards::current(args.force_self);
-    let (plan, left_out) = plan(&mut scanner, &selector, all_netns, &guards)?;
-    if plan.groups.is_empty() {
-        if args.json {
-            print("[]\n")?;
-        } else if !args.quiet {
-            note(&format!("nothing is listening{}; nothing to free", selection(&args.targets, &selector)));
-        }
-        return Ok(ExitCode::SUCCESS);
+    let mut choice = read(&mut scanner, &selector, all_netns)?;
+    if choice.selected.is_empty() && (args.interactive || selector.named_ports().is_empty()) {
+        return nothing_there(args, &selector);
     }
-    let must_ask = !args.yes && !args.dry_run && is_question(&plan);
-    if must_ask || (!args.json && !args.quiet) {
+    let mut named = selector.named_ports();
+    if args.interactive {
+        let Some(picked) = pick::pick(choice.selected)? else { return nothing_signalled() };
+        choice.selected = picked.chosen;
+        choice.left_out.extend(picked.others);
+        // What was not picked is nobody's question.
+        named.clear();
+    }
+    let Prepared { plan, guards, engine } = prepare(args, choice.selected, &choice.left_out, &named)?;
+    let concerns = match is_conversation() && !args.yes && !args.dry_run {
+        true => concern::concerns(&plan, Uid::effective().as_raw(), args.interactive, &stat_of),
+        false => Vec::new(),
+    };
+    let is_shown = !args.json && !args.quiet && !args.dry_run;
+    if is_shown || !concerns.is_empty() {
         // Somebody who asked for a port to be freed gets it freed, also where nobody reads this.
-        preview(&plan).or_else(|error| if must_ask { Err(error) } else { Ok(()) })?;
+        preview(&plan).or_else(|error| if concerns.is_empty() { Ok(()) } else { Err(error) })?;
     }
     if args.dry_run {
+        if !args.json && !args.quiet {
+            let users = Users::default();
+            let name = |uid| users.name(uid);
+            print(&summary(&plan, &view(&name)?))?;
+        }
         return report(args, &kill::planned(plan));
     }
-    if must_ask && !is_confirmed(&plan)? {
-        note("nothing was signalled");
-        return Ok(ExitCode::from(NO));
+    if !concerns.is_empty() && !is_confirmed(&concerns)? {
+        return nothing_signalled();
     }
+    let ports: BTreeSet<(u16, Protocol)> = plan.groups.iter().map(|group| (group.port, group.proto)).collect();
+    let is_of_interest =
+        |socket: &Socket| ports.contains(&(socket.port, socket.proto)) && selector.matches_socket(socket);
+    let mut display = Display::new(args.json || args.quiet);
     let mut outcomes = kill::execute(
         plan,
-        options,
+        args.options(),
         &mut World {
-            rescan: &mut || Ok(scanner.scan(all_netns, &|socket| selector.matches_socket(socket))?.listeners),
+            rescan: &mut || Ok(scanner.scan(all_netns, &is_of_interest)?.listeners),
             holds: &procfs::holds,
             guards: &guards,
-            waiting: &mut |processes, left| progress(processes, left, args),
+            stop: &mut |containers, grace| stop(engine.as_ref(), containers, grace),
+            // Of a namespace where nobody has the port, there may be nothing to go by.
+            addresses: &|port| match args.selectors.netns {
+                Netns::Id(_) => Vec::new(),
+                Netns::Own | Netns::All => selector.named_addresses(port),
+            },
+            progress: &mut |progress| display.show(progress),
         },
     )?;
-    if !args.json && !args.quiet && io::stderr().is_terminal() {
-        // Over the line of progress.
-        let _ = write!(io::stderr(), "\r\x1b[K");
-    }
-    outcomes.iter_mut().for_each(|outcome| outcome.correct(&left_out));
+    display.close();
+    outcomes.iter_mut().for_each(|outcome| outcome.correct(&choice.left_out));
     report(args, &outcomes)
 }
 
-/// The plan, and the listeners on the same ports that the selectors leave out: a port that one of these has is not free.
-fn plan(
-    scanner: &mut Scanner,
-    selector: &Selector,
-    all_netns: bool,
-    guards: &Guards,
-) -> anyhow::Result<(Plan, Vec<Listener>)> {
+impl KillArgs {
+    fn options(&self) -> Options {
+        let SignalName(signal) = self.signal;
+        Options {
+            signal: if self.force { Signal::KILL } else { signal },
+            grace: self.grace,
+            force: !self.no_force,
+            settle: self.settle,
+        }
+    }
+
+    fn reach(&self) -> Reach {
+        match (self.tree, self.group) {
+            (true, _) => Reach::Tree,
+            (_, true) => Reach::Group,
+            _ => Reach::Holders,
+        }
+    }
+}
+
+/// Says that nothing was named, and what could be.
+fn name_a_port(selector: &Selector, args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
+    note("error: name a port to free, as in `portwatch kill 8000`, or a selector such as --cwd; listening now:");
+    let (listeners, _) = super::read(selector, &args.selectors, globals, false)?;
+    let users = Users::default();
+    let name = |uid| users.name(uid);
+    let table = match listeners.is_empty() {
+        true => "nothing\n".to_owned(),
+        false => render::table::table(&listeners, Detail::Listeners, &view_on(&io::stderr(), &name)?),
+    };
+    // Nobody who reads it: the exit code says it, too.
+    let _ = io::stderr().write_all(table.as_bytes());
+    Ok(ExitCode::from(USAGE))
+}
+
+fn nothing_there(args: &KillArgs, selector: &Selector) -> anyhow::Result<ExitCode> {
+    if args.json {
+        print("[]\n")?;
+    } else if !args.quiet {
+        note(&format!("nothing is listening{}; nothing to free", selection(&args.targets, selector)));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn nothing_signalled() -> anyhow::Result<ExitCode> {
+    note("nothing was signalled");
+    Ok(ExitCode::from(NO))
+}
+
+/// What the selectors pick, and the listeners on the same ports that they leave out: a port that one of these has is
+/// not free.
+struct Choice {
+    selected: Vec<Listener>,
+    left_out: Vec<Listener>,
+}
+
+fn read(scanner: &mut Scanner, selector: &Selector, all_netns: bool) -> anyhow::Result<Choice> {
     let Filters { tcp, udp, netns, .. } = *selector.filters();
     let ports = Selector::new(selector.targets().to_vec(), Filters { tcp, udp, netns, ..Filters::default() });
     let snapshot = scanner.scan(all_netns, &|socket| ports.matches_socket(socket))?;
-    let (selected, left_out): (Vec<Listener>, Vec<Listener>) = snapshot
+    let (selected, left_out) = snapshot
         .listeners
         .into_iter()
         .partition(|listener| selector.matches_socket(&listener.socket) && selector.matches(listener, snapshot.at));
-    let others: Vec<Socket> = left_out.iter().map(|listener| listener.socket.clone()).collect();
-    let plan = Plan::new(selected, &others, &selector.named_ports(), guards, &|pid| stat::read(pid).ok());
-    Ok((plan, left_out))
+    Ok(Choice { selected, left_out })
 }
 
-/// Shows who would be hit, and who would not although it holds the port.
+/// What is decided before anything is done.
+struct Prepared {
+    plan: Plan,
+    guards: Guards,
+    /// Where a container is involved and an engine answers.
+    engine: Option<Engine>,
+}
+
+fn prepare(
+    args: &KillArgs,
+    selected: Vec<Listener>,
+    left_out: &[Listener],
+    named: &[(u16, Option<Protocol>)],
+) -> anyhow::Result<Prepared> {
+    let others: Vec<Socket> = left_out.iter().map(|listener| listener.socket.clone()).collect();
+    let mut guards = Guards::current(args.force_self);
+    let mut engine = None;
+    // A plain port costs no question.
+    if engine::is_involved_in(&selected) {
+        let roster;
+        (engine, roster) = engine::ask();
+        guards = guards.with_containers(roster, args.stop_container);
+    }
+    let mut plan = Plan::new(selected, &others, named, &guards, &stat_of);
+    let reach = args.reach();
+    if reach != Reach::Holders {
+        let seen = process::boot_ns_now();
+        let all = stat::all().context("cannot read the processes in /proc")?;
+        plan.reach_out(reach, &all, seen, &process::read_exact, &guards, &stat_of);
+    }
+    Ok(Prepared { plan, guards, engine })
+}
+
+fn stop(engine: Option<&Engine>, containers: &[&Container], grace: Duration) -> Vec<Result<(), EngineError>> {
+    let ids: Vec<&str> = containers.iter().map(|container| container.id.as_str()).collect();
+    match engine {
+        Some(engine) => engine.stop(&ids, grace),
+        // Who plans to stop a container was told of it by an engine.
+        None => Vec::new(),
+    }
+}
+
+fn stat_of(pid: u32) -> Option<Stat> {
+    stat::read(pid).ok()
+}
+
+/// Who would be hit, and who would not although it holds the port.
+fn summary(plan: &Plan, view: &View<'_>) -> String {
+    preview::victims(plan, view) + &preview::inside(plan) + &preview::stops(plan) + &preview::refusals(plan)
+}
+
 fn preview(plan: &Plan) -> anyhow::Result<()> {
     let users = Users::default();
-    let mut lines = String::new();
-    if !plan.victims.is_empty() {
-        let columns = io::stderr().is_terminal().then(|| columns(io::stderr()));
-        lines = text::victims(plan, &|uid| users.name(uid).unwrap_or_else(|| uid.to_string()), columns);
-    }
-    lines += &text::refusals(plan);
-    io::stderr().write_all(lines.as_bytes()).context("cannot write to standard error")
+    let name = |uid| users.name(uid);
+    let stderr = io::stderr();
+    let text = summary(plan, &view_on(&stderr, &name)?);
+    stderr.lock().write_all(text.as_bytes()).context("cannot write to standard error")
 }
 
-/// Whether there is somebody to ask and something to think about.
-fn is_question(plan: &Plan) -> bool {
-    io::stdin().is_terminal() && io::stderr().is_terminal() && plan.wants_confirmation(Uid::effective().as_raw())
+/// Whether there is somebody to ask.
+fn is_conversation() -> bool {
+    io::stdin().is_terminal() && io::stderr().is_terminal()
 }
 
-fn is_confirmed(plan: &Plan) -> anyhow::Result<bool> {
-    let count = plan.victims.len();
-    let what = if count == 1 { "this process".to_owned() } else { format!("these {count} processes") };
+fn is_confirmed(concerns: &[Concern]) -> anyhow::Result<bool> {
+    let users = Users::default();
+    let name = |uid| users.name(uid);
     let mut stderr = io::stderr();
-    write!(stderr, "end {what}? [y/N] ").and_then(|()| stderr.flush()).context("cannot write to standard error")?;
+    let question = preview::question(concerns, &view_on(&stderr, &name)?);
+    write!(stderr, "{question} [y/N] ").and_then(|()| stderr.flush()).context("cannot write to standard error")?;
     let mut answer = String::new();
     io::stdin().read_line(&mut answer).context("cannot read the answer")?;
-    Ok(matches!(answer.trim(), "y" | "Y" | "yes" | "Yes"))
-}
-
-/// One line, rewritten in place, on a terminal only.
-fn progress(processes: &[Arc<Process>], left: Duration, args: &KillArgs) {
-    if args.json || args.quiet || !io::stderr().is_terminal() {
-        return;
+    if !answer.ends_with('\n') {
+        // The end of input leaves the cursor behind the question.
+        let _ = writeln!(stderr);
     }
-    let who = match processes {
-        [one] => format!("{} ({})", render::escape(&one.name), one.id.pid),
-        many => format!("{} processes", many.len()),
-    };
-    let _ = write!(io::stderr(), "\r\x1b[Kwaiting for {who} to end, {:.0} s left", left.as_secs_f64().ceil());
+    Ok(matches!(answer.trim(), "y" | "Y" | "yes" | "Yes"))
 }
 
 fn report(args: &KillArgs, outcomes: &[Outcome]) -> anyhow::Result<ExitCode> {
@@ -206,6 +326,10 @@ fn report(args: &KillArgs, outcomes: &[Outcome]) -> anyhow::Result<ExitCode> {
             } else if !outcome.is_done() {
                 note(&line);
             }
+        }
+        if let Some(summary) = text::summary(outcomes).filter(|_| !args.quiet) {
+            text += &summary;
+            text.push('\n');
         }
     }
     match print(&text) {

@@ -2,29 +2,38 @@
 //! way to the terminal.
 
 pub(crate) mod agent;
+pub(crate) mod completions;
+pub(crate) mod diagnose;
 pub(crate) mod kill;
 pub(crate) mod list;
+pub(crate) mod man;
+mod progress;
 pub(crate) mod status;
+pub(crate) mod wait;
 pub(crate) mod watch;
 pub(crate) mod who;
 
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::fs;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 
+use anstream::stream::RawStream;
 use anstream::{AutoStream, ColorChoice};
 use anyhow::Context;
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use nix::unistd::{Uid, User};
 use portwatch::client::Client;
+use portwatch::config::{self, ConfigError};
+use portwatch::engine::roster::Lost;
+use portwatch::engine::{self, Wanted};
 use portwatch::model::{Ancestor, BootNs, Listener, NetnsId};
 use portwatch::render::json::Ancestors;
 use portwatch::render::{self, Clock, View};
-use portwatch::select::{Filters, Selector, builtin_sets, parse_targets};
+use portwatch::select::{Filters, Selector, Sets, parse_targets};
 use portwatch::source::stat::{self, Stat};
 use portwatch::source::{Probe, Scanner, Tier};
 use portwatch::wire::{Request, Response, Selection};
@@ -34,7 +43,7 @@ use crate::exit_codes::Usage;
 
 /// What the arguments mean.
 pub(crate) fn selector(targets: &[String], selectors: &Selectors) -> anyhow::Result<Selector> {
-    let targets = parse_targets(targets, &builtin_sets()).map_err(|bad| Usage(bad.to_string()))?;
+    let targets = parse_targets(targets, &sets_for(targets)?).map_err(|bad| Usage(bad.to_string()))?;
     Ok(Selector::new(
         targets,
         Filters {
@@ -47,6 +56,8 @@ pub(crate) fn selector(targets: &[String], selectors: &Selectors) -> anyhow::Res
             pids: selectors.pids.clone(),
             commands: selectors.commands.clone(),
             cwds: selectors.cwds.clone(),
+            containers: containers(&selectors.containers)?,
+            units: selectors.units.clone(),
             older_than: selectors.older_than,
             netns: match selectors.netns {
                 Netns::Own => Some(own_netns()?),
@@ -57,6 +68,17 @@ pub(crate) fn selector(targets: &[String], selectors: &Selectors) -> anyhow::Res
     ))
 }
 
+/// The sets of the configuration, which is read only where a target names one.
+fn sets_for(targets: &[String]) -> anyhow::Result<Sets> {
+    if !targets.iter().any(|target| target.contains('@')) {
+        return Ok(Sets::new());
+    }
+    match config::sets(&|name| std::env::var_os(name), Uid::effective().as_raw()) {
+        Err(ConfigError::Broken(what)) => Err(Usage(what).into()),
+        sets => Ok(sets?),
+    }
+}
+
 /// A name is looked up first: a user may be called `1000`.
 fn uid(user: &str) -> anyhow::Result<u32> {
     if let Some(found) = User::from_name(user).with_context(|| format!("cannot look up user '{user}'"))? {
@@ -65,6 +87,27 @@ fn uid(user: &str) -> anyhow::Result<u32> {
     user.parse().map_err(|_| {
         Usage(format!("no user is called '{}'; use a name of this host or a uid", user.escape_debug())).into()
     })
+}
+
+/// What `--container` names, asked of the engine once.
+fn containers(words: &[String]) -> anyhow::Result<Vec<Wanted>> {
+    if words.is_empty() {
+        return Ok(Vec::new());
+    }
+    let (_, roster) = engine::ask();
+    let wanted = words.iter().map(|word| {
+        roster.find(word).map_err(|lost| match lost {
+            Lost::Unknown(message) => Usage(message).into(),
+            Lost::Unreachable(error) => {
+                anyhow::Error::new(error).context(format!("cannot look up '{}' by name", render::escape(word)))
+            }
+        })
+    });
+    let wanted = wanted.collect::<anyhow::Result<_>>()?;
+    if let Some(error) = roster.error() {
+        note(&format!("--container is compared with ids alone, and ports published for it are not found: {error}"));
+    }
+    Ok(wanted)
 }
 
 fn own_netns() -> anyhow::Result<NetnsId> {
@@ -204,14 +247,21 @@ impl Users {
 
 /// The clock, terminal and colours of standard output, as they are now.
 pub(crate) fn view(users: &dyn Fn(u32) -> Option<String>) -> anyhow::Result<View<'_>> {
-    let stdout = io::stdout();
+    view_on(&io::stdout(), users)
+}
+
+/// The same of another stream.
+pub(crate) fn view_on<'a>(
+    stream: &(impl RawStream + AsFd),
+    users: &'a dyn Fn(u32) -> Option<String>,
+) -> anyhow::Result<View<'a>> {
     Ok(View {
         clock: clock()?,
         users,
         euid: Uid::effective().as_raw(),
-        width: stdout.is_terminal().then(|| columns(&stdout)),
+        width: stream.is_terminal().then(|| columns(stream)),
         // Never: no terminal, or NO_COLOR. Everything shown is escaped, so nothing needs to be stripped later.
-        colours: AutoStream::choice(&stdout) != ColorChoice::Never,
+        colours: AutoStream::choice(stream) != ColorChoice::Never,
     })
 }
 
@@ -220,7 +270,8 @@ pub(crate) fn clock() -> anyhow::Result<Clock> {
     Ok(Clock { now_boot_ns: boot_ns()?, now_wall: Timestamp::now(), tz: TimeZone::system() })
 }
 
-fn boot_ns() -> anyhow::Result<BootNs> {
+/// Nanoseconds since boot.
+pub(crate) fn boot_ns() -> anyhow::Result<BootNs> {
     let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME).context("cannot read CLOCK_BOOTTIME")?;
     Ok(BootNs::try_from(std::time::Duration::from(now).as_nanos())?)
 }

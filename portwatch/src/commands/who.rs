@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Args;
+use portwatch::engine::{self, Roster};
 use portwatch::render::json;
 use portwatch::render::text;
 
@@ -45,7 +46,10 @@ pub(crate) fn run(args: &WhoArgs, globals: &Globals) -> anyhow::Result<ExitCode>
     } else if listeners.is_empty() {
         note(&format!("nothing is listening{}", selection(&args.targets, &selector)));
     } else {
-        let blocks: Vec<String> = listeners.iter().map(|listener| text::who(listener, &ancestors, &view)).collect();
+        // The names are worth a question only where there is somebody to name.
+        let containers = if engine::is_involved_in(&listeners) { engine::ask().1 } else { Roster::default() };
+        let blocks: Vec<String> =
+            listeners.iter().map(|listener| text::who(listener, &ancestors, &containers, &view)).collect();
         print(&blocks.join("\n"))?;
     }
     Ok(if listeners.is_empty() { ExitCode::from(NO) } else { ExitCode::SUCCESS })

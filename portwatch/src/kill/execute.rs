@@ -1,44 +1,59 @@
-//! Carries out a plan: signals, waits, looks at the ports again, and says what became of them.
+//! Carries out a plan: signals, waits, looks at the ports again, and proves that they are free.
 //!
 //! One pass of the [`Run`] owns all state; nothing else writes to it. A process is signalled only through
 //! [`super::target`], so only when it was just proved to hold what it is to let go of.
+//!
+//! Between two full scans, which say who holds what, [`Sight`] says which sockets are there. A scan is made only where
+//! it can tell something new: when a taken port has nobody left to wait for, or a socket came that nobody knows.
 
+mod adopt;
+mod after;
+
+use std::collections::{HashMap, HashSet};
 use std::io;
-use std::sync::Arc;
+use std::net::IpAddr;
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
 use rustix::process::Signal;
 
+use super::guards::Guards;
+use super::life::{Grip, Life, Stage, is_silent, spare_descriptors};
 use super::outcome::Outcome;
-use super::plan::{Guards, Plan, Refused, Victim, push_new};
+use super::plan::{Plan, key, same_socket};
+use super::progress::{Progress, Step};
+use super::prove::Blocked;
 use super::report;
-use super::signal::SignalName;
-use super::target::{OpenError, OpenTarget, SignalError, Target, Verdict, prove_by_proc};
-use crate::model::{Listener, Process, ProcessId};
-use crate::source::stat::{self, Stat};
+use super::sight::{LOOK_EVERY, Sight};
+use super::stop::Stopper;
+use super::target::{SignalError, Verdict, prove_by_proc};
+use super::why;
+use crate::engine::EngineError;
+use crate::model::{Listener, NetnsId, Protocol, Socket};
 
-/// How long SIGKILL is waited for. Only a process inside the kernel that cannot be interrupted takes longer.
-const FORCE_WAIT: Duration = Duration::from_secs(2);
+/// How long SIGKILL is waited for in any case. It acts at once, except on a process that is asleep in the kernel.
+pub(super) const FORCE_WAIT: Duration = Duration::from_secs(2);
 
-/// How often the port is looked at while waiting for processes: no event tells a one-shot kill that a process closed
-/// its socket and lives on (the agent's table knows). The end of a process is an event, and cuts this short.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// How long it is waited for where the process is on its way out: gigabytes of memory go before the sockets do.
+const TEARDOWN_WAIT: Duration = Duration::from_secs(60);
 
-/// The same while looking out for a new owner, whose arrival is no event either.
-const SETTLE_EVERY: Duration = Duration::from_millis(50);
+/// How often holders are looked for where sockets cannot be watched, and relatives where these are meant.
+pub(super) const SCAN_EVERY: Duration = Duration::from_millis(100);
 
-/// How long to wait for processes that are seen to be exiting, so as to report them as ended.
-const EXIT_WAIT: Duration = Duration::from_secs(1);
+/// How long a socket may outlive its last holder (what the kernel does for it is still under way), and a bind() fail
+/// on what others of the victims' sockets leave behind.
+const AFTERMATH: Duration = Duration::from_millis(250);
+
+/// How long those are waited for that let go of the port and did not end yet, so as to report most of them as ended.
+const LINGER: Duration = Duration::from_millis(5);
 
 /// How to kill.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
     /// The first signal; SIGKILL leaves the grace out.
     pub signal: Signal,
-    /// How long processes have to end after it.
+    /// How long processes have to end after it. Zero: SIGKILL follows at once.
     pub grace: Duration,
     /// Whether SIGKILL follows.
     pub force: bool,
@@ -59,8 +74,12 @@ pub struct World<'a> {
     /// Whether process `pid` has a descriptor of the socket with this inode now, from `/proc`.
     pub holds: &'a dyn Fn(u32, u64) -> io::Result<bool>,
     pub guards: &'a Guards,
-    /// Told now and then who is waited for, and how long at most.
-    pub waiting: &'a mut dyn FnMut(&[Arc<Process>], Duration),
+    /// Stops containers.
+    pub stop: &'a mut Stopper<'a>,
+    /// The addresses of this network namespace at which a port that nobody has is to be free.
+    pub addresses: &'a dyn Fn(u16) -> Vec<IpAddr>,
+    /// Told what happens to each process.
+    pub progress: &'a mut dyn FnMut(&Progress<'_>),
 }
 
 impl std::fmt::Debug for World<'_> {
@@ -77,43 +96,19 @@ pub fn planned(plan: Plan) -> Vec<Outcome> {
 /// Frees the ports of the plan. Signals may have been sent when it fails: it fails only if the host cannot be scanned.
 pub fn execute(plan: Plan, options: Options, world: &mut World<'_>) -> anyhow::Result<Vec<Outcome>> {
     let mut run = Run::new(plan, options);
-    if !run.lives.is_empty() {
-        run.open_all();
+    run.sight = Sight::open(&run.plan);
+    if !run.lives.is_empty() || !run.plan.stops.is_empty() {
+        run.open_all(world);
+        run.stop_containers(world)?;
         run.soft(world)?;
-        if options.force && !run.is_free() {
+        if options.force && !run.is_done() {
             run.forced(world)?;
         }
-        run.reap_exiting();
+        run.linger(world);
         run.settle(world)?;
     }
+    run.prove(world)?;
     Ok(report::outcomes(&run))
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Stage {
-    Unsignalled,
-    Soft,
-    Forced,
-}
-
-/// A victim on its way.
-#[derive(Debug)]
-pub(super) struct Life {
-    pub(super) victim: Victim,
-    /// Open as long as its process is of interest: not ended, and a holder as far as we know.
-    target: Option<OpenTarget>,
-    pub(super) stage: Stage,
-    /// Whether it ended after the first signal was sent.
-    pub(super) ended: bool,
-    /// Why it could not be signalled.
-    pub(super) failure: Option<Failed>,
-}
-
-#[derive(Clone, Debug)]
-pub(super) struct Failed {
-    pub(super) reason: String,
-    /// For want of permission.
-    pub(super) denied: bool,
 }
 
 #[derive(Debug)]
@@ -121,94 +116,199 @@ pub(super) struct Run {
     pub(super) plan: Plan,
     pub(super) options: Options,
     pub(super) lives: Vec<Life>,
-    /// The listeners on the plan's ports when last looked at.
+    /// The listeners on the plan's ports when last looked at, with their holders when last scanned.
     pub(super) current: Vec<Listener>,
     pub(super) started: Instant,
     /// When each group was free, since `started`.
     pub(super) freed: Vec<Option<Duration>>,
-}
-
-fn stat_of(pid: u32) -> Option<Stat> {
-    stat::read(pid).ok()
+    /// Why bind() fails on each group although nobody listens.
+    pub(super) blocked: Vec<Option<Blocked>>,
+    /// What became of each of [`Plan::stops`]; empty before that is tried.
+    pub(super) stopped: Vec<Result<(), EngineError>>,
+    sight: Sight,
+    /// Indices into the plan's groups.
+    group_of: HashMap<(u16, Protocol, NetnsId), usize>,
+    /// How many pidfds may still be kept.
+    spare: usize,
+    /// Whether anybody was signalled.
+    pub(super) began: bool,
+    /// Whether something happened since the last scan that may have changed who holds what.
+    stale: bool,
+    /// Whether a socket was seen that the last scan did not know.
+    stranger: bool,
+    /// Inodes of all such sockets. A scan may leave them out, for the selectors do.
+    strangers: HashSet<u64>,
+    pub(super) scanned: Instant,
+    /// When the last victim ended.
+    last_end: Instant,
+    /// Seconds left as last told.
+    told: Option<u128>,
 }
 
 impl Run {
     fn new(plan: Plan, options: Options) -> Run {
         let lives = plan.victims.iter().cloned().map(Life::new).collect();
-        let current = plan.listeners.clone();
-        let freed = vec![None; plan.groups.len()];
-        Run { plan, options, lives, current, started: Instant::now(), freed }
-    }
-
-    /// All pidfds first: the earlier they are open, the earlier nothing can be confused.
-    fn open_all(&mut self) {
-        for life in &mut self.lives {
-            life.open();
+        let group_of = plan.groups.iter().enumerate().map(|(i, g)| ((g.port, g.proto, g.netns), i)).collect();
+        let now = Instant::now();
+        Run {
+            lives,
+            current: plan.listeners.clone(),
+            started: now,
+            freed: vec![None; plan.groups.len()],
+            blocked: vec![None; plan.groups.len()],
+            stopped: Vec::new(),
+            sight: Sight::default(),
+            group_of,
+            spare: 0,
+            began: false,
+            stale: false,
+            stranger: false,
+            strangers: HashSet::new(),
+            scanned: now,
+            last_end: now,
+            told: None,
+            plan,
+            options,
         }
     }
 
+    /// All pidfds first: the earlier they are open, the earlier nothing can be confused.
+    fn open_all(&mut self, world: &mut World<'_>) {
+        self.spare = spare_descriptors(self.lives.len());
+        for index in 0..self.lives.len() {
+            let firmly = self.claim();
+            self.lives[index].open(firmly, false);
+            self.tell_if_over(index, world);
+        }
+    }
+
+    /// Whether one more pidfd may be kept.
+    fn claim(&mut self) -> bool {
+        let may = self.spare > 0;
+        self.spare = self.spare.saturating_sub(1);
+        may
+    }
+
     fn soft(&mut self, world: &mut World<'_>) -> anyhow::Result<()> {
-        let stage = if self.options.signal == Signal::KILL { Stage::Forced } else { Stage::Soft };
-        let deadline = Instant::now() + if stage == Stage::Forced { FORCE_WAIT } else { self.options.grace };
-        let first: Vec<usize> = (0..self.lives.len()).filter(|&i| self.lives[i].victim.first).collect();
-        self.signal(&first, self.options.signal, stage, world)?;
-        self.wait(deadline, self.options.signal, stage, world)
+        let forced = self.options.signal == Signal::KILL;
+        let (stage, wait) = if forced { (Stage::Forced, FORCE_WAIT) } else { (Stage::Soft, self.options.grace) };
+        self.adopt_kin(world)?;
+        let due = self.due(stage);
+        self.signal(&due, self.options.signal, stage, world)?;
+        self.wait(Instant::now() + wait, self.options.signal, stage, world)
     }
 
     fn forced(&mut self, world: &mut World<'_>) -> anyhow::Result<()> {
+        // Workers may have come and gone during the grace.
+        self.look(world)?;
         let due = self.due(Stage::Forced);
+        for &index in &due {
+            let life = &mut self.lives[index];
+            // Without a grace it had no chance to end, and there is nothing to explain.
+            if life.stage != Stage::Soft || self.options.grace.is_zero() {
+                continue;
+            }
+            life.outlived = why::why(life.pid(), self.options.signal);
+            let step = Step::Outlived { grace: self.options.grace, why: life.outlived.clone() };
+            tell(life, step, world);
+        }
         self.signal(&due, Signal::KILL, Stage::Forced, world)?;
         self.wait(Instant::now() + FORCE_WAIT, Signal::KILL, Stage::Forced, world)
     }
 
-    /// Until the ports are free, nobody is left to wait for, or the deadline. When all who were signalled are gone and
-    /// others hold the port still, such as workers that their master left behind, those are signalled as well.
+    /// Until the ports are free, nobody is left to wait for, or the deadline. Holders whose leaders are gone, such as
+    /// workers that their master left behind, are signalled as soon as that is seen.
     fn wait(&mut self, deadline: Instant, signal: Signal, stage: Stage, world: &mut World<'_>) -> anyhow::Result<()> {
+        self.told = None;
+        let mut limit = deadline;
         loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if self.lives.iter().any(|l| l.is_awaited(stage)) {
-                self.poll(left.min(LOOK_EVERY));
+            self.pause(limit.saturating_duration_since(Instant::now()), world);
+            if !self.is_done() && self.wants_scan(stage) {
+                self.look(world)?;
             }
-            self.look(world)?;
-            if self.is_free() {
+            if self.is_done() {
                 return Ok(());
             }
-            let awaited: Vec<Arc<Process>> = self
-                .lives
-                .iter()
-                .filter(|l| l.is_awaited(stage) && self.holds_now(l))
-                .map(|l| Arc::clone(&l.victim.process))
-                .collect();
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Ok(());
-            }
-            if !awaited.is_empty() {
-                (world.waiting)(&awaited, left);
-                continue;
+            let now = Instant::now();
+            if now >= limit {
+                let dying = |l: &Life| l.is_awaited(Stage::Forced) && l.is_dying();
+                let extends = stage == Stage::Forced && now < deadline + TEARDOWN_WAIT && self.lives.iter().any(dying);
+                if !extends {
+                    return Ok(());
+                }
+                limit = now + LOOK_EVERY;
             }
             let due = self.due(stage);
-            if due.is_empty() {
+            let is_awaited = |l: &Life| l.is_awaited(stage) && (self.is_meant(l) || self.leads(l));
+            if !due.is_empty() {
+                self.signal(&due, signal, stage, world)?;
+            } else if self.lives.iter().any(is_awaited) {
+                self.tell_waiting(deadline.saturating_duration_since(now), stage, world);
+            } else if self.last_end.elapsed() > AFTERMATH || !self.began {
                 return Ok(());
             }
-            self.signal(&due, signal, stage, world)?;
         }
     }
 
-    /// Holders that were not brought to this stage yet and can be.
+    /// Whether a full scan could tell more than what is known.
+    fn wants_scan(&mut self, stage: Stage) -> bool {
+        let unawaited = || (0..self.plan.groups.len()).any(|g| self.is_taken(g) && !self.is_awaited(g, stage));
+        let is_by_time = self.is_blind() || self.lives.iter().any(Life::is_kin_left);
+        self.stranger || self.stale && unawaited() || is_by_time && self.scanned.elapsed() >= SCAN_EVERY
+    }
+
+    /// Whether only full scans can tell of some port.
+    pub(super) fn is_blind(&self) -> bool {
+        self.plan.groups.iter().any(|g| !g.sockets.is_empty() && !self.sight.sees(g.netns))
+    }
+
+    fn is_taken(&self, group: usize) -> bool {
+        !self.plan.groups[group].sockets.is_empty() && self.freed[group].is_none()
+    }
+
+    /// Whether somebody who got the signal may still free this port.
+    fn is_awaited(&self, group: usize, stage: Stage) -> bool {
+        self.lives.iter().any(|l| l.is_awaited(stage) && l.victim.groups.contains(&group))
+    }
+
+    /// Those who are meant, were not brought to this stage yet and can be, masters before workers. One whose leader is
+    /// on its way out, or about to be, waits for that; but nobody can bring anything back after SIGKILL.
     fn due(&self, stage: Stage) -> Vec<usize> {
-        (0..self.lives.len())
-            .filter(|&i| {
-                let life = &self.lives[i];
-                life.stage < stage && life.target.is_some() && life.failure.is_none() && self.holds_now(life)
-            })
-            .collect()
+        let is_able = |l: &Life| l.is_held() && l.failure.is_none();
+        let is_leading = |l: &Life| is_able(l) && (l.stage == stage || self.is_meant(l));
+        let waits = |life: &Life| self.leaders_of(life).any(is_leading);
+        let is_due = |life: &Life| {
+            life.stage < stage && is_able(life) && self.is_meant(life) && (stage == Stage::Forced || !waits(life))
+        };
+        let mut due: Vec<usize> = (0..self.lives.len()).filter(|&i| is_due(&self.lives[i])).collect();
+        due.sort_by_key(|&i| self.lives[i].victim.leaders.len());
+        due
+    }
+
+    fn leaders_of<'a>(&'a self, life: &'a Life) -> impl Iterator<Item = &'a Life> {
+        self.lives.iter().filter(|l| life.victim.leaders.contains(&l.victim.process.id))
+    }
+
+    /// Whether somebody who is still meant waits for this one to end: a master may close its socket long before
+    /// its workers are done.
+    fn leads(&self, leader: &Life) -> bool {
+        let id = leader.victim.process.id;
+        let waits = |l: &Life| l.victim.leaders.contains(&id) && l.is_held() && l.failure.is_none();
+        self.lives.iter().any(|l| waits(l) && self.is_meant(l))
     }
 
     fn signal(&mut self, indices: &[usize], signal: Signal, stage: Stage, world: &mut World<'_>) -> anyhow::Result<()> {
         for &index in indices {
+            let began = self.began;
             let life = &mut self.lives[index];
-            let Some(target) = &life.target else { continue };
+            if !life.is_held() {
+                continue;
+            }
+            let is_firm = matches!(life.grip, Grip::Firm(_));
+            let Some(target) = life.take_grip(began) else {
+                self.tell_if_over(index, world);
+                continue;
+            };
             let mut broken = None;
             let verdict = target.verify(&mut |id, inodes| match prove_by_proc(id, inodes, world.holds) {
                 // /proc will not say; a scan that reads the kernel's own tables may.
@@ -222,12 +322,19 @@ impl Run {
                 }
                 answer => answer,
             });
+            let mut resumed = false;
             let sent = match verdict {
-                Verdict::Verified(holder) => holder.signal(signal),
+                Verdict::Verified(holder) => {
+                    let stopped = signal != Signal::KILL && why::is_stopped(life.pid());
+                    let sent = holder.signal(signal);
+                    // What is sent to a stopped process stays pending: let it go on, so that it can end in peace.
+                    resumed = stopped && sent.is_ok() && holder.signal(Signal::CONT).is_ok();
+                    sent
+                }
                 Verdict::Gone => Err(SignalError::Gone),
+                // Not ours to signal, nor to wait for: it is let go of.
                 Verdict::NotHolder => {
-                    // Not ours to signal, nor to wait for.
-                    life.target = None;
+                    self.stale = true;
                     continue;
                 }
                 Verdict::Unknown(error) if is_silent(&error) => Err(SignalError::Denied),
@@ -236,196 +343,162 @@ impl Run {
             if let Some(error) = broken {
                 return Err(error).context("cannot verify the holders of a port by a fresh scan");
             }
-            life.sent(sent, signal, stage);
+            let is_sent = sent.is_ok();
+            life.grip = if is_firm { Grip::Firm(target) } else { Grip::Loose };
+            life.sent(sent, signal, stage, began);
+            self.began |= is_sent;
+            if is_sent {
+                tell(&self.lives[index], Step::Sent { signal, resumed }, world);
+            } else if let Some(failed) = &self.lives[index].failure {
+                tell(&self.lives[index], Step::Failed { reason: failed.reason.clone() }, world);
+            } else {
+                self.tell_if_over(index, world);
+            }
         }
         Ok(())
     }
 
-    /// Waits for a process to end, at most `timeout`, and notes all that did.
-    fn poll(&mut self, timeout: Duration) {
-        let mut fds: Vec<PollFd<'_>> =
-            self.lives.iter().filter_map(|l| l.target.as_ref()).map(|t| PollFd::new(t, PollFlags::IN)).collect();
-        let timeout = Timespec {
-            tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
-            tv_nsec: i64::from(timeout.subsec_nanos()),
+    /// Waits for something to happen, at most `timeout` and [`LOOK_EVERY`]; notes who ended, and which sockets are left.
+    pub(super) fn pause(&mut self, timeout: Duration, world: &mut World<'_>) {
+        let held = |life: &Life| matches!(life.grip, Grip::Firm(_));
+        let firm: Vec<usize> = (0..self.lives.len()).filter(|&i| held(&self.lives[i])).collect();
+        let fds: Vec<_> = firm
+            .iter()
+            .filter_map(|&i| match &self.lives[i].grip {
+                Grip::Firm(target) => Some(target.as_fd()),
+                _ => None,
+            })
+            .collect();
+        let ready = self.sight.wait(&fds, timeout);
+        for (index, _) in firm.into_iter().zip(ready).filter(|(_, ready)| *ready) {
+            self.over(index, world);
+        }
+        for index in 0..self.lives.len() {
+            if matches!(self.lives[index].grip, Grip::Loose) && self.lives[index].is_exiting() {
+                self.over(index, world);
+            }
+        }
+        self.glance();
+        self.note_let_go(LINGER, world);
+    }
+
+    fn over(&mut self, index: usize, world: &mut World<'_>) {
+        self.lives[index].over(self.began);
+        self.stale = true;
+        self.last_end = Instant::now();
+        self.tell_if_over(index, world);
+    }
+
+    /// Looks at the sockets alone: which of those known are left, and whether others came.
+    fn glance(&mut self) {
+        let sockets = self.sight.look();
+        let inodes: HashSet<u64> = sockets.iter().map(|s| s.id.inode).collect();
+        let is_there = |known: &Socket| {
+            let id = known.id;
+            if id.inode != 0 { inodes.contains(&id.inode) } else { sockets.iter().any(|s| same_socket(s.id, id)) }
         };
-        match poll(&mut fds, Some(&timeout)) {
-            // A signal to portwatch itself: the caller's loop comes back.
-            Ok(0) | Err(Errno::INTR) => return,
-            // Out of memory for the table: go by the scans alone, which are about to follow.
-            Err(_) => return,
-            Ok(_) => {}
+        let sight = &self.sight;
+        self.current.retain(|l| !sight.sees(l.socket.netns) || is_there(&l.socket));
+        let known: HashSet<u64> = self.current.iter().map(|l| l.socket.id.inode).collect();
+        for socket in sockets.iter().filter(|s| s.id.inode != 0 && !known.contains(&s.id.inode)) {
+            let Some(&group) = self.group_of.get(&key(socket)) else { continue };
+            self.stranger |= self.plan.groups[group].is_new(socket) && self.strangers.insert(socket.id.inode);
         }
-        let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
-        let open = self.lives.iter_mut().filter(|l| l.target.is_some());
-        for (life, _) in open.zip(ready).filter(|(_, ready)| *ready) {
-            life.ended = true;
-            life.target = None;
-        }
+        self.note_freed();
     }
 
     /// Looks at the ports again: who is there, and whether processes joined that hold what is to be freed.
-    fn look(&mut self, world: &mut World<'_>) -> anyhow::Result<()> {
-        let listeners = (world.rescan)().context("cannot look at the ports again")?;
-        self.current = listeners.into_iter().filter(|l| self.plan.groups.iter().any(|g| g.covers(&l.socket))).collect();
-        for (index, group) in self.plan.groups.iter().enumerate() {
-            if self.freed[index].is_none() && !self.current.iter().any(|l| group.wants(l.socket.id)) {
-                self.freed[index] = Some(self.started.elapsed());
-            }
-        }
+    pub(super) fn look(&mut self, world: &mut World<'_>) -> anyhow::Result<()> {
+        (self.stale, self.stranger, self.scanned) = (false, false, Instant::now());
+        let mut listeners = (world.rescan)().context("cannot look at the ports again")?;
+        listeners
+            .retain(|l| self.group_of.get(&key(&l.socket)).is_some_and(|&g| self.plan.groups[g].covers(&l.socket)));
+        self.current = listeners;
+        self.note_freed();
+        // Relatives first: who is one and holds the port as well is meant even once it lets go of that.
+        self.adopt_kin(world)?;
         self.adopt(world);
         Ok(())
     }
 
-    /// Takes in holders that the plan did not know, such as a worker forked since: as any other, they pass the guards.
-    fn adopt(&mut self, world: &World<'_>) {
+    fn note_freed(&mut self) {
+        let mut taken = vec![false; self.plan.groups.len()];
         for listener in &self.current {
-            let Some(group) = self.plan.groups.iter().position(|g| g.wants(listener.socket.id)) else { continue };
-            let inode = listener.socket.id.inode;
-            for holder in &listener.holders {
-                let id = holder.process.id;
-                if let Some(refused) = self.plan.refused.iter_mut().find(|r| r.process.id.is_same(id)) {
-                    push_new(&mut refused.groups, group);
-                } else if let Some(life) = self.lives.iter_mut().find(|l| l.victim.process.id.is_same(id)) {
-                    push_new(&mut life.victim.groups, group);
-                    life.reopen_for(inode);
-                } else if let Some(reason) = world.guards.refuse(id.pid, &stat_of) {
-                    let process = Arc::clone(&holder.process);
-                    self.plan.refused.push(Refused { process, groups: vec![group], reason });
-                } else {
-                    let mut victim = Victim::new(&holder.process, &stat_of);
-                    victim.inodes.push(inode);
-                    victim.groups.push(group);
-                    let mut life = Life::new(victim);
-                    life.open();
-                    self.lives.push(life);
-                }
+            if let Some(&group) = self.group_of.get(&key(&listener.socket)) {
+                taken[group] |= self.plan.groups[group].wants(listener.socket.id);
+            }
+        }
+        for (freed, taken) in self.freed.iter_mut().zip(taken) {
+            if freed.is_none() && !taken {
+                *freed = Some(self.started.elapsed());
             }
         }
     }
 
     fn is_free(&self) -> bool {
-        self.plan.groups.iter().zip(&self.freed).all(|(g, freed)| g.sockets.is_empty() || freed.is_some())
+        (0..self.plan.groups.len()).all(|group| !self.is_taken(group))
+    }
+
+    /// Whether all is as it should be: the ports free, and the relatives that are meant as well gone.
+    fn is_done(&self) -> bool {
+        self.is_free() && !self.lives.iter().any(|l| l.is_kin_left() && l.failure.is_none())
+    }
+
+    /// Whether the process holds what is to be freed, or is meant whatever it holds.
+    fn is_meant(&self, life: &Life) -> bool {
+        life.victim.kin.is_some() || self.holds_now(life)
     }
 
     fn holds_now(&self, life: &Life) -> bool {
-        self.current
-            .iter()
-            .any(|l| l.holds(life.victim.process.id) && self.plan.groups.iter().any(|group| group.wants(l.socket.id)))
+        life.victim.groups.iter().any(|&group| self.holds_of(life, group))
     }
 
-    /// A port is free before its last holder is a zombie. Those that are seen to be exiting are waited for, so that
-    /// they are reported as ended; those that live on without the port are not.
-    fn reap_exiting(&mut self) {
-        let until = Instant::now() + EXIT_WAIT;
-        loop {
-            self.poll(Duration::ZERO);
-            let exiting = self.lives.iter().any(|l| {
-                l.target.is_some() && l.stage != Stage::Unsignalled && {
-                    let id = l.victim.process.id;
-                    stat_of(id.pid).is_some_and(|s| s.id().is_same(id) && s.exiting)
-                }
-            });
-            let left = until.saturating_duration_since(Instant::now());
-            if !exiting || left.is_zero() {
-                return;
+    fn holds_of(&self, life: &Life, group: usize) -> bool {
+        let wanted = &self.plan.groups[group];
+        life.victim.groups.contains(&group)
+            && self.current.iter().any(|l| wanted.wants(l.socket.id) && l.holds(life.victim.process.id))
+    }
+
+    /// Tells who has let go of everything for at least so long, and goes on.
+    fn note_let_go(&mut self, least: Duration, world: &mut World<'_>) {
+        for index in 0..self.lives.len() {
+            let life = &self.lives[index];
+            let (Some(signalled), None, true) = (life.signalled, life.let_go, life.is_held()) else { continue };
+            if self.holds_now(life) || life.victim.inodes.is_empty() {
+                continue;
             }
-            self.poll(left);
-        }
-    }
-
-    /// Looks out for a new owner where something could bring one.
-    fn settle(&mut self, world: &mut World<'_>) -> anyhow::Result<()> {
-        let until = Instant::now() + self.options.settle;
-        loop {
-            let open = self.plan.groups.iter().enumerate().any(|(index, _)| {
-                self.freed[index].is_some() && self.new_owners(index).next().is_none() && self.may_respawn(index)
-            });
-            let left = until.saturating_duration_since(Instant::now());
-            if !open || left.is_zero() {
-                return Ok(());
-            }
-            self.poll(left.min(SETTLE_EVERY));
-            self.look(world)?;
-        }
-    }
-
-    pub(super) fn new_owners(&self, group: usize) -> impl Iterator<Item = &Listener> {
-        self.current.iter().filter(move |l| self.plan.groups[group].is_new(&l.socket))
-    }
-
-    fn may_respawn(&self, group: usize) -> bool {
-        let is_alive = |id: ProcessId| stat_of(id.pid).is_some_and(|s| s.id().is_same(id) && !s.exiting);
-        let in_group = self.lives.iter().filter(|l| l.victim.groups.contains(&group));
-        in_group.filter_map(|l| l.victim.supervisor.as_ref()).any(|supervisor| {
-            supervisor.unit.is_some() || supervisor.container.is_some() || supervisor.parent.is_some_and(is_alive)
-        })
-    }
-}
-
-impl Life {
-    fn new(victim: Victim) -> Life {
-        Life { victim, target: None, stage: Stage::Unsignalled, ended: false, failure: None }
-    }
-
-    fn open(&mut self) {
-        let target = Target { id: self.victim.process.id, inodes: self.victim.inodes.clone() };
-        match target.open() {
-            Ok(open) => self.target = Some(open),
-            // It ended before anything was done.
-            Err(OpenError::Gone) => {}
-            Err(OpenError::Failed(error)) => {
-                let pid = self.victim.process.id.pid;
-                self.failure = Some(Failed { reason: format!("cannot open a pidfd of {pid}: {error}"), denied: false });
+            let life = &mut self.lives[index];
+            let since = *life.empty_since.get_or_insert_with(Instant::now);
+            if since.elapsed() >= least {
+                let after = since - signalled;
+                life.let_go = Some(after);
+                tell(life, Step::LetGo { after }, world);
             }
         }
     }
 
-    /// Seen with a socket that it was not known to hold. The pidfd is the same process's in any case: each signal
-    /// verifies anew.
-    fn reopen_for(&mut self, inode: u64) {
-        if self.victim.inodes.contains(&inode) {
+    fn tell_waiting(&mut self, left: Duration, stage: Stage, world: &mut World<'_>) {
+        let seconds = left.as_millis().div_ceil(1000);
+        if self.told.replace(seconds) == Some(seconds) {
             return;
         }
-        self.victim.inodes.push(inode);
-        if !self.ended && self.failure.is_none() {
-            self.open();
+        for life in self.lives.iter().filter(|l| l.is_awaited(stage) && (self.is_meant(l) || self.leads(l))) {
+            tell(life, Step::Waiting { left }, world);
         }
     }
 
-    fn is_awaited(&self, stage: Stage) -> bool {
-        self.stage == stage && self.target.is_some() && self.failure.is_none()
-    }
-
-    fn sent(&mut self, sent: Result<(), SignalError>, signal: Signal, stage: Stage) {
-        let pid = self.victim.process.id.pid;
-        let failed = match sent {
-            Ok(()) => {
-                self.stage = stage;
-                return;
-            }
-            Err(SignalError::Gone) => {
-                // Ended before the first signal: not by us.
-                self.ended = self.stage != Stage::Unsignalled;
-                self.target = None;
-                return;
-            }
-            Err(SignalError::Denied) => {
-                let owner = self.victim.process.uid.map_or_else(|| "another user".to_owned(), report::user);
-                Failed { reason: format!("not permitted: it runs as {owner}; try sudo"), denied: true }
-            }
-            Err(SignalError::Failed(error)) => {
-                let reason = format!("cannot send {} to {pid}: {error}", SignalName(signal));
-                Failed { reason, denied: false }
-            }
-        };
-        self.failure = Some(failed);
+    fn tell_if_over(&self, index: usize, world: &mut World<'_>) {
+        let life = &self.lives[index];
+        if life.gone {
+            tell(life, Step::Gone, world);
+        } else if life.ended {
+            tell(life, Step::Ended { after: life.signalled.unwrap_or(self.started).elapsed() }, world);
+        }
     }
 }
 
-/// Whether `/proc` refused to answer, which says nothing of the process.
-fn is_silent(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::NotFound)
+fn tell(life: &Life, step: Step, world: &mut World<'_>) {
+    (world.progress)(&Progress { process: &life.victim.process, step });
 }
 
 #[cfg(test)]

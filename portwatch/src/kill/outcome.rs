@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use serde::{Serialize, Serializer};
 
-use super::plan::Supervisor;
 use crate::model::{Listener, Protocol};
+use crate::supervisor::Supervisor;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -14,15 +14,16 @@ pub enum Status {
     Free,
     /// It was taken and is free now.
     Cleaned,
-    /// Some holders are still there.
+    /// Some holders are still there: they outlived the signal, or are spared.
     Partial,
     /// Still taken, and no holder was ever visible.
     Ghost,
-    /// Still taken: the holders are gone, or survive SIGKILL.
+    /// Still taken: the holders are gone, or survive SIGKILL; or nobody listens, and bind() fails all the same.
     Stuck,
     /// It was freed, and somebody took it again.
     Respawned,
-    /// Still taken, by processes that may not be signalled.
+    /// Still taken, for want of permission alone: `sudo` would help. What portwatch spares by its own rules (an ancestor
+    /// of its own, a docker-proxy) no permission frees, so that is [`Status::Partial`].
     Denied,
     /// A dry run.
     Planned,
@@ -39,6 +40,12 @@ pub struct Outcome {
     /// Pids of those that SIGKILL ended.
     pub forced: Vec<u32>,
     pub failed: Vec<Failure>,
+    /// Containers that were stopped. What published their ports was not signalled, and is not in `killed`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub stopped: Vec<Stopped>,
+    /// Pids of holders that had ended before anything was sent to them.
+    #[serde(skip)]
+    pub gone: Vec<u32>,
     /// Inodes of sockets that are still there without a visible holder.
     pub ghost: Vec<u64>,
     pub still_listening: bool,
@@ -50,6 +57,17 @@ pub struct Outcome {
     /// Names of the processes mentioned, for people. Hostile text.
     #[serde(skip)]
     pub names: Vec<(u32, String)>,
+    /// In a dry run, the containers that would be stopped, and the holders that go with them.
+    #[serde(skip)]
+    pub stopping: Vec<(Stopped, Vec<u32>)>,
+}
+
+/// A container that was stopped.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Stopped {
+    /// The first 12 digits of its id.
+    pub container: String,
+    pub name: String,
 }
 
 /// A holder that was not ended.
@@ -57,6 +75,9 @@ pub struct Outcome {
 pub struct Failure {
     pub pid: u32,
     pub reason: String,
+    /// Whether nothing was sent to it, rather than in vain.
+    #[serde(skip)]
+    pub refused: bool,
 }
 
 /// What a person should know of an outcome that is not plain.
@@ -129,13 +150,16 @@ mod tests {
             status,
             killed: vec![7],
             forced: Vec::new(),
-            failed: vec![Failure { pid: 9, reason: "no".into() }],
+            failed: vec![Failure { pid: 9, reason: "no".into(), refused: true }],
+            stopped: Vec::new(),
+            gone: Vec::new(),
             ghost: vec![5],
             still_listening: false,
             remaining_pids: Vec::new(),
             elapsed: Duration::from_micros(12_900),
             diagnostics: None,
             names: vec![(7, "x".into())],
+            stopping: Vec::new(),
         }
     }
 
@@ -143,6 +167,9 @@ mod tests {
     fn json_is_as_promised() {
         let expected = r#"{"port":8000,"proto":"tcp","status":"cleaned","killed":[7],"forced":[],"failed":[{"pid":9,"reason":"no"}],"ghost":[5],"still_listening":false,"remaining_pids":[],"elapsed_ms":12,"diagnostics":null}"#;
         assert_eq!(serde_json::to_string(&outcome(Status::Cleaned)).unwrap(), expected);
+        let stopped = vec![Stopped { container: "5eed81bcd920".into(), name: "web".into() }];
+        let json = serde_json::to_string(&Outcome { stopped, ..outcome(Status::Cleaned) }).unwrap();
+        assert!(json.contains(r#""stopped":[{"container":"5eed81bcd920","name":"web"}],"ghost""#), "{json}");
     }
 
     #[test]

@@ -1,18 +1,30 @@
 //! What a kill would do: which processes to signal, in which order, and which never. Pure: it is handed what was read.
+//!
+//! **Order: masters before workers.** A master that is told to end ends its workers, each as its kind does it: gunicorn
+//! closes the socket and lets them finish their requests, nginx and php-fpm pass the signal on, the workers of a node
+//! cluster leave when they lose it. A worker that is signalled by itself is replaced by a master that lives, and cut
+//! off in the midst of a request by one that is shutting down. So whoever has a victim of one of its ports among its
+//! ancestors (its *leaders*) is not signalled as long as that one is on its way out, even if that one holds the
+//! port no longer; only once it is gone, or the grace is over.
+//!
+//! A parent that holds nothing, though it may bring its children back, is a *supervisor*: named, and not
+//! signalled. To portwatch it looks like an editor or a terminal multiplexer that started two servers. What it brings
+//! back is reported as such. Of real servers none needs more: the master of gunicorn, nginx, php-fpm, uvicorn and a
+//! node cluster holds the port as well, with SO_REUSEPORT too, and of postgres and a cluster that schedules
+//! round robin it is the only one.
+//!
+//! `--group` knows no order: as with Ctrl-C, every member is told at once.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::sync::Arc;
 
-use serde::Serialize;
-
-use crate::cgroup;
-use crate::model::{Listener, NetnsId, Process, ProcessId, Protocol, Socket, SocketId};
+use super::guards::{Guards, Verdict};
+use super::kin::{self, Kin, Reach, Relation};
+use crate::engine::Container;
+use crate::model::{BootNs, Listener, NetnsId, Process, ProcessId, Protocol, Socket, SocketId};
 use crate::source::stat::{self, Stat};
-
-/// Programs that a person types into. With a terminal, they do not bring back what was killed.
-const SHELLS: [&str; 13] =
-    ["sh", "bash", "dash", "ash", "zsh", "fish", "ksh", "mksh", "tcsh", "csh", "nu", "xonsh", "elvish"];
+use crate::supervisor::Supervisor;
 
 /// What is to be freed and how.
 #[derive(Clone, Debug, Default)]
@@ -20,9 +32,15 @@ pub struct Plan {
     /// By port, protocol and namespace.
     pub groups: Vec<Group>,
     pub victims: Vec<Victim>,
+    /// Containers to be stopped, whose processes are not signalled.
+    pub stops: Vec<Stop>,
     pub refused: Vec<Refused>,
+    /// Relatives of holders that are not signalled; they are not in the way of any port.
+    pub spared: Vec<Spared>,
     /// The listeners that the plan was made from.
     pub listeners: Vec<Listener>,
+    /// Who is meant besides the holders.
+    pub reach: Reach,
 }
 
 /// One port of one protocol in one network namespace: what an outcome reports on.
@@ -46,9 +64,21 @@ pub struct Victim {
     pub inodes: Vec<u64>,
     /// Indices into [`Plan::groups`].
     pub groups: Vec<usize>,
-    /// Whether it is signalled at once: none of its ancestors is about to be, for the same port.
-    pub first: bool,
+    /// Its ancestors that are signalled as well, for one of the same ports: it waits for them to end.
+    pub leaders: Vec<ProcessId>,
+    /// Why it is signalled even if it holds nothing.
+    pub kin: Option<Kin>,
     pub supervisor: Option<Supervisor>,
+}
+
+/// A container to be stopped.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stop {
+    pub container: Container,
+    /// Indices into [`Plan::groups`].
+    pub groups: Vec<usize>,
+    /// The holders that go with it: what publishes its ports, and who runs in it.
+    pub processes: Vec<Arc<Process>>,
 }
 
 /// A holder that is not signalled.
@@ -57,56 +87,19 @@ pub struct Refused {
     pub process: Arc<Process>,
     pub groups: Vec<usize>,
     pub reason: String,
+    /// For want of permission: more of it would help, as it would not against a guard.
+    pub denied: bool,
 }
 
-/// Who may bring a process back.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Supervisor {
-    /// The parent, unless it is init or an interactive shell.
-    pub pid: Option<u32>,
-    pub name: Option<String>,
-    /// A systemd service.
-    pub unit: Option<String>,
-    /// A container's id, as its cgroup shows it.
-    pub container: Option<String>,
-    #[serde(skip)]
-    pub parent: Option<ProcessId>,
-}
-
-/// Whom portwatch does not signal.
-#[derive(Clone, Debug, Default)]
-pub struct Guards {
-    own: u32,
-    ancestors: Vec<u32>,
-    force_self: bool,
-}
-
-impl Guards {
-    /// `own` is portwatch's pid; `force_self` gives up the protection of its ancestors.
-    pub fn new(own: u32, force_self: bool, stat: &dyn Fn(u32) -> Option<Stat>) -> Guards {
-        Guards { own, ancestors: stat::ancestors(own, stat), force_self }
-    }
-
-    /// The guards of this process, from `/proc`.
-    pub fn current(force_self: bool) -> Guards {
-        Guards::new(std::process::id(), force_self, &|pid| stat::read(pid).ok())
-    }
-
-    /// Why this process must not be signalled, if so.
-    pub fn refuse(&self, pid: u32, stat: &dyn Fn(u32) -> Option<Stat>) -> Option<String> {
-        let reason = if pid <= 1 {
-            "init is never signalled"
-        } else if pid == self.own {
-            "portwatch itself holds the port"
-        } else if self.ancestors.contains(&pid) && !self.force_self {
-            "portwatch was started by it; --force-self signals it all the same"
-        } else if stat(pid).is_some_and(|s| s.kernel_thread) {
-            "kernel threads are never signalled"
-        } else {
-            return None;
-        };
-        Some(reason.to_owned())
-    }
+/// Somebody related to a holder who is not signalled.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Spared {
+    Relative {
+        process: Arc<Process>,
+        reason: String,
+    },
+    /// The members of this process group that hold nothing: portwatch is one of them.
+    OwnGroup(u32),
 }
 
 impl Group {
@@ -139,35 +132,164 @@ impl Plan {
         let groups = group(&selected, others, named);
         let mut victims: BTreeMap<ProcessId, Victim> = BTreeMap::new();
         let mut refused: BTreeMap<ProcessId, Refused> = BTreeMap::new();
+        let mut stops: Vec<Stop> = Vec::new();
         for listener in &selected {
             let Some(index) = groups.iter().position(|g| g.wants(listener.socket.id)) else { continue };
             for holder in &listener.holders {
                 let process = &holder.process;
-                if let Some(reason) = guards.refuse(process.id.pid, stat) {
-                    let entry = refused.entry(process.id).or_insert_with(|| Refused {
-                        process: Arc::clone(process),
-                        groups: Vec::new(),
-                        reason,
-                    });
-                    push_new(&mut entry.groups, index);
-                    continue;
+                match guards.judge(process, &listener.socket, stat) {
+                    Verdict::Signal => {}
+                    Verdict::Stop(container) => {
+                        let known = stops.iter().position(|stop| stop.container.id == container.id);
+                        let known = known.unwrap_or_else(|| {
+                            stops.push(Stop { container, groups: Vec::new(), processes: Vec::new() });
+                            stops.len() - 1
+                        });
+                        stops[known].add(process, index);
+                        continue;
+                    }
+                    Verdict::Refuse { reason, denied } => {
+                        let entry = refused.entry(process.id).or_insert_with(|| Refused {
+                            process: Arc::clone(process),
+                            groups: Vec::new(),
+                            reason,
+                            denied,
+                        });
+                        push_new(&mut entry.groups, index);
+                        continue;
+                    }
                 }
                 let victim = match victims.entry(process.id) {
                     Entry::Occupied(entry) => entry.into_mut(),
-                    Entry::Vacant(entry) => entry.insert(Victim::new(process, stat)),
+                    Entry::Vacant(entry) => {
+                        let mut victim = Victim::new(process, stat);
+                        if let Some(supervisor) = &mut victim.supervisor {
+                            supervisor.container_name = guards.container_name(process, &listener.socket);
+                        }
+                        entry.insert(victim)
+                    }
                 };
                 push_new(&mut victim.groups, index);
                 push_new(&mut victim.inodes, listener.socket.id.inode);
             }
         }
-        let mut victims: Vec<Victim> = victims.into_values().collect();
-        order(&mut victims, stat);
-        Plan { groups, victims, refused: refused.into_values().collect(), listeners: selected }
+        let mut plan = Plan {
+            groups,
+            victims: victims.into_values().collect(),
+            stops,
+            refused: refused.into_values().collect(),
+            listeners: selected,
+            ..Plan::default()
+        };
+        plan.order(stat);
+        plan
     }
 
-    /// Whether a person should be asked: more than one process, or somebody else's, would be signalled.
-    pub fn wants_confirmation(&self, own_uid: u32) -> bool {
-        self.victims.len() > 1 || self.victims.iter().any(|v| v.process.uid != Some(own_uid))
+    /// Takes in the relatives of those who are to be signalled. `all` is every process as read after the moment `seen`;
+    /// `read` tells of one what a person should know. Who is refused has no relatives.
+    pub fn reach_out(
+        &mut self,
+        reach: Reach,
+        all: &[Stat],
+        seen: BootNs,
+        read: &dyn Fn(ProcessId) -> Option<Process>,
+        guards: &Guards,
+        stat: &dyn Fn(u32) -> Option<Stat>,
+    ) {
+        self.reach = reach;
+        for victim in &mut self.victims {
+            let id = victim.process.id;
+            let now = stat(id.pid).filter(|now| now.id().is_same(id));
+            match now.and_then(|now| reach.relation(&now)) {
+                Some(Relation::Group { group, .. }) if group == guards.group => {
+                    push_new(&mut self.spared, Spared::OwnGroup(group));
+                }
+                relation => victim.kin = relation.map(|relation| Kin { relation, seen }),
+            }
+        }
+        for relative in relatives(&self.victims, all, seen, stat) {
+            let id = relative.stat.id();
+            if self.refused.iter().any(|refused| refused.process.id.is_same(id)) {
+                continue;
+            }
+            let process = Arc::new(read(id).unwrap_or_else(|| Process::bare(id, relative.stat.name.clone())));
+            match guards.refuse(id.pid, stat) {
+                Some(reason) => self.spared.push(Spared::Relative { process, reason }),
+                None => self.victims.push(relative.victim(&process, stat)),
+            }
+        }
+        self.order(stat);
+    }
+
+    /// Masters first.
+    fn order(&mut self, stat: &dyn Fn(u32) -> Option<Stat>) {
+        let leaders: Vec<Vec<ProcessId>> =
+            self.victims.iter().map(|victim| self.leaders(victim, self.victims.iter(), stat)).collect();
+        for (victim, leaders) in self.victims.iter_mut().zip(leaders) {
+            victim.leaders = leaders;
+        }
+        self.victims.sort_by_key(|victim| (victim.leaders.len(), victim.process.id.pid));
+    }
+
+    /// For whom of the `others` the victim has to wait.
+    pub(super) fn leaders<'a>(
+        &self,
+        victim: &Victim,
+        others: impl Iterator<Item = &'a Victim>,
+        stat: &dyn Fn(u32) -> Option<Stat>,
+    ) -> Vec<ProcessId> {
+        if self.reach == Reach::Group {
+            return Vec::new();
+        }
+        let ancestors = stat::ancestors(victim.process.id.pid, stat);
+        let leads = |other: &&Victim| {
+            ancestors.contains(&other.process.id.pid) && other.groups.iter().any(|group| victim.groups.contains(group))
+        };
+        others.filter(leads).map(|leader| leader.process.id).collect()
+    }
+}
+
+impl Stop {
+    /// Adds a holder that goes with the container.
+    pub(super) fn add(&mut self, process: &Arc<Process>, group: usize) {
+        push_new(&mut self.groups, group);
+        if !self.processes.iter().any(|known| known.id.is_same(process.id)) {
+            self.processes.push(Arc::clone(process));
+        }
+    }
+}
+
+/// A process that was found to be related to a victim.
+#[derive(Debug)]
+pub(super) struct Relative {
+    pub(super) stat: Stat,
+    kin: Kin,
+    groups: Vec<usize>,
+}
+
+/// The relatives of those victims that are meant with theirs, found in `all`, read after `seen`.
+pub(super) fn relatives<'a>(
+    victims: impl IntoIterator<Item = &'a Victim>,
+    all: &[Stat],
+    seen: BootNs,
+    stat: &dyn Fn(u32) -> Option<Stat>,
+) -> Vec<Relative> {
+    let known: Vec<(&Victim, Relation)> =
+        victims.into_iter().filter_map(|victim| Some((victim, victim.kin?.relation))).collect();
+    let anchors: Vec<(ProcessId, Relation)> =
+        known.iter().map(|(victim, relation)| (victim.process.id, *relation)).collect();
+    let found = kin::relatives(&anchors, all, seen, stat).into_iter();
+    found
+        .map(|(stat, anchor, kin)| {
+            let groups = known.iter().find(|(victim, _)| victim.process.id == anchor);
+            Relative { stat, kin, groups: groups.map(|(victim, _)| victim.groups.clone()).unwrap_or_default() }
+        })
+        .collect()
+}
+
+impl Relative {
+    pub(super) fn victim(&self, process: &Arc<Process>, stat: &dyn Fn(u32) -> Option<Stat>) -> Victim {
+        Victim { groups: self.groups.clone(), kin: Some(self.kin), ..Victim::new(process, stat) }
     }
 }
 
@@ -178,28 +300,10 @@ impl Victim {
             process: Arc::clone(process),
             inodes: Vec::new(),
             groups: Vec::new(),
-            first: true,
+            leaders: Vec::new(),
+            kin: None,
             supervisor: Supervisor::of(process, stat),
         }
-    }
-}
-
-impl Supervisor {
-    /// Who may start this process again, as far as its parent and its cgroup tell.
-    pub fn of(process: &Process, stat: &dyn Fn(u32) -> Option<Stat>) -> Option<Supervisor> {
-        let parent = stat(process.ppid).filter(|p| p.pid > 1 && !p.exiting && !is_interactive_shell(p));
-        let unit = process.cgroup.as_deref().and_then(cgroup::unit).map(str::to_owned);
-        let container = process.cgroup.as_deref().and_then(cgroup::container).map(str::to_owned);
-        if parent.is_none() && unit.is_none() && container.is_none() {
-            return None;
-        }
-        Some(Supervisor {
-            pid: parent.as_ref().map(|p| p.pid),
-            name: parent.as_ref().map(|p| p.name.clone()),
-            unit,
-            container,
-            parent: parent.map(|p| p.id()),
-        })
     }
 }
 
@@ -209,11 +313,11 @@ pub(super) fn push_new<T: PartialEq>(list: &mut Vec<T>, item: T) {
     }
 }
 
-fn key(socket: &Socket) -> (u16, Protocol, NetnsId) {
+pub(super) fn key(socket: &Socket) -> (u16, Protocol, NetnsId) {
     (socket.port, socket.proto, socket.netns)
 }
 
-fn same_socket(a: SocketId, b: SocketId) -> bool {
+pub(super) fn same_socket(a: SocketId, b: SocketId) -> bool {
     if a.inode != 0 && b.inode != 0 { a.inode == b.inode } else { a.cookie != 0 && a.cookie == b.cookie }
 }
 
@@ -244,22 +348,6 @@ fn group(selected: &[Listener], others: &[Socket], named: &[(u16, Option<Protoco
         }
     }
     groups.into_values().collect()
-}
-
-/// Masters first: who has a victim of each of its ports among its ancestors waits for that one to end.
-fn order(victims: &mut [Victim], stat: &dyn Fn(u32) -> Option<Stat>) {
-    let groups_of: BTreeMap<u32, Vec<usize>> = victims.iter().map(|v| (v.process.id.pid, v.groups.clone())).collect();
-    for victim in victims.iter_mut() {
-        let ancestors = stat::ancestors(victim.process.id.pid, stat);
-        let led = |group: &usize| ancestors.iter().any(|a| groups_of.get(a).is_some_and(|g| g.contains(group)));
-        victim.first = !victim.groups.iter().all(led);
-    }
-    victims.sort_by_key(|v| (!v.first, v.process.id.pid));
-}
-
-fn is_interactive_shell(parent: &Stat) -> bool {
-    // A login shell's name starts with a dash.
-    parent.terminal && SHELLS.contains(&parent.name.trim_start_matches('-'))
 }
 
 #[cfg(test)]

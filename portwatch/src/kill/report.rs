@@ -5,12 +5,17 @@ use std::time::Duration;
 use nix::unistd::{Uid, User};
 use rustix::process::Signal;
 
-use super::execute::{Life, Run, Stage};
-use super::outcome::{Diagnostics, Failure, Outcome, Owner, Status};
-use super::plan::{Group, Supervisor, push_new};
+use super::execute::Run;
+use super::life::{Life, Stage};
+use super::outcome::{Diagnostics, Failure, Outcome, Owner, Status, Stopped};
+use super::plan::{Group, Refused, Stop, push_new};
+use super::prove::Blocked;
 use super::signal::SignalName;
+use super::why;
+use crate::engine::EngineError;
 use crate::model::{Listener, Process};
 use crate::source::stat;
+use crate::supervisor::Supervisor;
 
 /// `al (uid 1000)`, or `uid 1000` for a user without a name.
 pub(super) fn user(uid: u32) -> String {
@@ -51,6 +56,7 @@ struct End<'a> {
     /// Sockets that came since.
     new: Vec<&'a Listener>,
     lives: Vec<&'a Life>,
+    blocked: Option<&'a Blocked>,
 }
 
 impl<'a> End<'a> {
@@ -63,6 +69,7 @@ impl<'a> End<'a> {
             old: on_port.filter(|l| group.wants(l.socket.id)).collect(),
             new: run.new_owners(index).collect(),
             lives: run.lives.iter().filter(|l| l.victim.groups.contains(&index)).collect(),
+            blocked: run.blocked[index].as_ref(),
         }
     }
 
@@ -76,6 +83,9 @@ impl<'a> End<'a> {
     }
 
     fn status(&self, run: &Run) -> Status {
+        if self.blocked.is_some() {
+            return Status::Stuck;
+        }
         if self.group.sockets.is_empty() {
             return Status::Free;
         }
@@ -93,19 +103,48 @@ impl<'a> End<'a> {
                 () => Status::Stuck,
             };
         }
-        let mut left = self.lives.iter().filter(|l| self.still_holds(l)).peekable();
-        if self.killed().next().is_some() {
+        let mut left = self.lives.iter().filter(|l| self.still_holds(l));
+        if self.killed().next().is_some() || self.stopped(run).next().is_some() {
             Status::Partial
-        } else if left.peek().is_none() {
-            // Only holders that are never signalled.
-            Status::Denied
-        } else if left.clone().all(|l| l.failure.as_ref().is_some_and(|f| f.denied)) {
+        } else if self.is_denied(run) {
             Status::Denied
         } else if left.any(|l| l.stage == Stage::Forced) {
             Status::Stuck
         } else {
             Status::Partial
         }
+    }
+
+    /// The engine was asked before anything was done; a container that starts its process again keeps its id.
+    fn name_container(&self, supervisor: &mut Supervisor) {
+        let known = self.lives.iter().filter_map(|l| l.victim.supervisor.as_ref());
+        let mut same = known.filter(|known| known.container.is_some() && known.container == supervisor.container);
+        supervisor.container_name = same.find_map(|known| known.container_name.clone());
+    }
+
+    /// Whether nothing but want of permission is in the way: then somebody with more of it can free the port.
+    fn is_denied(&self, run: &Run) -> bool {
+        let left = self.lives.iter().filter(|l| self.still_holds(l));
+        let left = left.map(|l| l.failure.as_ref().is_some_and(|f| f.denied));
+        let refused = self.refused_here(run).map(|r| r.denied);
+        let stops = self.stops(run).filter_map(|(_, result)| result?.as_ref().err()).map(|error| error.denied);
+        let mut obstacles = left.chain(refused).chain(stops).peekable();
+        obstacles.peek().is_some() && obstacles.all(|denied| denied)
+    }
+
+    fn refused_here<'b>(&self, run: &'b Run) -> impl Iterator<Item = &'b Refused> {
+        run.plan.refused.iter().filter(|r| r.groups.contains(&self.index))
+    }
+
+    /// The containers to be stopped for this port, and what became of that if it was tried.
+    fn stops<'b>(&self, run: &'b Run) -> impl Iterator<Item = (&'b Stop, Option<&'b Result<(), EngineError>>)> {
+        let results = run.stopped.iter().map(Some).chain(std::iter::repeat(None));
+        let index = self.index;
+        run.plan.stops.iter().zip(results).filter(move |(stop, _)| stop.groups.contains(&index))
+    }
+
+    fn stopped<'b>(&self, run: &'b Run) -> impl Iterator<Item = &'b Stop> {
+        self.stops(run).filter(|(_, result)| matches!(result, Some(Ok(())))).map(|(stop, _)| stop)
     }
 
     /// The other user whose processes must hold what has no visible holder: an ordinary user does not see them.
@@ -116,19 +155,39 @@ impl<'a> End<'a> {
     }
 
     fn refused(&self, run: &Run) -> Vec<Failure> {
-        let here = run.plan.refused.iter().filter(|r| r.groups.contains(&self.index));
-        here.map(|r| Failure { pid: r.process.id.pid, reason: r.reason.clone() }).collect()
+        let spared = self.refused_here(run);
+        spared.map(|r| Failure { pid: r.process.id.pid, reason: r.reason.clone(), refused: true }).collect()
     }
 
     fn failures(&self, run: &Run) -> Vec<Failure> {
+        let outlived = |life: &Life, signal: Signal, otherwise: &str| {
+            let why = why::why(life.pid(), signal).unwrap_or_else(|| otherwise.to_owned());
+            let after = format!("still there after {}", SignalName(signal));
+            if why.is_empty() { after } else { format!("{after}: {why}") }
+        };
         let reason = |life: &Life| match (&life.failure, life.stage) {
             (Some(failed), _) => failed.reason.clone(),
-            (None, Stage::Forced) => "still there after SIGKILL: it cannot be interrupted inside the kernel".to_owned(),
-            (None, Stage::Soft) => format!("still there after {}", SignalName(run.options.signal)),
+            (None, Stage::Forced) => outlived(life, Signal::KILL, "it cannot be interrupted inside the kernel"),
+            (None, Stage::Soft) => outlived(life, run.options.signal, ""),
             (None, Stage::Unsignalled) => "not signalled: it could not be proved to hold the port".to_owned(),
         };
-        let left = self.lives.iter().filter(|l| self.still_holds(l));
-        left.map(|l| Failure { pid: l.victim.process.id.pid, reason: reason(l) }).collect()
+        let left = self.lives.iter().filter(|l| self.still_holds(l) || l.is_kin_left());
+        let left = left.map(|l| Failure { pid: l.pid(), reason: reason(l), refused: l.stage == Stage::Unsignalled });
+        left.chain(self.unstopped(run)).collect()
+    }
+
+    /// The holders that stay because their container does.
+    fn unstopped<'b>(&self, run: &'b Run) -> impl Iterator<Item = Failure> + use<'_, 'b> {
+        self.stops(run).filter_map(|(stop, result)| Some((stop, result?))).flat_map(|(stop, result)| {
+            let there = stop.processes.iter().filter(|p| self.old.iter().any(|l| l.holds(p.id)));
+            there.map(move |process| {
+                let reason = match result {
+                    Ok(()) => format!("still there after container {} has stopped", stop.container),
+                    Err(error) => format!("cannot stop container {}: {error}", stop.container),
+                };
+                Failure { pid: process.id.pid, reason, refused: true }
+            })
+        })
     }
 
     fn diagnostics(&self, run: &Run, status: Status) -> Option<Diagnostics> {
@@ -145,12 +204,19 @@ impl<'a> End<'a> {
                 supervisor = holders()
                     .find_map(|h| Supervisor::of(&h.process, &|pid| stat::read(pid).ok()))
                     .or_else(|| self.lives.iter().find_map(|l| l.victim.supervisor.clone()));
+                if let Some(supervisor) = &mut supervisor {
+                    self.name_container(supervisor);
+                }
                 let owner = match new_owners.first() {
                     Some(owner) => format!("{} ({})", owner.name, owner.pid),
                     None => "an owner that is not visible".to_owned(),
                 };
-                match supervisor.as_ref().and_then(starter) {
-                    Some(starter) => format!("{owner} took the port again, started by {starter}: stop that instead"),
+                match &supervisor {
+                    Some(supervisor) => {
+                        let end = supervisor.stop_command().map(|stop| format!("; end it with: {stop}"));
+                        let starter = supervisor.describe();
+                        format!("{owner} took the port again, started by {starter}{}", end.unwrap_or_default())
+                    }
                     None => format!("{owner} took the port again"),
                 }
             }
@@ -162,19 +228,27 @@ impl<'a> End<'a> {
                 "no visible process holds {port}: the kernel itself, another pid namespace or a descriptor in \
                  flight may; portwatch who {port} shows what is known"
             ),
-            Status::Stuck if self.old.iter().all(|l| l.is_ghost()) => {
+            Status::Stuck if self.blocked.is_some() => {
+                self.blocked.map(|blocked| blocked.message(!self.group.sockets.is_empty())).unwrap_or_default()
+            }
+            Status::Stuck if !self.old.is_empty() && self.old.iter().all(|l| l.is_ghost()) => {
                 format!("every visible holder is gone, and {port} is still taken")
             }
             Status::Partial if run.options.signal != Signal::KILL && !run.options.force => {
                 format!("--no-force left those that outlived {}", SignalName(run.options.signal))
             }
             Status::Cleaned => {
+                let forced = self.killed().filter(|l| l.stage == Stage::Forced);
+                let mut notes: Vec<String> = forced.filter_map(outlived).collect();
                 let alive = self.lives.iter().filter(|l| l.stage != Stage::Unsignalled && !l.ended);
                 let names: Vec<String> = alive.map(|l| named(&l.victim.process)).collect();
-                if names.is_empty() {
+                if !names.is_empty() {
+                    notes.push(format!("{} let go of the port and did not end yet", names.join(", ")));
+                }
+                if notes.is_empty() {
                     return None;
                 }
-                format!("{} let go of the port and did not end yet", names.join(", "))
+                notes.join("; ")
             }
             _ => return None,
         };
@@ -192,13 +266,20 @@ impl<'a> End<'a> {
         let pid = |life: &Life| life.victim.process.id.pid;
         let there = || self.old.iter().chain(&self.new);
         let mut remaining_pids: Vec<u32> = there().flat_map(|l| &l.holders).map(|h| h.process.id.pid).collect();
+        remaining_pids.extend(self.blocked.into_iter().flat_map(Blocked::pids));
         remaining_pids.sort_unstable();
         remaining_pids.dedup();
+        let stopped = |stop: &Stop| Stopped {
+            container: stop.container.short_id().to_owned(),
+            name: stop.container.name.clone(),
+        };
+        let pids_of = |stop: &Stop| stop.processes.iter().map(|p| p.id.pid).collect();
         let victims = self.lives.iter().map(|l| &l.victim.process);
         let refused = run.plan.refused.iter().map(|r| &r.process);
         let holders = there().flat_map(|l| &l.holders).map(|h| &h.process);
         let mut names: Vec<(u32, String)> =
             victims.chain(refused).chain(holders).map(|p| (p.id.pid, p.name.clone())).collect();
+        names.extend(self.blocked.into_iter().flat_map(Blocked::owners).map(|o| (o.pid, o.name.clone())));
         names.sort_unstable();
         names.dedup();
         let is_empty = self.group.sockets.is_empty();
@@ -209,12 +290,15 @@ impl<'a> End<'a> {
             killed: self.killed().map(pid).collect(),
             forced: self.killed().filter(|l| l.stage == Stage::Forced).map(pid).collect(),
             failed,
+            stopped: self.stopped(run).map(stopped).collect(),
+            gone: self.lives.iter().filter(|l| l.gone).map(|l| pid(l)).collect(),
             ghost: self.old.iter().filter(|l| l.is_ghost()).map(|l| l.socket.id.inode).collect(),
             still_listening: there().next().is_some(),
             remaining_pids,
             elapsed: if is_empty { Duration::ZERO } else { elapsed },
             diagnostics,
             names,
+            stopping: self.stops(run).map(|(stop, _)| (stopped(stop), pids_of(stop))).collect(),
         }
     }
 }
@@ -223,12 +307,8 @@ fn named(process: &Process) -> String {
     format!("{} ({})", process.name, process.id.pid)
 }
 
-fn starter(supervisor: &Supervisor) -> Option<String> {
-    if let Some(unit) = &supervisor.unit {
-        return Some(format!("unit {unit}"));
-    }
-    if let Some(container) = &supervisor.container {
-        return Some(format!("container {}", &container[..12]));
-    }
-    Some(format!("{} ({})", supervisor.name.as_deref()?, supervisor.pid?))
+/// `python3 (7) ignores SIGTERM`, where it is known why it took SIGKILL.
+fn outlived(life: &Life) -> Option<String> {
+    let why = life.outlived.as_deref()?;
+    Some(format!("{}: {why}", named(&life.victim.process)))
 }

@@ -13,7 +13,12 @@
 //! 4. signal through the pidfd, which reaches this process or nobody (ESRCH).
 //!
 //! Only step 3 makes a [`Verified`], and only a [`Verified`] can signal: no path leads around the proof.
+//!
+//! A process that is meant for its kinship (`--tree`, `--group`) is proved the same way, step 2 being [`Kin::is_proved`].
+//! There a proof lasts: what a pidfd was once proved to stand for, it stands for. It is asked for as soon as the
+//! pidfd is open, because kinship is plain to see only as long as the parents live.
 
+use std::cell::Cell;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
@@ -21,17 +26,19 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
+use super::kin::Kin;
 use crate::model::ProcessId;
 use crate::source::stat;
 
 /// Tells whether this process holds one of the sockets (by inode) at this moment.
 pub type Proof<'a> = dyn FnMut(ProcessId, &[u64]) -> io::Result<bool> + 'a;
 
-/// The process meant, and the inodes of the sockets of which it must still hold at least one.
+/// The process meant, and why: it must still hold at least one of these sockets, by inode, or be of this kin.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Target {
     pub id: ProcessId,
     pub inodes: Vec<u64>,
+    pub kin: Option<Kin>,
 }
 
 /// A target with a pidfd. What the pidfd stands for is not proved yet.
@@ -39,6 +46,8 @@ pub struct Target {
 pub struct OpenTarget {
     target: Target,
     pidfd: OwnedFd,
+    /// Whether the pidfd was proved to be the target's; for good.
+    certain: Cell<bool>,
 }
 
 #[derive(Debug)]
@@ -52,14 +61,14 @@ pub enum OpenError {
 #[derive(Debug)]
 pub enum Verdict<'a> {
     Verified(Verified<'a>),
-    /// Alive, but it does not hold the socket: it let go of it, or it is a stranger under a recycled PID.
+    /// Alive, but it does not hold the socket, nor is it of the kin: it let go, or it is a stranger under a recycled PID.
     NotHolder,
     Gone,
     /// Alive, but nobody would tell what it holds.
     Unknown(io::Error),
 }
 
-/// A proved holder: what can be signalled.
+/// A proved holder, or relative of one: what can be signalled.
 #[derive(Debug)]
 pub struct Verified<'a> {
     pidfd: BorrowedFd<'a>,
@@ -77,7 +86,13 @@ impl Target {
     pub fn open(self) -> Result<OpenTarget, OpenError> {
         let pid = i32::try_from(self.id.pid).ok().and_then(Pid::from_raw).ok_or(OpenError::Gone)?;
         match pidfd_open(pid, PidfdFlags::empty()) {
-            Ok(pidfd) => Ok(OpenTarget { target: self, pidfd }),
+            Ok(pidfd) => {
+                let open = OpenTarget { target: self, pidfd, certain: Cell::new(false) };
+                if open.target.kin.is_some() {
+                    open.verify(&mut |_, _| Ok(false));
+                }
+                Ok(open)
+            }
             // EINVAL and, from 6.9 on, ENOENT: the number is a thread's now, not a process's.
             Err(Errno::SRCH | Errno::INVAL | Errno::NOENT) => Err(OpenError::Gone),
             Err(errno) => Err(OpenError::Failed(errno.into())),
@@ -116,14 +131,23 @@ impl OpenTarget {
 
     /// Asks `proof` by PID, then makes sure that the answer was about the process of this pidfd.
     pub fn verify(&self, proof: &mut Proof<'_>) -> Verdict<'_> {
-        let answer = proof(self.target.id, &self.target.inodes);
+        let Target { id, inodes, kin } = &self.target;
+        let is_kin = kin.is_some_and(|kin| kin.is_proved(*id, self.certain.get(), &|pid| stat::read(pid).ok()));
+        let answer = match is_kin {
+            true => Ok(true),
+            false if inodes.is_empty() => Ok(false),
+            false => proof(*id, inodes),
+        };
         if !self.is_alive() {
             return Verdict::Gone;
         }
         match answer {
             // The proof and the pidfd must mean the same process by this number.
-            Ok(true) if self.pid_in_proc() != Some(self.target.id.pid) => Verdict::NotHolder,
-            Ok(true) => Verdict::Verified(Verified { pidfd: self.pidfd.as_fd() }),
+            Ok(true) if self.pid_in_proc() != Some(id.pid) => Verdict::NotHolder,
+            Ok(true) => {
+                self.certain.set(true);
+                Verdict::Verified(Verified { pidfd: self.pidfd.as_fd() })
+            }
             Ok(false) => Verdict::NotHolder,
             Err(error) => Verdict::Unknown(error),
         }
@@ -137,7 +161,7 @@ impl AsFd for OpenTarget {
 }
 
 impl Verified<'_> {
-    pub fn signal(self, signal: Signal) -> Result<(), SignalError> {
+    pub fn signal(&self, signal: Signal) -> Result<(), SignalError> {
         match pidfd_send_signal(self.pidfd, signal) {
             Ok(()) => Ok(()),
             Err(Errno::SRCH) => Err(SignalError::Gone),

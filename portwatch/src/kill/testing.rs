@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, fcntl};
 
+use crate::engine::{Container, EngineError};
 use crate::model::{Holder, Listener, Process, ProcessId, Protocol, Socket, SocketId};
 use crate::source::stat;
 
@@ -27,6 +28,10 @@ pub(super) const DEAF: &str = "trap '' TERM; echo ready; exec sleep 1000";
 pub(super) const RELEASING: &str = "trap 'exec 3>&-' TERM; echo ready; while :; do read -r line && exit; done";
 /// A master and a worker that share the socket; the worker learns nothing of the master's end.
 pub(super) const MASTER: &str = "sleep 1000 & echo $!; wait";
+
+/// A master that closes its copy on SIGTERM and lives on; its worker learns nothing of that.
+pub(super) const GRACEFUL_MASTER: &str =
+    "sleep 1000 & trap 'exec 3>&-' TERM; echo $!; while :; do read -r line && exit; done";
 
 /// A child of the test, ended and reaped when dropped.
 pub(super) struct Helper {
@@ -180,10 +185,14 @@ pub(super) fn scan(port: u16) -> Vec<Listener> {
             address: Ipv4Addr::LOCALHOST.into(),
             port,
             v6only: None,
-            netns: 1,
+            netns: crate::source::netns::own().unwrap(),
             uid: fields[7].parse().unwrap(),
             backlog: None,
         };
+        // Read while others come and go, the table may show a socket twice.
+        if listeners.iter().any(|l: &Listener| l.socket.id == socket.id) {
+            continue;
+        }
         listeners.push(Listener { holders: holders(socket.id.inode), socket, since: None });
     }
     listeners
@@ -203,6 +212,11 @@ fn holders(inode: u64) -> Vec<Holder> {
         .collect();
     holders.sort_by_key(|h| h.process.id.pid);
     holders
+}
+
+/// Stops nothing: for plans without containers.
+pub(super) fn no_containers(_: &[&Container], _: Duration) -> Vec<Result<(), EngineError>> {
+    panic!("no container is to be stopped");
 }
 
 /// Stats by PID, for plans of processes that do not exist.

@@ -1,55 +1,9 @@
-//! What a kill says to people: the victims before, one line per port after. Pure; text from processes is escaped.
+//! What a kill says to people afterwards: one line per port. Pure; text from processes is escaped.
 
-use std::fmt::Write as _;
+use std::collections::BTreeSet;
 
 use super::outcome::{Outcome, Status};
-use super::plan::{Plan, Victim};
-use crate::render::{command_line, cut, escape, span};
-
-/// The victims as a small table, a line each: `PID NAME USER PORT COMMAND`. `user` names a uid. Lines are
-/// cut to `columns`, if given.
-pub fn victims(plan: &Plan, user: &dyn Fn(u32) -> String, columns: Option<usize>) -> String {
-    let rows: Vec<[String; 5]> = plan.victims.iter().map(|v| victim(plan, v, user)).collect();
-    let head = ["PID", "NAME", "USER", "PORT", "COMMAND"].map(str::to_owned);
-    let mut widths = [0; 4];
-    for row in rows.iter().chain([&head]) {
-        for (width, cell) in widths.iter_mut().zip(row) {
-            *width = (*width).max(cell.chars().count());
-        }
-    }
-    let mut out = String::new();
-    for [pid, name, user, port, command] in [&head].into_iter().chain(&rows) {
-        let [p, n, u, o] = widths;
-        let line = format!("{pid:>p$}  {name:<n$}  {user:<u$}  {port:<o$}  {command}");
-        let line = line.trim_end();
-        out.push_str(&columns.map_or(line.into(), |columns| cut(line, columns)));
-        out.push('\n');
-    }
-    out
-}
-
-fn victim(plan: &Plan, victim: &Victim, user: &dyn Fn(u32) -> String) -> [String; 5] {
-    let process = &victim.process;
-    let groups = victim.groups.iter().filter_map(|&g| plan.groups.get(g));
-    let ports: Vec<String> = groups.map(|g| format!("{}/{}", g.port, g.proto)).collect();
-    [
-        process.id.pid.to_string(),
-        escape(&process.name).into_owned(),
-        process.uid.map_or_else(|| "?".to_owned(), |uid| escape(&user(uid)).into_owned()),
-        ports.join(","),
-        command_line(process),
-    ]
-}
-
-/// The holders that the plan refuses to signal, a line each.
-pub fn refusals(plan: &Plan) -> String {
-    let mut out = String::new();
-    for refused in &plan.refused {
-        let process = &refused.process;
-        let _ = writeln!(out, "not signalling {} ({}): {}", escape(&process.name), process.id.pid, refused.reason);
-    }
-    out
-}
+use crate::render::{escape, span};
 
 /// One line on one port, without the line's end.
 pub fn outcome(outcome: &Outcome) -> String {
@@ -67,15 +21,18 @@ pub fn outcome(outcome: &Outcome) -> String {
             0 => format!("{port} has no visible holder: nothing would be signalled"),
             _ => {
                 let refused = |pid: &u32| outcome.failed.iter().any(|f| f.pid == *pid);
-                let would: Vec<u32> = outcome.remaining_pids.iter().copied().filter(|p| !refused(p)).collect();
-                let refusals = failures(outcome);
-                match (would.is_empty(), refusals.is_empty()) {
-                    (true, _) => format!("{port} would stay: {refusals}"),
-                    (false, true) => format!("{port} would be freed: terminate {}", list(outcome, &would)),
-                    (false, false) => {
-                        format!("{port} would stay: terminate {}; {refusals}", list(outcome, &would))
-                    }
+                let goes = |pid: &u32| outcome.stopping.iter().any(|(_, pids)| pids.contains(pid));
+                let would: Vec<u32> =
+                    outcome.remaining_pids.iter().copied().filter(|p| !refused(p) && !goes(p)).collect();
+                let mut parts: Vec<String> =
+                    outcome.stopping.iter().map(|(stop, _)| format!("stop container {}", stop.name)).collect();
+                if !would.is_empty() {
+                    parts.push(format!("terminate {}", list(outcome, &would)));
                 }
+                let refusals = failures(outcome);
+                let end = if refusals.is_empty() { "be freed" } else { "stay" };
+                parts.extend(Some(refusals).filter(|refusals| !refusals.is_empty()));
+                format!("{port} would {end}: {}", parts.join("; "))
             }
         },
         Status::Cleaned if deeds.is_empty() => with_note(format!("{port} freed in {seconds}")),
@@ -85,6 +42,7 @@ pub fn outcome(outcome: &Outcome) -> String {
             let what = match outcome.status {
                 Status::Denied => "refused",
                 Status::Ghost => "has no visible holder",
+                Status::Stuck if !outcome.still_listening => "cannot be bound yet",
                 _ => "is still taken",
             };
             let parts: Vec<String> =
@@ -94,10 +52,59 @@ pub fn outcome(outcome: &Outcome) -> String {
     }
 }
 
-/// `terminated a (1), b (2); killed by force c (3)`.
+/// All outcomes in one line, without the line's end; `None` where that says no more than the one outcome does.
+pub fn summary(outcomes: &[Outcome]) -> Option<String> {
+    let pids = |of: &dyn Fn(&Outcome) -> Vec<u32>| outcomes.iter().flat_map(of).collect::<BTreeSet<u32>>();
+    let forced = pids(&|o| o.forced.clone());
+    let ended = pids(&|o| o.killed.clone());
+    let failed = |refused: bool| pids(&|o| o.failed.iter().filter(|f| f.refused == refused).map(|f| f.pid).collect());
+    // A process that is refused for one port is refused for each.
+    let (refused, alive) = (failed(true), failed(false));
+    let mut gone = pids(&|o| o.gone.clone());
+    gone.retain(|pid| !ended.contains(pid));
+    let processes = ended.len() + refused.len() + alive.len() + gone.len();
+    if outcomes.len() < 2 && processes < 2 || outcomes.iter().any(|o| o.status == Status::Planned) {
+        return None;
+    }
+    let count = |wanted: &dyn Fn(&Outcome) -> bool| outcomes.iter().filter(|o| wanted(o)).count();
+    let ports = [
+        (count(&|o| o.status == Status::Cleaned), "freed"),
+        (count(&|o| o.status == Status::Free), "free already"),
+        (count(&|o| !o.is_done()), "not"),
+    ];
+    let deeds = [
+        (ended.len() - forced.len(), "terminated"),
+        (forced.len(), "force-killed"),
+        (gone.len(), "already gone"),
+        (refused.len(), "refused"),
+        (alive.len(), "still there"),
+    ];
+    let line = counted(&ports, "port", "ports");
+    Some(match counted(&deeds, "process", "processes") {
+        deeds if deeds.is_empty() => line,
+        deeds => format!("{line}: {deeds}"),
+    })
+}
+
+/// `2 ports freed, 1 not`: the noun stands with the first number.
+fn counted(counts: &[(usize, &str)], one: &str, many: &str) -> String {
+    let mut noun = true;
+    let there = counts.iter().filter(|(count, _)| *count > 0);
+    let parts = there.map(|(count, what)| {
+        let noun = std::mem::take(&mut noun).then_some(if *count == 1 { one } else { many });
+        [Some(count.to_string().as_str()), noun, Some(what)].into_iter().flatten().collect::<Vec<_>>().join(" ")
+    });
+    parts.collect::<Vec<_>>().join(", ")
+}
+
+/// `stopped container web; terminated a (1), b (2); killed by force c (3)`.
 fn deeds(outcome: &Outcome) -> String {
     let gentle: Vec<u32> = outcome.killed.iter().copied().filter(|p| !outcome.forced.contains(p)).collect();
     let mut parts = Vec::new();
+    if !outcome.stopped.is_empty() {
+        let names: Vec<&str> = outcome.stopped.iter().map(|stopped| stopped.name.as_str()).collect();
+        parts.push(format!("stopped container {}", names.join(", ")));
+    }
     if !gentle.is_empty() {
         parts.push(format!("terminated {}", list(outcome, &gentle)));
     }
@@ -126,26 +133,68 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::kill::outcome::{Diagnostics, Failure};
+    use crate::kill::outcome::{Diagnostics, Failure, Stopped};
     use crate::model::Protocol;
 
     fn check(change: impl FnOnce(&mut Outcome), expected: &str) {
-        let mut subject = Outcome {
+        let mut subject = sample();
+        change(&mut subject);
+        assert_eq!(outcome(&subject), expected);
+    }
+
+    fn sample() -> Outcome {
+        Outcome {
             port: 8000,
             proto: Protocol::Tcp,
             status: Status::Cleaned,
             killed: Vec::new(),
             forced: Vec::new(),
             failed: Vec::new(),
+            stopped: Vec::new(),
+            gone: Vec::new(),
             ghost: Vec::new(),
             still_listening: false,
             remaining_pids: Vec::new(),
             elapsed: Duration::from_millis(120),
             diagnostics: None,
             names: vec![(1, "init".into()), (7, "python3".into()), (8, "e\u{1b}[31mvil\n".into())],
+            stopping: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_summary_counts_ports_and_processes() {
+        let port = |status, killed: &[u32], forced: &[u32]| {
+            let mut outcome = sample();
+            (outcome.status, outcome.killed, outcome.forced) = (status, killed.to_vec(), forced.to_vec());
+            outcome
         };
-        change(&mut subject);
-        assert_eq!(outcome(&subject), expected);
+        let failure = |pid, refused| Failure { pid, reason: String::new(), refused };
+        let mut not = port(Status::Partial, &[], &[]);
+        (not.failed, not.gone) = (vec![failure(5, true), failure(6, false)], vec![4]);
+        for (outcomes, expected) in [
+            (vec![], None),
+            (vec![port(Status::Cleaned, &[1], &[])], None),
+            (vec![port(Status::Planned, &[], &[]), port(Status::Planned, &[], &[])], None),
+            (vec![port(Status::Cleaned, &[1, 2], &[2])], Some("1 port freed: 1 process terminated, 1 force-killed")),
+            (
+                vec![
+                    port(Status::Cleaned, &[1], &[]),
+                    port(Status::Cleaned, &[1, 2], &[]),
+                    port(Status::Free, &[], &[]),
+                ],
+                Some("2 ports freed, 1 free already: 2 processes terminated"),
+            ),
+            (
+                vec![port(Status::Cleaned, &[1, 3], &[3]), not],
+                Some(
+                    "1 port freed, 1 not: 1 process terminated, 1 force-killed, 1 already gone, 1 refused, 1 still there",
+                ),
+            ),
+            (vec![port(Status::Free, &[], &[]), port(Status::Free, &[], &[])], Some("2 ports free already")),
+        ] {
+            assert_eq!(summary(&outcomes).as_deref(), expected);
+        }
     }
 
     #[test]
@@ -162,7 +211,7 @@ mod tests {
         check(
             |o| {
                 o.status = Status::Denied;
-                o.failed = vec![Failure { pid: 1, reason: "init is never signalled".into() }];
+                o.failed = vec![Failure { pid: 1, reason: "init is never signalled".into(), refused: true }];
             },
             "8000/tcp refused: init (1): init is never signalled",
         );
@@ -178,9 +227,19 @@ mod tests {
             |o| {
                 o.status = Status::Planned;
                 o.remaining_pids = vec![1, 7];
-                o.failed = vec![Failure { pid: 1, reason: "no".into() }];
+                o.failed = vec![Failure { pid: 1, reason: "no".into(), refused: true }];
             },
             "8000/tcp would stay: terminate python3 (7); init (1): no",
+        );
+        let web = || Stopped { container: "5eed81bcd920".into(), name: "web".into() };
+        check(|o| o.stopped = vec![web()], "8000/tcp freed: stopped container web in 120ms");
+        check(
+            |o| {
+                o.status = Status::Planned;
+                o.remaining_pids = vec![7, 9];
+                o.stopping = vec![(web(), vec![9])];
+            },
+            "8000/tcp would be freed: stop container web; terminate python3 (7)",
         );
     }
 }

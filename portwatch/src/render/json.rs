@@ -5,15 +5,17 @@
 use std::collections::HashMap;
 use std::io;
 use std::net::IpAddr;
+use std::time::Duration;
 
 use serde::Serialize;
 use serde_json::ser::{CompactFormatter, Formatter};
 
 use super::{View, is_hazard};
-use crate::cgroup;
+use crate::cgroup::{self, Unit};
 use crate::model::{
     Ancestor, Attempt, BootNs, Change, Holder, Listener as Row, NetnsId, Process as Proc, Protocol, Socket,
 };
+use crate::waiting::{Look, Spot};
 
 /// A listener with its holders, as `list --json` shows it.
 #[derive(Debug, Serialize)]
@@ -74,6 +76,8 @@ pub struct Identity<'a> {
 #[derive(Debug, Serialize)]
 pub struct Place<'a> {
     pub unit: Option<&'a str>,
+    /// The uid of the user whose systemd runs the unit; `null`: the system's, or no unit.
+    pub user_manager: Option<u32>,
     pub container: Option<&'a str>,
 }
 
@@ -133,6 +137,53 @@ pub fn change<'a>(change: &'a Change, view: &View<'_>) -> ChangeOf<'a> {
             ..line(*at, "conflict", Some(attempted(attempt, held_by.as_ref(), view)), Some(&*attempt.by))
         },
         Change::Resync { at, lost } => ChangeOf { lost: Some(*lost), ..line(*at, "resync", None, None) },
+    }
+}
+
+/// `wait --json`.
+#[derive(Debug, Serialize)]
+pub struct Waited<'a> {
+    pub satisfied: bool,
+    pub elapsed_ms: u64,
+    pub targets: Vec<WaitedFor<'a>>,
+}
+
+/// One port that was waited for.
+#[derive(Debug, Serialize)]
+pub struct WaitedFor<'a> {
+    pub port: u16,
+    /// `null` where either was meant, and neither is there.
+    pub proto: Option<Protocol>,
+    /// The address that the target names, if any.
+    pub address: Option<IpAddr>,
+    pub bound: bool,
+    /// Not bound, and yet not to be bound: connections, or a socket that does not listen.
+    pub lingering: bool,
+    /// Each process once, whichever of several sockets it holds.
+    pub holders: Vec<HolderOf<'a>>,
+}
+
+pub fn waited<'a>(look: &Look<'a>, elapsed: Duration, view: &View<'_>) -> Waited<'a> {
+    let target = |spot: Spot<'a>| {
+        let mut holders: Vec<HolderOf<'a>> = Vec::new();
+        for held in spot.listeners.iter().flat_map(|row| &row.holders) {
+            if holders.iter().all(|known| known.identity.pid != held.process.id.pid) {
+                holders.push(holder(held, view));
+            }
+        }
+        WaitedFor {
+            port: spot.port,
+            proto: spot.proto,
+            address: spot.address,
+            bound: !spot.listeners.is_empty(),
+            lingering: spot.is_lingering,
+            holders,
+        }
+    };
+    Waited {
+        satisfied: look.is_true(),
+        elapsed_ms: u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX),
+        targets: look.spots().into_iter().map(target).collect(),
     }
 }
 
@@ -206,8 +257,10 @@ fn identity<'a>(process: &'a Proc, view: &View<'_>) -> Identity<'a> {
 }
 
 fn place(process: &Proc) -> Place<'_> {
+    let unit = process.cgroup.as_deref().and_then(Unit::of);
     Place {
-        unit: process.cgroup.as_deref().and_then(cgroup::unit),
+        unit: unit.map(|unit| unit.name),
+        user_manager: unit.and_then(|unit| unit.manager.uid()),
         container: process.cgroup.as_deref().and_then(cgroup::container),
     }
 }

@@ -3,6 +3,7 @@
 //! Every string of a process is hostile. Text shows it through [`escape`], JSON through `serde_json` and, because a
 //! terminal obeys some characters that JSON allows, with those escaped as well.
 
+pub mod diagnosis;
 pub mod json;
 pub mod table;
 pub mod text;
@@ -69,7 +70,7 @@ impl fmt::Debug for View<'_> {
 
 impl View<'_> {
     /// Name of the user, or the number where nobody is called so; escaped.
-    fn user(&self, uid: u32) -> String {
+    pub(crate) fn user(&self, uid: u32) -> String {
         (self.users)(uid).map_or_else(|| uid.to_string(), |name| escape(&name).into_owned())
     }
 

@@ -1,4 +1,4 @@
-//! The table of `list`: a row for each listener, fitted to the terminal.
+//! The table of `list`, a row for each listener, and how any table is fitted to the terminal.
 //!
 //! Rows are never wrapped: on a terminal the command is cut, then users and names, and at last the row as a whole.
 
@@ -20,16 +20,16 @@ pub enum Detail {
     Holders,
 }
 
-struct Column {
+pub(crate) struct Column {
     title: &'static str,
     right: bool,
 }
 
-const fn left(title: &'static str) -> Column {
+pub(crate) const fn left(title: &'static str) -> Column {
     Column { title, right: false }
 }
 
-const fn right(title: &'static str) -> Column {
+pub(crate) const fn right(title: &'static str) -> Column {
     Column { title, right: true }
 }
 
@@ -87,7 +87,8 @@ fn row(listener: &Listener, holder: Option<&Holder>, more: usize, several_netns:
     row
 }
 
-fn lay_out(columns: &[Column], rows: &[(bool, Vec<String>)], view: &View<'_>) -> String {
+/// Header and rows, with line ends. A row that is marked is a ghost's. The last column is the first to be cut.
+pub(crate) fn lay_out(columns: &[Column], rows: &[(bool, Vec<String>)], view: &View<'_>) -> String {
     let mut widths: Vec<usize> = columns.iter().map(|column| column.title.len()).collect();
     for (_, row) in rows {
         for (known, cell) in widths.iter_mut().zip(row) {

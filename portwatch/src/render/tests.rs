@@ -3,6 +3,7 @@ use std::sync::Arc;
 use super::json::Ancestors;
 use super::table::Detail;
 use super::*;
+use crate::engine::Roster;
 use crate::model::Ancestor;
 use crate::model::{Attempt, Change, Holder, Listener, ProcessId, Protocol, SocketId};
 
@@ -20,7 +21,7 @@ fn users(uid: u32) -> Option<String> {
     }
 }
 
-fn view() -> View<'static> {
+pub(crate) fn view() -> View<'static> {
     let now_wall = "2026-01-01T12:00:00.5Z".parse().unwrap();
     let tz = TimeZone::fixed(jiff::tz::offset(1));
     let clock = Clock { now_boot_ns: NOW, now_wall, tz };
@@ -174,7 +175,7 @@ PROTO  ADDRESS    PORT  PID  USER  NAME                      AGE  COMMAND
 tcp    127.0.0.1  9000  666  al    a\\x1b[2Jb\\nc\\rd\\u{202e}e   5s  x a\\x1b[2Jb\\nc\\rd\\u{202e}e \\x9b31m\\u{200b}\\x7fé
 ",
     );
-    let who = text::who(&hostile(), &Ancestors::from([(666, vec![ancestor(1, HOSTILE)])]), &view());
+    let who = text::who(&hostile(), &Ancestors::from([(666, vec![ancestor(1, HOSTILE)])]), &Roster::default(), &view());
     let change = text::change(&Change::Opened { at: NOW, listener: hostile() }, &view());
     let lines = [json::line(&json::listener(&hostile(), &view())), who, change].join("\n");
     assert_eq!(lines.chars().find(|&c| c != '\n' && is_hazard(c)), None, "{lines}");
@@ -192,7 +193,7 @@ fn ancestor(pid: u32, name: &str) -> Ancestor {
     Ancestor { pid, name: name.to_owned() }
 }
 
-const WEB_JSON: &str = r#"{"proto":"tcp","mptcp":false,"family":"ipv4","address":"127.0.0.1","port":8000,"netns":1,"inode":99,"uid":1000,"user":"al","since":"2026-01-01T11:58:30.500Z","ghost":false,"v6only":null,"backlog":null,"holders":[{"pid":999,"name":"python3","command":["python3","-m","http.server"],"exe":"/usr/bin/python3","cwd":"/srv","uid":1000,"user":"al","ppid":1,"started":"2026-01-01T09:00:00.500Z","fds":[3,5],"binder":true,"unit":"web.service","container":null}]}"#;
+const WEB_JSON: &str = r#"{"proto":"tcp","mptcp":false,"family":"ipv4","address":"127.0.0.1","port":8000,"netns":1,"inode":99,"uid":1000,"user":"al","since":"2026-01-01T11:58:30.500Z","ghost":false,"v6only":null,"backlog":null,"holders":[{"pid":999,"name":"python3","command":["python3","-m","http.server"],"exe":"/usr/bin/python3","cwd":"/srv","uid":1000,"user":"al","ppid":1,"started":"2026-01-01T09:00:00.500Z","fds":[3,5],"binder":true,"unit":"web.service","user_manager":null,"container":null}]}"#;
 
 #[test]
 fn list_json_is_the_contract() {
@@ -204,7 +205,7 @@ fn list_json_is_the_contract() {
     let view = view();
     let rows: Vec<_> = rows.iter().map(|row| json::listener(row, &view)).collect();
     let ghost = r#"{"proto":"udp","mptcp":false,"family":"ipv4","address":"0.0.0.0","port":5353,"netns":1,"inode":99,"uid":33,"user":null,"since":null,"ghost":true,"v6only":null,"backlog":null,"holders":[]}"#;
-    let bare = r#"{"proto":"udp","mptcp":false,"family":"ipv4","address":"0.0.0.0","port":5353,"netns":1,"inode":null,"uid":33,"user":null,"since":null,"ghost":false,"v6only":null,"backlog":null,"holders":[{"pid":5,"name":"gone","command":[],"exe":null,"cwd":null,"uid":null,"user":null,"ppid":0,"started":null,"fds":[],"binder":false,"unit":null,"container":null}]}"#;
+    let bare = r#"{"proto":"udp","mptcp":false,"family":"ipv4","address":"0.0.0.0","port":5353,"netns":1,"inode":null,"uid":33,"user":null,"since":null,"ghost":false,"v6only":null,"backlog":null,"holders":[{"pid":5,"name":"gone","command":[],"exe":null,"cwd":null,"uid":null,"user":null,"ppid":0,"started":null,"fds":[],"binder":false,"unit":null,"user_manager":null,"container":null}]}"#;
     check(&json::array(&rows), &format!("[\n{WEB_JSON},\n{ghost},\n{bare}\n]\n"));
     check(&json::array::<json::Listener<'_>>(&[]), "[]\n");
 }
@@ -231,7 +232,7 @@ fn who_shows_everything_once() {
         (51, vec![ancestor(50, "gunicorn"), ancestor(1, "systemd")]),
     ]);
     check(
-        &text::who(&row, &ancestors, &view()),
+        &text::who(&row, &ancestors, &Roster::default(), &view()),
         "\
 tcp/mptcp [::]:80
   binder    gunicorn (50)
@@ -259,7 +260,7 @@ tcp/mptcp [::]:80
 ",
     );
     check(
-        &text::who(&ghost(), &Ancestors::new(), &View { euid: 1000, ..view() }),
+        &text::who(&ghost(), &Ancestors::new(), &Roster::default(), &View { euid: 1000, ..view() }),
         "\
 udp 0.0.0.0:5353
   holders   held by uid 33, not visible to you; try sudo
@@ -326,8 +327,8 @@ fn watch_json_is_the_contract() {
     let all = changes();
     let lines: Vec<String> = all.iter().map(|change| json::line(&json::change(change, &view))).collect();
     let time = r#"{"time":"2026-01-01T12:00:00.123Z""#;
-    let python = r#"{"pid":999,"name":"python3","command":["python3","-m","http.server"],"exe":"/usr/bin/python3","cwd":"/srv","uid":1000,"user":"al","ppid":1,"started":"2026-01-01T09:00:00.500Z","unit":"web.service","container":null}"#;
-    let node = r#"{"pid":1234,"name":"node","command":["node","server.js"],"exe":"/usr/bin/node","cwd":"/srv","uid":1000,"user":"al","ppid":1,"started":"2026-01-01T11:59:59.500Z","unit":"web.service","container":null}"#;
+    let python = r#"{"pid":999,"name":"python3","command":["python3","-m","http.server"],"exe":"/usr/bin/python3","cwd":"/srv","uid":1000,"user":"al","ppid":1,"started":"2026-01-01T09:00:00.500Z","unit":"web.service","user_manager":null,"container":null}"#;
+    let node = r#"{"pid":1234,"name":"node","command":["node","server.js"],"exe":"/usr/bin/node","cwd":"/srv","uid":1000,"user":"al","ppid":1,"started":"2026-01-01T11:59:59.500Z","unit":"web.service","user_manager":null,"container":null}"#;
     let nobody = r#"{"proto":"tcp","mptcp":false,"family":"ipv4","address":"127.0.0.1","port":8000,"netns":1,"inode":null,"uid":null,"user":null,"since":null,"ghost":null,"v6only":null,"backlog":null,"holders":[]}"#;
     check(&lines[0], &format!(r#"{time},"event":"open","listener":{WEB_JSON},"process":{python},"errno":null}}"#));
     let unseen = WEB_JSON.replace(r#""2026-01-01T11:58:30.500Z""#, "null");

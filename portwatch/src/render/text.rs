@@ -2,7 +2,9 @@
 
 use super::json::Ancestors;
 use super::{BOLD, DIM, GREEN, RED, View, YELLOW, age, command_line, cut, escape, span};
-use crate::cgroup;
+use crate::cgroup::Unit;
+use crate::engine::Roster;
+use crate::engine::roster::{Link, Role};
 use crate::model::{Ancestor, BootNs, Change, Holder, Listener, Process, Socket};
 
 /// Holders that one line of `watch` names.
@@ -78,7 +80,7 @@ fn holders(listener: &Listener, view: &View<'_>) -> String {
 }
 
 /// Everything about one listener, as a block of lines.
-pub fn who(listener: &Listener, ancestors: &Ancestors, view: &View<'_>) -> String {
+pub fn who(listener: &Listener, ancestors: &Ancestors, containers: &Roster, view: &View<'_>) -> String {
     let socket = &listener.socket;
     let mut out = format!("{}\n", view.paint(BOLD, &endpoint(socket)));
     let mut field = |name: &str, value: &str| out.push_str(&format!("  {name:<10}{value}\n"));
@@ -102,6 +104,7 @@ pub fn who(listener: &Listener, ancestors: &Ancestors, view: &View<'_>) -> Strin
         out.push_str(&holder_block(
             holder,
             like,
+            containers.link(&holder.process, socket).map(|link| container(&link, socket)),
             ancestors.get(&holder.process.id.pid).map_or(&[], Vec::as_slice),
             view,
         ));
@@ -109,7 +112,22 @@ pub fn who(listener: &Listener, ancestors: &Ancestors, view: &View<'_>) -> Strin
     out
 }
 
-fn holder_block(holder: &Holder, like: Option<&Holder>, ancestors: &[Ancestor], view: &View<'_>) -> String {
+/// The container that a holder runs in, by name where it is known, or what it publishes.
+fn container(link: &Link<'_>, socket: &Socket) -> String {
+    match (&link.role, link.container) {
+        (Role::Inside(_), Some(container)) => container.to_string(),
+        (Role::Inside(id), None) => id.clone(),
+        (Role::Proxy(_), _) => link.describe(socket),
+    }
+}
+
+fn holder_block(
+    holder: &Holder,
+    like: Option<&Holder>,
+    container: Option<String>,
+    ancestors: &[Ancestor],
+    view: &View<'_>,
+) -> String {
     let process = &holder.process;
     let role = if holder.binder { "binder" } else { "holder" };
     let mut out = format!("  {} {}\n", view.paint(BOLD, &named(process)), role);
@@ -124,11 +142,10 @@ fn holder_block(holder: &Holder, like: Option<&Holder>, ancestors: &[Ancestor], 
             field("command", &command_line(process));
             field("exe", &text(&process.exe));
             field("cwd", &text(&process.cwd));
-            let place = |of: fn(&str) -> Option<&str>| {
-                process.cgroup.as_deref().map_or_else(unknown, |path| escape(of(path).unwrap_or("-")).into_owned())
-            };
-            field("unit", &place(cgroup::unit));
-            field("container", &place(cgroup::container));
+            let none = || process.cgroup.as_deref().map_or("?", |_| "-").to_owned();
+            let found = process.cgroup.as_deref().and_then(Unit::of);
+            field("unit", &found.map_or_else(none, |found| unit(&found, view)));
+            field("container", &container.unwrap_or_else(none));
         }
     }
     let started = Some(process.id.start).filter(|start| *start != 0);
@@ -176,6 +193,12 @@ fn more(listener: &Listener) -> String {
 
 fn user(uid: u32, view: &View<'_>) -> String {
     (view.users)(uid).map_or_else(|| uid.to_string(), |name| format!("{} ({uid})", escape(&name)))
+}
+
+/// `nginx.service`, `web.service of user al (1000)`: whose systemd it is decides how to stop it.
+fn unit(unit: &Unit<'_>, view: &View<'_>) -> String {
+    let name = escape(unit.name);
+    unit.manager.uid().map_or_else(|| name.to_string(), |uid| format!("{name} of user {}", user(uid, view)))
 }
 
 fn moment(at: BootNs, view: &View<'_>) -> String {

@@ -9,13 +9,15 @@ mod target;
 #[cfg(test)]
 mod tests;
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
 use globset::GlobMatcher;
 
 pub use self::shown::Shown;
 pub use self::target::{BadTarget, Sets, Target, builtin_sets, parse_targets};
+use crate::cgroup;
+use crate::engine::Wanted;
 use crate::model::{BootNs, Listener, NetnsId, Process, Protocol, Socket};
 
 /// Everything that narrows a selection but targets. An empty list and `None` let everything pass; several values in
@@ -34,6 +36,10 @@ pub struct Filters {
     /// On the process name, or on the command line joined by spaces.
     pub commands: Vec<GlobMatcher>,
     pub cwds: Vec<GlobMatcher>,
+    /// Looked up.
+    pub containers: Vec<Wanted>,
+    /// On the name of the systemd service, of the system's or of a user's manager, with or without `.service`.
+    pub units: Vec<GlobMatcher>,
     pub older_than: Option<Duration>,
     /// `None`: every namespace.
     pub netns: Option<NetnsId>,
@@ -76,17 +82,28 @@ impl Selector {
         Selector { targets, filters, ports }
     }
 
-    /// Whether nothing says which listeners are meant: no target, address, owner, process, directory or age.
+    /// Whether nothing says which listeners are meant: no target, address, owner, process, directory, container or age.
     /// Families, protocols and namespaces narrow a selection but do not make one: `kill --tcp` names nothing.
     pub fn is_empty(&self) -> bool {
-        let Filters { addresses, uids, pids, commands, cwds, older_than, .. } = &self.filters;
-        self.targets.is_empty()
-            && addresses.is_empty()
-            && uids.is_empty()
+        self.targets.is_empty() && self.filters.addresses.is_empty() && !self.has_process_filters()
+    }
+
+    /// Whether it matters who holds a listener, or for how long.
+    pub fn has_process_filters(&self) -> bool {
+        let Filters { uids, pids, commands, cwds, containers, units, older_than, .. } = &self.filters;
+        !(uids.is_empty()
             && pids.is_empty()
             && commands.is_empty()
             && cwds.is_empty()
-            && older_than.is_none()
+            && containers.is_empty()
+            && units.is_empty()
+            && older_than.is_none())
+    }
+
+    /// Whether anything but the targets and the namespace narrows the selection.
+    pub fn has_filters(&self) -> bool {
+        let Filters { ipv4, ipv6, tcp, udp, addresses, .. } = &self.filters;
+        *ipv4 || *ipv6 || *tcp || *udp || !addresses.is_empty() || self.has_process_filters()
     }
 
     /// The targets as given, sets expanded.
@@ -127,6 +144,22 @@ impl Selector {
         named
     }
 
+    /// The addresses at which this port is meant, as far as targets, `--addr`, `-4` and `-6` say: all of both families where
+    /// they say nothing.
+    pub fn named_addresses(&self, port: u16) -> Vec<IpAddr> {
+        let targets = self.targets.iter().filter(|target| target.ports.contains(&port));
+        let named: Vec<Option<IpAddr>> = targets.map(|target| target.address).collect();
+        if !named.contains(&None) {
+            return named.into_iter().flatten().collect();
+        }
+        match &self.filters {
+            Filters { addresses, .. } if !addresses.is_empty() => addresses.clone(),
+            Filters { ipv4: true, ipv6: false, .. } => vec![Ipv4Addr::UNSPECIFIED.into()],
+            Filters { ipv4: false, ipv6: true, .. } => vec![Ipv6Addr::UNSPECIFIED.into()],
+            _ => vec![Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()],
+        }
+    }
+
     /// What the socket alone can tell: false means that [`Selector::matches`] is false whoever holds it.
     pub fn matches_socket(&self, socket: &Socket) -> bool {
         self.matches_ports(socket)
@@ -156,19 +189,22 @@ impl Selector {
     }
 
     fn matches_holders(&self, listener: &Listener) -> bool {
-        let Filters { uids, pids, commands, cwds, .. } = &self.filters;
+        let Filters { uids, pids, commands, cwds, containers, units, .. } = &self.filters;
         if listener.is_ghost() {
             return pids.is_empty()
                 && commands.is_empty()
                 && cwds.is_empty()
+                && containers.is_empty()
+                && units.is_empty()
                 && any_or_none(uids, |uid| *uid == listener.socket.uid);
         }
-        listener.holders.iter().any(|holder| self.matches_process(&holder.process))
+        listener.holders.iter().any(|holder| self.matches_process(&holder.process, &listener.socket))
     }
 
-    /// Whether a holder passes the process filters (`--user`, `--pid`, `--command`, `--cwd`).
-    pub fn matches_process(&self, process: &Process) -> bool {
-        let Filters { uids, pids, commands, cwds, .. } = &self.filters;
+    /// Whether a holder of the socket passes the process filters (`--user`, `--pid`, `--command`, `--cwd`,
+    /// `--container`, `--unit`).
+    pub fn matches_process(&self, process: &Process, socket: &Socket) -> bool {
+        let Filters { uids, pids, commands, cwds, containers, units, .. } = &self.filters;
         any_or_none(uids, |uid| process.uid == Some(*uid))
             && any_or_none(pids, |pid| *pid == process.id.pid)
             && (commands.is_empty() || {
@@ -176,6 +212,14 @@ impl Selector {
                 commands.iter().any(|glob| glob.is_match(&process.name) || (!line.is_empty() && glob.is_match(&line)))
             })
             && any_or_none(cwds, |glob| process.cwd.as_ref().is_some_and(|cwd| glob.is_match(cwd)))
+            && any_or_none(containers, |container| container.matches(process, socket))
+            && (units.is_empty() || {
+                let unit = process.cgroup.as_deref().and_then(cgroup::unit);
+                unit.is_some_and(|unit| {
+                    let short = unit.strip_suffix(".service").unwrap_or(unit);
+                    units.iter().any(|glob| glob.is_match(unit) || glob.is_match(short))
+                })
+            })
     }
 
     /// Of unknown age is not old: a clean-up must not end what it knows nothing of.

@@ -34,9 +34,9 @@ impl Shown {
                 for key in Self::keys(listener.socket.id) {
                     known |= self.0.remove(&key);
                 }
-                let by = by
-                    .as_ref()
-                    .is_some_and(|by| selector.matches_socket(&listener.socket) && selector.matches_process(by));
+                let by = by.as_ref().is_some_and(|by| {
+                    selector.matches_socket(&listener.socket) && selector.matches_process(by, &listener.socket)
+                });
                 known || by || Self::selects(selector, listener, *at)
             }
             Change::Conflict { at, attempt, .. } => Self::selects(selector, &wanted(attempt), *at),

@@ -5,7 +5,7 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::RangeInclusive;
 
-use crate::model::Protocol;
+use crate::model::{Protocol, Socket};
 
 /// One part of a TARGET: ports, perhaps of one protocol only, perhaps as served on one address only.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -15,6 +15,15 @@ pub struct Target {
     pub proto: Option<Protocol>,
     /// Listeners that serve this address are meant, those bound to all addresses included.
     pub address: Option<IpAddr>,
+}
+
+impl Target {
+    /// Whether the socket is one of those meant.
+    pub fn covers(&self, socket: &Socket) -> bool {
+        self.ports.contains(&socket.port)
+            && self.proto.is_none_or(|proto| proto == socket.proto)
+            && self.address.is_none_or(|address| socket.serves(address))
+    }
 }
 
 impl fmt::Display for Target {

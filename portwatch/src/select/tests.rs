@@ -2,7 +2,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use globset::Glob;
+use globset::{Glob, GlobBuilder};
 
 use super::*;
 use crate::model::{Holder, ProcessId, SocketId};
@@ -143,6 +143,9 @@ fn holder(pid: u32, start: u64, uid: u32, command: &[&str], cwd: &str) -> Holder
     process.uid = Some(uid);
     process.command = command.iter().map(|&arg| arg.to_owned()).collect();
     process.cwd = Some(cwd.to_owned());
+    // The first one is a user's service, the second one in a session.
+    let user = "/user.slice/user-1000.slice/user@1000.service/app.slice";
+    process.cgroup = Some(if pid == 7 { format!(r"{user}/my\x2dweb@1.service") } else { format!("{user}/x.scope") });
     Holder { process: Arc::new(process), fds: vec![3], binder: pid == 7 }
 }
 
@@ -159,6 +162,7 @@ fn listeners_are_picked_by_what_holds_them() {
     let seen = Listener { since: Some(95 * SECOND), ..held.clone() };
     let ghost = Listener { holders: Vec::new(), ..held.clone() };
     let glob = |glob: &str| vec![Glob::new(glob).unwrap().compile_matcher()];
+    let unit = |glob: &str| vec![GlobBuilder::new(glob).backslash_escape(false).build().unwrap().compile_matcher()];
     let older = |seconds| Some(Duration::from_secs(seconds));
     let any = Filters::default;
     for (name, filters, want) in [
@@ -174,6 +178,11 @@ fn listeners_are_picked_by_what_holds_them() {
         ("--command *www", Filters { commands: glob("python3 *www"), ..any() }, [true, true, false]),
         ("--cwd /home/*", Filters { cwds: glob("/home/*"), ..any() }, [true, true, false]),
         ("--cwd /home", Filters { cwds: glob("/home"), ..any() }, [false, false, false]),
+        (r"--unit my\x2dweb@1", Filters { units: unit(r"my\x2dweb@1"), ..any() }, [true, true, false]),
+        ("--unit my*@?.service", Filters { units: unit("my*@?.service"), ..any() }, [true, true, false]),
+        ("--unit web", Filters { units: unit("web"), ..any() }, [false, false, false]),
+        ("--unit *.scope", Filters { units: unit("*.scope"), ..any() }, [false, false, false]),
+        ("--unit * --pid 8", Filters { units: unit("*"), pids: vec![8], ..any() }, [false, false, false]),
         ("--older-than 60s", Filters { older_than: older(60), ..any() }, [true, false, false]),
         ("--older-than 4s", Filters { older_than: older(4), ..any() }, [true, true, false]),
         ("--older-than 90s", Filters { older_than: older(90), ..any() }, [false, false, false]),
@@ -210,4 +219,24 @@ fn protocol_family_and_namespace_alone_name_nothing() {
     let address: IpAddr = "::".parse().unwrap();
     assert!(!selector("", Filters { addresses: vec![address], ..Filters::default() }).is_empty());
     assert!(!selector("", Filters { older_than: Some(Duration::ZERO), ..Filters::default() }).is_empty());
+}
+
+#[test]
+fn the_addresses_of_a_port_are_those_that_were_named() {
+    let all = ["0.0.0.0", "::"];
+    let (v4, v6) = (Filters { ipv4: true, ..Filters::default() }, Filters { ipv6: true, ..Filters::default() });
+    let on_loopback = Filters { addresses: vec!["::1".parse().unwrap()], ..Filters::default() };
+    for (words, filters, want) in [
+        ("8000", Filters::default(), &all[..]),
+        ("7000-9000/tcp", Filters::default(), &all[..]),
+        ("8000", v4, &all[..1]),
+        ("8000", v6, &all[1..]),
+        ("8000", on_loopback, &["::1"][..]),
+        ("127.0.0.1:8000 [::1]:8000 9", Filters::default(), &["127.0.0.1", "::1"][..]),
+        ("127.0.0.1:8000 8000", Filters::default(), &all[..]),
+    ] {
+        let selector = Selector::new(targets(words).unwrap(), filters);
+        let got: Vec<String> = selector.named_addresses(8000).iter().map(IpAddr::to_string).collect();
+        assert_eq!(got, want, "{words}");
+    }
 }

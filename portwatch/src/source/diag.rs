@@ -8,6 +8,7 @@
 use std::collections::HashSet;
 use std::io;
 use std::net::SocketAddr;
+use std::ops::RangeInclusive;
 
 use anyhow::Context;
 use netlink_packet_core::{
@@ -25,6 +26,10 @@ use procfs::net::{TcpNetEntries, TcpState, UdpNetEntries, UdpState};
 
 use crate::model::{NetnsId, Protocol, Socket, SocketId};
 use crate::source::netns;
+
+mod port;
+
+pub use port::{PortSocket, State, destroy, dump_ports};
 
 /// Every listening socket of one network namespace.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -79,6 +84,11 @@ const MAX_SOCKETS: usize = 4 * 1024 * 1024;
 
 /// `INET_DIAG_REQ_PROTOCOL` (linux/inet_diag.h): a request attribute for protocols past 255.
 const INET_DIAG_REQ_PROTOCOL: u16 = 3;
+/// `INET_DIAG_REQ_BYTECODE` (linux/inet_diag.h): a request attribute, the filter; and its operations.
+const INET_DIAG_REQ_BYTECODE: u16 = 1;
+const INET_DIAG_BC_JMP: u8 = 1;
+const INET_DIAG_BC_S_GE: u8 = 2;
+const INET_DIAG_BC_S_LE: u8 = 3;
 /// `INET_DIAG_ULP_INFO` and within it `INET_ULP_INFO_NAME` (linux/inet_diag.h): the upper layer protocol.
 const INET_DIAG_ULP_INFO: u16 = 19;
 const INET_ULP_INFO_NAME: u16 = 1;
@@ -128,13 +138,57 @@ fn request(family: u8, proto: Protocol) -> Vec<u8> {
     })
 }
 
+/// As [`inet_request`], as bytes, of the sockets with these local ports alone: the kernel filters.
+pub(super) fn port_request(family: u8, protocol: u8, states: StateFlags, ports: &[RangeInclusive<u16>]) -> Vec<u8> {
+    let mut bytes = encode(inet_request(family, protocol, states));
+    let filter = port_filter(ports);
+    let length = u16::try_from(4 + filter.len()).unwrap_or(u16::MAX);
+    bytes.extend(length.to_ne_bytes());
+    bytes.extend(INET_DIAG_REQ_BYTECODE.to_ne_bytes());
+    bytes.extend(filter);
+    let length = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+    bytes[..4].copy_from_slice(&length.to_ne_bytes());
+    bytes
+}
+
+/// The program of `struct inet_diag_bc_op {u8 code; u8 yes; u16 no;}` that accepts these ports. `yes` and `no` are
+/// jumps in bytes; the end itself accepts, four bytes past it reject. A comparison has its port in a second
+/// operation's `no`.
+fn port_filter(ranges: &[RangeInclusive<u16>]) -> Vec<u8> {
+    // Per range: lower bound (8), upper bound (8), and a jump to the end (4), which the last does without.
+    let end = (ranges.len() * 20).saturating_sub(4);
+    let mut bytes = Vec::with_capacity(end);
+    for (index, range) in ranges.iter().enumerate() {
+        let is_last = index + 1 == ranges.len();
+        for (code, port) in [(INET_DIAG_BC_S_GE, *range.start()), (INET_DIAG_BC_S_LE, *range.end())] {
+            let next_range = if is_last { end + 4 } else { (index + 1) * 20 };
+            let no = u16::try_from(next_range - bytes.len()).unwrap_or(u16::MAX);
+            bytes.extend([code, 8]);
+            bytes.extend(no.to_ne_bytes());
+            bytes.extend([0, 0]);
+            bytes.extend(port.to_ne_bytes());
+        }
+        if !is_last {
+            let no = u16::try_from(end - bytes.len()).unwrap_or(u16::MAX);
+            bytes.extend([INET_DIAG_BC_JMP, 4]);
+            bytes.extend(no.to_ne_bytes());
+        }
+    }
+    bytes
+}
+
 /// MPTCP is protocol 262: it does not fit the request and goes into an attribute. A kernel that does not know the
 /// attribute looks at the request, which therefore names raw sockets: those never listen.
 fn mptcp_request(family: u8) -> Vec<u8> {
-    let mut bytes = encode(inet_request(family, IPPROTO_RAW, StateFlags::LISTEN));
-    bytes.extend(8u16.to_ne_bytes());
-    bytes.extend(INET_DIAG_REQ_PROTOCOL.to_ne_bytes());
-    bytes.extend(libc::IPPROTO_MPTCP.to_ne_bytes());
+    let request = encode(inet_request(family, IPPROTO_RAW, StateFlags::LISTEN));
+    with_attribute(request, INET_DIAG_REQ_PROTOCOL, &libc::IPPROTO_MPTCP.to_ne_bytes())
+}
+
+/// The request with an attribute, whose value must be a multiple of four bytes and short.
+fn with_attribute(mut bytes: Vec<u8>, kind: u16, value: &[u8]) -> Vec<u8> {
+    bytes.extend(u16::try_from(4 + value.len()).unwrap_or(u16::MAX).to_ne_bytes());
+    bytes.extend(kind.to_ne_bytes());
+    bytes.extend(value);
     let length = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
     bytes[..4].copy_from_slice(&length.to_ne_bytes());
     bytes
@@ -151,14 +205,14 @@ fn encode(request: InetRequest) -> Vec<u8> {
 }
 
 /// A netlink socket in the calling thread's network namespace.
-struct Link {
+pub(super) struct Link {
     socket: Netlink,
     buffer: Vec<u8>,
     sequence: u32,
 }
 
 impl Link {
-    fn open() -> io::Result<Self> {
+    pub(super) fn open() -> io::Result<Self> {
         let socket = Netlink::new(NETLINK_SOCK_DIAG)?;
         // A hint: a refusal only means more, smaller reads.
         let _ = socket.set_rx_buf_sz(libc::c_int::try_from(SOCKET_BUFFER_BYTES).unwrap_or(libc::c_int::MAX));
@@ -167,7 +221,7 @@ impl Link {
     }
 
     /// Sends one dump request and reads its whole answer, again where the kernel says that it changed meanwhile.
-    fn dump(&mut self, request: &[u8]) -> io::Result<Vec<InetResponse>> {
+    pub(super) fn dump(&mut self, request: &[u8]) -> io::Result<Vec<InetResponse>> {
         for _ in 0..ATTEMPTS {
             let mut rows = Vec::new();
             if self.dump_once(request, &mut rows)? {
@@ -175,6 +229,11 @@ impl Link {
             }
         }
         Err(io::Error::other(format!("the dump was interrupted {ATTEMPTS} times")))
+    }
+
+    /// Sends one request that the kernel answers with an acknowledgement or an error.
+    fn acknowledged(&mut self, request: &[u8]) -> io::Result<()> {
+        self.dump_once(request, &mut Vec::new()).map(drop)
     }
 
     /// `Ok(false)`: the kernel marked the answer as inconsistent.
@@ -200,7 +259,7 @@ impl Link {
     }
 }
 
-fn retry_interrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+pub(super) fn retry_interrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     loop {
         match call() {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -241,7 +300,7 @@ fn read_messages(
 }
 
 /// `None` for a socket without port.
-fn socket_of(row: &InetResponse, proto: Protocol, netns: NetnsId) -> Option<Socket> {
+pub(super) fn socket_of(row: &InetResponse, proto: Protocol, netns: NetnsId) -> Option<Socket> {
     let header = &row.header;
     let id = &header.socket_id;
     if id.source_port == 0 {

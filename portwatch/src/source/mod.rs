@@ -11,7 +11,9 @@ pub mod join;
 pub mod netns;
 pub mod process;
 pub mod procfs;
+pub mod released;
 pub mod stat;
+pub mod trial;
 
 use std::cell::RefCell;
 use std::collections::HashSet;
@@ -24,7 +26,7 @@ use std::time::Duration;
 use anyhow::anyhow;
 use serde::{Deserialize, Serialize};
 
-use crate::model::{BootNs, Event, Process, ProcessId, Snapshot, Socket, SocketId};
+use crate::model::{BootNs, Event, Listener, Process, ProcessId, Snapshot, Socket, SocketId};
 
 /// How listeners are learnt, best first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -139,6 +141,16 @@ impl Scanner {
         self.scan_with(all_netns, keep, &|_| true, &mut |id| {
             Arc::new(process::read_exact(id).unwrap_or_else(|| Process::bare(id, "?")))
         })
+    }
+
+    /// TCP sockets that are bound and do not listen, of any network namespace, as far as somebody visible holds them.
+    /// Empty where the iterator does not serve: `/proc` tells nothing of such sockets.
+    pub fn bound(&mut self, keep: &dyn Fn(&Socket) -> bool) -> anyhow::Result<Vec<Listener>> {
+        let Some(walk) = &mut self.walk else { return Ok(Vec::new()) };
+        let walked = walk.read_bound(keep)?;
+        Ok(join::join(walked.sockets, walked.held, |id| {
+            Arc::new(process::read_exact(id).unwrap_or_else(|| Process::bare(id, "?")))
+        }))
     }
 
     /// `is_bound` decides about UDP sockets that may have been bound to port 0 of every address, or be clients.

@@ -100,17 +100,41 @@ impl Namespaces {
     }
 }
 
-/// Reads every listening socket in another network namespace. A thread of its own enters it, never the caller's.
+/// A descriptor of a network namespace that can be seen.
+///
+/// # Errors
+/// When nobody visible is in it, nor is it mounted: `PermissionDenied` in the chain where some processes could not be
+/// looked at.
+pub fn open(id: NetnsId) -> anyhow::Result<File> {
+    let mut namespaces = visible()?;
+    match namespaces.found.remove(&id) {
+        Some(namespace) => Ok(namespace),
+        None if namespaces.denied > 0 => Err(io::Error::from(io::ErrorKind::PermissionDenied)).with_context(|| {
+            format!("cannot find network namespace {id} among those you may see (others take CAP_SYS_PTRACE)")
+        }),
+        None => Err(anyhow::anyhow!("there is no network namespace {id} that can be seen from here; see lsns -t net")),
+    }
+}
+
+/// Reads every listening socket in another network namespace.
 ///
 /// # Errors
 /// When the namespace may not be entered (that takes `CAP_SYS_ADMIN`), or its sockets cannot be read.
 pub fn dump_in(namespace: &File) -> anyhow::Result<Dump> {
+    enter(namespace, diag::dump)
+}
+
+/// Does something in another network namespace. A thread of its own enters it, never the caller's.
+///
+/// # Errors
+/// When the namespace may not be entered (that takes `CAP_SYS_ADMIN`), and what `act` gives.
+pub fn enter<T: Send>(namespace: &File, act: impl FnOnce() -> anyhow::Result<T> + Send) -> anyhow::Result<T> {
     std::thread::scope(|scope| {
         let helper = std::thread::Builder::new()
             .name("netns".into())
             .spawn_scoped(scope, || {
                 setns(namespace.as_fd(), CloneFlags::CLONE_NEWNET).context("cannot enter a network namespace")?;
-                diag::dump()
+                act()
             })
             .context("cannot start a thread to enter a network namespace")?;
         helper.join().unwrap_or_else(|_| Err(anyhow::anyhow!("the thread in a network namespace panicked")))

@@ -16,6 +16,9 @@ use crate::model::{BootNs, Process, ProcessId};
 /// More of a command line than this many bytes is cut off.
 pub const MAX_COMMAND_BYTES: usize = 128 * 1024;
 
+/// The kernel's limit on arguments and environment together is a quarter of the stack, 2 MiB as a rule.
+const MAX_ENVIRONMENT_BYTES: usize = 2 * 1024 * 1024;
+
 /// A cgroup file has one line per hierarchy, each a path of at most 4 KiB.
 const MAX_CGROUP_BYTES: usize = 64 * 1024;
 
@@ -44,6 +47,30 @@ pub fn read_exact(id: ProcessId) -> Option<Process> {
         return None;
     }
     Some(Process { id, ..details(id.pid, dir.as_fd(), stat) })
+}
+
+/// argv of this very process. `None`: it is gone, whoever has its number now.
+pub fn command(id: ProcessId) -> Option<Vec<String>> {
+    let dir = open_exact(id)?;
+    Some(parse_command(&read_up_to(open_at(dir.as_fd(), c"cmdline")?.as_fd(), MAX_COMMAND_BYTES)))
+}
+
+/// A variable of the environment that this very process was started with. `None` also where it may not be read: of
+/// another user's process only root may.
+pub fn variable(id: ProcessId, name: &str) -> Option<String> {
+    let dir = open_exact(id)?;
+    let bytes = read_up_to(open_at(dir.as_fd(), c"environ")?.as_fd(), MAX_ENVIRONMENT_BYTES);
+    let mut variables = bytes.split(|&byte| byte == 0);
+    variables.find_map(|variable| {
+        let value = variable.strip_prefix(name.as_bytes())?.strip_prefix(b"=")?;
+        Some(String::from_utf8_lossy(value).into_owned())
+    })
+}
+
+fn open_exact(id: ProcessId) -> Option<OwnedFd> {
+    let dir = open(id.pid)?;
+    let start = stat::read_at(dir.as_fd(), c"stat")?.start;
+    id.is_same(ProcessId { pid: id.pid, start }).then_some(dir)
 }
 
 fn open(pid: u32) -> Option<OwnedFd> {
@@ -197,7 +224,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let cwd = directory.path().canonicalize().unwrap();
         let mut child = shell(|sh| {
-            sh.arg0("weird \x1b[31m").arg("").current_dir(&cwd);
+            sh.arg0("weird \x1b[31m").arg("").current_dir(&cwd).env("WEIRD", "a=b\nc").env("WEIRDER", "x");
         });
         let pid = child.id();
         let process = read(pid).unwrap();
@@ -214,7 +241,11 @@ mod tests {
 
         let fine = ProcessId { pid, start: process.id.start + 1234 };
         assert_eq!(read_exact(fine), Some(Process { id: fine, ..process.clone() }));
-        assert_eq!(read_exact(ProcessId { pid, start: process.id.start + ProcessId::TICK_NS }), None);
+        assert_eq!(command(fine), Some(process.command.clone()));
+        assert_eq!(variable(fine, "WEIRD").as_deref(), Some("a=b\nc"));
+        assert_eq!((variable(fine, "WEIR"), variable(fine, "")), (None, None));
+        let other = ProcessId { pid, start: process.id.start + ProcessId::TICK_NS };
+        assert_eq!((read_exact(other), command(other), variable(other, "WEIRD")), (None, None, None));
 
         let pinned = open(pid).unwrap();
         child.kill().unwrap();

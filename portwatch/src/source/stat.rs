@@ -73,13 +73,27 @@ impl Stat {
 
 /// Reads it now. `NotFound` where there is no such process, or `hidepid` hides it.
 pub fn read(pid: u32) -> io::Result<Stat> {
-    let bytes = fs::read(format!("/proc/{pid}/stat")).map_err(|error| match error.raw_os_error() {
+    read_task(&pid.to_string())
+}
+
+/// The same of one task, by its path below `/proc`: `7/task/8`.
+pub fn read_task(task: &str) -> io::Result<Stat> {
+    let bytes = fs::read(format!("/proc/{task}/stat")).map_err(|error| match error.raw_os_error() {
         // A process that ends between open and read.
         Some(errno) if errno == nix::libc::ESRCH => io::ErrorKind::NotFound.into(),
         _ => error,
     })?;
     Stat::parse(&bytes)
-        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/stat is not as documented")))
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{task}/stat is not as documented")))
+}
+
+/// Every process that is visible, one after the other: no two are of the same moment.
+///
+/// # Errors
+/// When `/proc` cannot be listed.
+pub fn all() -> io::Result<Vec<Stat>> {
+    let numbers = fs::read_dir("/proc")?.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    Ok(numbers.filter_map(|pid: u32| read(pid).ok()).collect())
 }
 
 /// Reads a `stat` file by its path relative to a directory under `/proc/PID`. `None`: the process is gone.

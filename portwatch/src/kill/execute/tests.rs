@@ -1,7 +1,10 @@
 use std::cell::RefCell;
 
 use super::*;
+use crate::engine::Container;
+use crate::kill::life::stat_of;
 use crate::kill::outcome::Status;
+use crate::kill::plan::Stop;
 use crate::kill::target::Target;
 use crate::kill::testing::*;
 
@@ -17,7 +20,14 @@ fn quick() -> Options {
 
 fn run_with(plan: Plan, port: u16, options: Options, holds: &dyn Fn(u32, u64) -> io::Result<bool>) -> Outcome {
     let guards = Guards::current(false);
-    let mut world = World { rescan: &mut || Ok(scan(port)), holds, guards: &guards, waiting: &mut |_, _| {} };
+    let mut world = World {
+        rescan: &mut || Ok(scan(port)),
+        holds,
+        guards: &guards,
+        stop: &mut no_containers,
+        addresses: &|_| Vec::new(),
+        progress: &mut |_| {},
+    };
     let mut outcomes = execute(plan, options, &mut world).unwrap();
     assert_eq!(outcomes.len(), 1, "{outcomes:?}");
     outcomes.remove(0)
@@ -57,7 +67,7 @@ fn no_force_leaves_a_survivor() {
     let (mut server, port) = serve(DEAF);
     let outcome = run(&port, Options { grace: Duration::from_millis(100), force: false, ..quick() });
     assert_eq!((outcome.status, &outcome.remaining_pids[..]), (Status::Partial, &[server.pid()][..]), "{outcome:?}");
-    assert_eq!(outcome.failed[0].reason, "still there after SIGTERM");
+    assert_eq!(outcome.failed[0].reason, "still there after SIGTERM: it ignores SIGTERM");
     assert!(outcome.still_listening && server.is_alive());
 }
 
@@ -85,7 +95,7 @@ fn a_worker_follows_its_master_before_the_grace_is_over() {
     pids.sort_unstable();
     let port = leave_to(listener, &pids);
     let plan = plan(&port);
-    assert_eq!(plan.victims.iter().map(|v| v.first).collect::<Vec<_>>(), [true, false]);
+    assert_eq!(plan.victims.iter().map(|v| v.leaders.is_empty()).collect::<Vec<_>>(), [true, false]);
     let outcome = run_with(plan, port.port, Options { grace: Duration::from_secs(60), ..quick() }, &holds);
     assert_eq!(outcome.status, Status::Cleaned, "{outcome:?}");
     assert_eq!((&outcome.killed[..], &outcome.forced[..]), (&[master.pid(), worker][..], &[][..]));
@@ -96,6 +106,38 @@ fn a_worker_follows_its_master_before_the_grace_is_over() {
 }
 
 #[test]
+fn no_worker_is_signalled_while_its_master_shuts_down() {
+    let listener = listen();
+    let master = Helper::start(GRACEFUL_MASTER, &[&listener]);
+    let worker: u32 = master.said.parse().unwrap();
+    let mut pids = vec![master.pid(), worker];
+    pids.sort_unstable();
+    let port = leave_to(listener, &pids);
+    let guards = Guards::current(false);
+    let mut signalled = Vec::new();
+    let mut world = World {
+        rescan: &mut || Ok(scan(port.port)),
+        holds: &holds,
+        guards: &guards,
+        stop: &mut no_containers,
+        addresses: &|_| Vec::new(),
+        progress: &mut |progress| match progress.step {
+            Step::Sent { .. } => signalled.push(progress.process.id.pid),
+            // A second later, the master ends its worker in its own way: the worker's parent, it keeps the PID in use.
+            Step::Waiting { left } if left < Duration::from_secs(59) => {
+                let worker = nix::unistd::Pid::from_raw(worker.cast_signed());
+                nix::sys::signal::kill(worker, nix::sys::signal::SIGKILL).unwrap();
+            }
+            _ => {}
+        },
+    };
+    let options = Options { grace: Duration::from_secs(60), ..quick() };
+    let outcome = execute(plan(&port), options, &mut world).unwrap().remove(0);
+    assert_eq!((outcome.status, &signalled[..]), (Status::Cleaned, &[master.pid()][..]), "{outcome:?}");
+    assert!(outcome.killed.contains(&worker), "{outcome:?}");
+}
+
+#[test]
 fn a_port_let_go_is_free_whether_or_not_its_holder_lives() {
     let (mut server, port) = serve(RELEASING);
     let outcome = run(&port, quick());
@@ -103,6 +145,61 @@ fn a_port_let_go_is_free_whether_or_not_its_holder_lives() {
     let message = outcome.diagnostics.unwrap().message;
     assert!(message.ends_with(&format!("({}) let go of the port and did not end yet", server.pid())), "{message}");
     assert!(server.is_alive());
+}
+
+#[test]
+fn where_sockets_cannot_be_watched_full_scans_serve() {
+    // No namespace has this number, so there is none to look into.
+    let scan_elsewhere = |port: u16| {
+        let mut found = scan(port);
+        found.iter_mut().for_each(|l| l.socket.netns = 1);
+        found
+    };
+    for (script, ended) in [(POLITE, true), (RELEASING, false)] {
+        let (mut server, port) = serve(script);
+        let guards = Guards::current(false);
+        let plan = Plan::new(scan_elsewhere(port.port), &[], &[], &guards, &stat_of);
+        let mut world = World {
+            rescan: &mut || Ok(scan_elsewhere(port.port)),
+            holds: &holds,
+            guards: &guards,
+            stop: &mut no_containers,
+            addresses: &|_| Vec::new(),
+            progress: &mut |_| {},
+        };
+        let outcome =
+            execute(plan, Options { grace: Duration::from_secs(60), ..quick() }, &mut world).unwrap().remove(0);
+        assert_eq!((outcome.status, outcome.killed.is_empty()), (Status::Cleaned, !ended), "{outcome:?}");
+        assert_eq!(server.is_alive(), !ended);
+        assert!(outcome.elapsed < Duration::from_secs(30), "{outcome:?}");
+    }
+}
+
+#[test]
+fn what_happens_is_told_in_order() {
+    let (server, port) = serve(DEAF);
+    let guards = Guards::current(false);
+    let mut told = Vec::new();
+    let mut world = World {
+        rescan: &mut || Ok(scan(port.port)),
+        holds: &holds,
+        guards: &guards,
+        stop: &mut no_containers,
+        addresses: &|_| Vec::new(),
+        progress: &mut |progress| {
+            assert_eq!(progress.process.id.pid, server.pid());
+            told.push(progress.step.clone());
+        },
+    };
+    execute(plan(&port), Options { grace: Duration::from_millis(100), ..quick() }, &mut world).unwrap();
+    told.retain(|step| !matches!(step, Step::Waiting { .. }));
+    let why = Some("it ignores SIGTERM".to_owned());
+    let grace = Duration::from_millis(100);
+    assert_eq!(told[0], Step::Sent { signal: Signal::TERM, resumed: false });
+    assert_eq!(told[1], Step::Outlived { grace, why });
+    assert_eq!(told[2], Step::Sent { signal: Signal::KILL, resumed: false });
+    assert!(matches!(told[3], Step::Ended { after } if after >= grace), "{told:?}");
+    assert_eq!(told.len(), 4, "{told:?}");
 }
 
 #[test]
@@ -138,20 +235,20 @@ fn a_new_owner_is_reported_with_who_started_it() {
     let again: RefCell<Option<(Helper, Port)>> = RefCell::new(None);
     let guards = Guards::current(false);
     let mut world = World {
-        rescan: &mut || {
+        rescan: &mut || Ok(scan(port.port)),
+        holds: &holds,
+        guards: &guards,
+        stop: &mut no_containers,
+        addresses: &|_| Vec::new(),
+        progress: &mut |progress| {
             // The test process, parent of the server, is the supervisor: it starts another once the port is free.
-            if scan(port.port).is_empty() {
+            if matches!(progress.step, Step::Ended { .. }) {
                 let listener = std::net::TcpListener::bind(("127.0.0.1", port.port)).unwrap();
                 let helper = Helper::start(POLITE, &[&listener]);
                 let port = leave_to(listener, &[helper.pid()]);
                 again.replace(Some((helper, port)));
-                return Ok(Vec::new());
             }
-            Ok(scan(port.port))
         },
-        holds: &holds,
-        guards: &guards,
-        waiting: &mut |_, _| {},
     };
     let options = Options { settle: Duration::from_secs(20), ..Options::default() };
     let outcome = execute(plan, options, &mut world).unwrap().remove(0);
@@ -183,8 +280,61 @@ fn the_test_process_is_refused_as_itself() {
     plan.listeners.iter_mut().for_each(|l| l.holders.retain(|h| h.process.id.pid == std::process::id()));
     plan.victims.clear();
     let outcome = run_with(plan, port.port, quick(), &holds);
-    assert_eq!((outcome.status, &outcome.remaining_pids[..]), (Status::Denied, &[std::process::id()][..]));
+    assert_eq!((outcome.status, &outcome.remaining_pids[..]), (Status::Partial, &[std::process::id()][..]));
     assert_eq!(outcome.failed[0].reason, "portwatch itself holds the port");
+}
+
+/// A plan to stop a container in place of the port's holder, carried out by `stop`.
+fn run_stopping(port: &Port, stop: &mut crate::kill::Stopper<'_>) -> Outcome {
+    let mut plan = plan(port);
+    let container = Container {
+        id: "5eed".repeat(16),
+        name: "web".to_owned(),
+        image: "busybox".to_owned(),
+        ports: Vec::new(),
+        addresses: Vec::new(),
+    };
+    let processes = plan.victims.drain(..).map(|victim| victim.process).collect();
+    plan.stops.push(Stop { container, groups: vec![0], processes });
+    let guards = Guards::current(false);
+    let mut world = World {
+        rescan: &mut || Ok(scan(port.port)),
+        holds: &holds,
+        guards: &guards,
+        stop: &mut |containers, grace| stop(containers, grace),
+        addresses: &|_| Vec::new(),
+        progress: &mut |_| {},
+    };
+    execute(plan, quick(), &mut world).unwrap().remove(0)
+}
+
+#[test]
+fn a_container_is_stopped_and_its_processes_are_not_signalled() {
+    let (server, port) = serve(DEAF);
+    let mut server = Some(server);
+    let outcome = run_stopping(&port, &mut |containers, grace| {
+        assert_eq!((containers.len(), grace), (1, quick().grace));
+        // As the engine would.
+        server.take().unwrap().end();
+        vec![Ok(())]
+    });
+    assert_eq!((outcome.status, outcome.stopped.len()), (Status::Cleaned, 1), "{outcome:?}");
+    assert!(outcome.killed.is_empty() && outcome.failed.is_empty(), "{outcome:?}");
+}
+
+#[test]
+fn a_container_that_does_not_stop_keeps_its_port_and_its_processes() {
+    let (mut server, port) = serve(POLITE);
+    for (denied, status) in [(true, Status::Denied), (false, Status::Partial)] {
+        let outcome = run_stopping(&port, &mut |_, _| vec![Err(EngineError { message: "no".to_owned(), denied })]);
+        assert_eq!((outcome.status, outcome.still_listening), (status, true), "{outcome:?}");
+        assert_eq!(outcome.failed[0].reason, "cannot stop container web (5eed5eed5eed): no");
+        assert!(outcome.stopped.is_empty() && outcome.killed.is_empty() && server.is_alive(), "{outcome:?}");
+    }
+    let outcome = run_stopping(&port, &mut |_, _| vec![Ok(())]);
+    assert_eq!((outcome.status, outcome.stopped.len()), (Status::Partial, 1), "{outcome:?}");
+    assert_eq!(outcome.failed[0].reason, "still there after container web (5eed5eed5eed) has stopped");
+    assert!(server.is_alive());
 }
 
 /// Runs as nobody, in a thread of its own: the kernel keeps users by thread.
@@ -216,8 +366,14 @@ fn anothers_process_is_denied_and_lives() {
         let found = scan(port.port);
         let Some(outcome) = as_nobody(|| {
             let guards = Guards::current(false);
-            let mut world =
-                World { rescan: &mut || Ok(found.clone()), holds: &holds, guards: &guards, waiting: &mut |_, _| {} };
+            let mut world = World {
+                rescan: &mut || Ok(found.clone()),
+                holds: &holds,
+                guards: &guards,
+                stop: &mut no_containers,
+                addresses: &|_| Vec::new(),
+                progress: &mut |_| {},
+            };
             execute(plan, quick(), &mut world).unwrap().remove(0)
         }) else {
             return;
@@ -297,7 +453,7 @@ fn a_pid_recycled_around_verification_is_told_apart_at_each_step() {
     for serving in [false, true] {
         // Before the pidfd: it is the stranger's, and the stranger is no holder, by its socket and by its start.
         let (victim, port) = serve(POLITE);
-        let target = Target { id: victim.id(), inodes: vec![port.inode] };
+        let target = Target { id: victim.id(), inodes: vec![port.inode], kin: None };
         let Some((mut stranger, _other)) = recycle(victim, serving) else { return };
         let open = target.open().unwrap();
         let verdict = open.verify(&mut |id, inodes| prove_by_proc(id, inodes, &holds));
@@ -306,7 +462,7 @@ fn a_pid_recycled_around_verification_is_told_apart_at_each_step() {
 
         // After the pidfd, before the check.
         let (victim, port) = serve(POLITE);
-        let open = Target { id: victim.id(), inodes: vec![port.inode] }.open().unwrap();
+        let open = Target { id: victim.id(), inodes: vec![port.inode], kin: None }.open().unwrap();
         let Some((mut stranger, _other)) = recycle(victim, serving) else { return };
         let verdict = open.verify(&mut |_, _| Ok(true));
         assert!(matches!(verdict, Verdict::Gone), "{verdict:?}");
@@ -314,7 +470,7 @@ fn a_pid_recycled_around_verification_is_told_apart_at_each_step() {
 
         // After the check, before the signal.
         let (victim, port) = serve(POLITE);
-        let open = Target { id: victim.id(), inodes: vec![port.inode] }.open().unwrap();
+        let open = Target { id: victim.id(), inodes: vec![port.inode], kin: None }.open().unwrap();
         let Verdict::Verified(verified) = open.verify(&mut |id, inodes| prove_by_proc(id, inodes, &holds)) else {
             panic!("the victim is not verified");
         };

@@ -1,4 +1,7 @@
 use super::*;
+use crate::engine::Roster;
+use crate::engine::{EngineError, PublishedPort};
+use crate::kill::concern::{Concern, concerns};
 use crate::kill::testing::family;
 use crate::model::Holder;
 
@@ -60,7 +63,7 @@ fn plan(listeners: Vec<Listener>, force_self: bool) -> Plan {
 }
 
 fn victims(plan: &Plan) -> Vec<(u32, bool)> {
-    plan.victims.iter().map(|v| (v.process.id.pid, v.first)).collect()
+    plan.victims.iter().map(|v| (v.process.id.pid, v.leaders.is_empty())).collect()
 }
 
 #[test]
@@ -79,6 +82,82 @@ fn init_portwatch_its_ancestors_and_kernel_threads_are_never_victims() {
         ]
     );
     assert_eq!(victims(&plan(everybody(), true)), [(10, true), (400, true)]);
+}
+
+/// A container whose port 80 is published as 8123 of the host, a docker-proxy for it, and a process in it.
+fn web() -> (Container, [Listener; 2]) {
+    let container = Container {
+        id: "5eed".repeat(16),
+        name: "web".to_owned(),
+        image: "busybox".to_owned(),
+        ports: vec![PublishedPort {
+            proto: Protocol::Tcp,
+            host_ip: Some("127.0.0.1".parse().unwrap()),
+            host_port: 8123,
+            container_port: 80,
+        }],
+        addresses: vec!["172.17.0.2".parse().unwrap()],
+    };
+    let holder = |port, pid, change: &dyn Fn(&mut Process)| {
+        let mut listener = listener(port, u64::from(port), &[pid]);
+        let mut process = Process::clone(&listener.holders[0].process);
+        change(&mut process);
+        listener.holders[0].process = Arc::new(process);
+        listener
+    };
+    let line = "docker-proxy -proto tcp -host-ip 127.0.0.1 -host-port 8123 -container-ip 172.17.0.2 -container-port 80";
+    let proxy = holder(8123, 401, &|p| p.command = line.split(' ').map(str::to_owned).collect());
+    let inside = holder(80, 12, &|p| p.cgroup = Some(format!("/docker/{}", "5eed".repeat(16))));
+    (container, [proxy, inside])
+}
+
+fn plan_with(roster: Roster, stop: bool) -> Plan {
+    let stat = host();
+    let guards = Guards::new(OWN, false, &stat).with_containers(roster, stop);
+    Plan::new(web().1.to_vec(), &[], &[], &guards, &stat)
+}
+
+#[test]
+fn what_publishes_a_port_is_spared_and_a_process_in_a_container_is_signalled() {
+    let roster = Roster::new("/run/docker.sock".to_owned(), vec![web().0], None);
+    let plan = plan_with(roster, false);
+    assert_eq!((victims(&plan), plan.stops.len()), (vec![(12, true)], 0));
+    assert_eq!(plan.victims[0].supervisor.as_ref().unwrap().container.as_deref(), Some("5eed5eed5eed"));
+    let [refused] = &plan.refused[..] else { panic!("{plan:?}") };
+    let reason =
+        "publishes port 80 of container web (5eed5eed5eed); stop it with: docker stop web (or --stop-container)";
+    assert_eq!((refused.process.id.pid, refused.reason.as_str(), refused.denied), (401, reason, false));
+    // Without any engine, too.
+    let plan = plan_with(Roster::default(), false);
+    assert_eq!((victims(&plan), plan.refused[0].process.id.pid), (vec![(12, true)], 401));
+}
+
+#[test]
+fn a_container_is_stopped_once_for_all_its_ports_and_its_processes_are_not_signalled() {
+    let roster = Roster::new("/run/docker.sock".to_owned(), vec![web().0], None);
+    let plan = plan_with(roster, true);
+    assert!(plan.victims.is_empty() && plan.refused.is_empty(), "{plan:?}");
+    let name = plan.stops[0].container.name.clone();
+    assert_eq!(concerns(&plan, 1000, false, &host()), [Concern::Container(name)]);
+    let [stop] = &plan.stops[..] else { panic!("{plan:?}") };
+    let pids: Vec<u32> = stop.processes.iter().map(|process| process.id.pid).collect();
+    let ports: Vec<u16> = stop.groups.iter().map(|&group| plan.groups[group].port).collect();
+    assert_eq!((stop.container.name.as_str(), pids, ports), ("web", vec![401, 12], vec![8123, 80]));
+}
+
+#[test]
+fn a_container_that_cannot_be_stopped_keeps_its_processes() {
+    let error = EngineError { message: "not permitted".to_owned(), denied: true };
+    let plan = plan_with(Roster::unreachable(error), true);
+    assert!(plan.victims.is_empty() && plan.stops.is_empty(), "{plan:?}");
+    assert_eq!(
+        plan.refused.iter().map(|r| (r.process.id.pid, r.denied)).collect::<Vec<_>>(),
+        [(12, true), (401, true)]
+    );
+    // portwatch runs in there.
+    let roster = Roster::new("/run/docker.sock".to_owned(), vec![web().0], Some("5eed5eed5eed".to_owned()));
+    let plan = plan_with(roster, true);
+    assert!(plan.victims.is_empty() && plan.stops.is_empty() && plan.refused.len() == 2, "{plan:?}");
 }
 
 #[test]
@@ -123,33 +202,69 @@ fn sockets_that_were_not_selected_are_no_new_owners() {
     assert!(!group.is_new(&listener(81, 7, &[]).socket));
 }
 
-#[test]
-fn supervisors_are_parents_units_and_containers_but_no_interactive_shells() {
-    let stat = host();
-    let of = |ppid, cgroup: Option<&str>| {
-        let mut process = Process::bare(ProcessId { pid: 9, start: 0 }, "x");
-        process.ppid = ppid;
-        process.cgroup = cgroup.map(str::to_owned);
-        Supervisor::of(&process, &stat).map(|s| (s.pid, s.unit, s.container.map(|c| c.len())))
-    };
-    assert_eq!(of(1, None), None);
-    assert_eq!(of(400, None), None);
-    assert_eq!(of(300, None), Some((Some(300), None, None)));
-    assert_eq!(of(11, None), Some((Some(11), None, None)), "a shell without a terminal is a script");
-    assert_eq!(of(1, Some("/system.slice/nginx.service")), Some((None, Some("nginx.service".into()), None)));
-    let session = "/user.slice/user-1000.slice/user@1000.service/app.slice/";
-    assert_eq!(of(1, Some(session)), None);
-    assert_eq!(of(1, Some(&format!("{session}web.service"))), Some((None, Some("web.service".into()), None)));
-    let id = "0123456789abcdef".repeat(4);
-    assert_eq!(of(1, Some(&format!("/system.slice/docker-{id}.scope"))), Some((None, None, Some(12))));
-    assert_eq!(of(1, Some(&format!("/docker/{id}"))), Some((None, None, Some(12))));
+/// Each victim and whom it waits for.
+fn led(plan: &Plan) -> Vec<(u32, Vec<u32>)> {
+    let leaders = |victim: &Victim| victim.leaders.iter().map(|leader| leader.pid).collect();
+    plan.victims.iter().map(|victim| (victim.process.id.pid, leaders(victim))).collect()
 }
 
 #[test]
-fn a_person_is_asked_about_several_processes_or_somebody_elses() {
-    let one = plan(vec![listener(80, 5, &[10])], false);
-    assert!(!one.wants_confirmation(1000));
-    assert!(one.wants_confirmation(0));
-    assert!(plan(vec![listener(80, 5, &[10, 12])], false).wants_confirmation(1000));
-    assert!(!Plan::default().wants_confirmation(0));
+fn a_deep_chain_goes_one_after_the_other() {
+    let chain = plan(vec![listener(80, 5, &[12, 11, 10])], false);
+    assert_eq!(led(&chain), [(10, vec![]), (11, vec![10]), (12, vec![10, 11])]);
+    // One port in common is enough: a master that shuts down for it takes the worker along.
+    let more = plan(vec![listener(80, 5, &[10, 12]), listener(81, 6, &[12])], false);
+    assert_eq!(led(&more), [(10, vec![]), (12, vec![10])]);
+}
+
+#[test]
+fn workers_whose_parent_holds_nothing_have_a_supervisor_and_no_leader() {
+    let twins = plan(vec![listener(80, 5, &[11]), listener(80, 6, &[401])], false);
+    assert_eq!(led(&twins), [(11, vec![]), (401, vec![])]);
+    assert_eq!(twins.victims[0].supervisor.as_ref().and_then(|s| s.pid), Some(10));
+}
+
+/// A plan for port 80, held by these, with their relatives as the host has them.
+fn reaching(reach: Reach, holders: &[u32], force_self: bool) -> Plan {
+    let stat = host();
+    let mut all: Vec<Stat> = (1..=OWN).filter_map(&stat).collect();
+    // `make` and its master are one job, and so are the login shell's children.
+    for (pid, group) in [(300, 300), (10, 300), (11, 300), (400, 400), (OWN, 401), (401, 401)] {
+        all.iter_mut().find(|process| process.pid == pid).unwrap().process_group = group;
+    }
+    let stat = family(&all);
+    let guards = Guards::new(OWN, force_self, &stat);
+    let mut plan = Plan::new(vec![listener(80, 5, holders)], &[], &[], &guards, &stat);
+    let read = |id: ProcessId| stat(id.pid).map(|stat| Process::bare(stat.id(), stat.name));
+    plan.reach_out(reach, &all, 5 * ProcessId::TICK_NS, &read, &guards, &stat);
+    plan
+}
+
+#[test]
+fn a_tree_is_signalled_from_its_root_down() {
+    assert_eq!(led(&reaching(Reach::Holders, &[10], false)), [(10, vec![])]);
+    let tree = reaching(Reach::Tree, &[10], false);
+    assert_eq!(led(&tree), [(10, vec![]), (11, vec![10]), (12, vec![10, 11])]);
+    assert!(tree.victims.iter().all(|victim| victim.kin.is_some() && victim.groups == [0]));
+    assert_eq!(tree.victims[2].inodes, [0; 0]);
+}
+
+#[test]
+fn a_group_is_signalled_at_once_ancestors_included() {
+    assert_eq!(led(&reaching(Reach::Group, &[11], false)), [(10, vec![]), (11, vec![]), (300, vec![])]);
+}
+
+#[test]
+fn relatives_pass_the_guards() {
+    // Below the login shell: portwatch itself, whatever is forced.
+    let forced = reaching(Reach::Tree, &[400], true);
+    assert_eq!(led(&forced), [(400, vec![]), (401, vec![400])]);
+    let [Spared::Relative { process, reason }] = &forced.spared[..] else { panic!("{:?}", forced.spared) };
+    assert_eq!((process.id.pid, reason.as_str()), (OWN, "portwatch itself holds the port"));
+    // A holder that is refused brings nobody along.
+    let refused = reaching(Reach::Tree, &[400], false);
+    assert_eq!((led(&refused), refused.spared.len(), refused.refused.len()), (vec![], 0, 1));
+    // portwatch's own group: the holder alone.
+    let own = reaching(Reach::Group, &[401], false);
+    assert_eq!((led(&own), own.spared), (vec![(401, vec![])], vec![Spared::OwnGroup(401)]));
 }

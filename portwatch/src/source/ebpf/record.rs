@@ -66,17 +66,26 @@ pub(super) fn is_bound(held: &Held) -> bool {
 /// that is not connected counts, bound or not: one bound to port 0 of every address looks like a client that was given
 /// a port to send from ([`is_bound`] is false for both).
 pub(super) fn held_socket(held: &Held) -> Option<Socket> {
-    let proto = protocol(held.protocol)?;
-    let listens = match proto {
+    let listens = match protocol(held.protocol)? {
         Protocol::Tcp => held.state == TCP_LISTEN,
         Protocol::Udp => is_bound(held) || held.state == TCP_CLOSE,
     };
-    let address = address(held.family, held.address)?;
-    listens.then(|| Socket {
+    listens.then(|| any_socket(held))?
+}
+
+/// The TCP socket behind a held descriptor, where it is bound and neither listens nor is connected.
+pub(super) fn bound_socket(held: &Held) -> Option<Socket> {
+    let is_bound = protocol(held.protocol)? == Protocol::Tcp && held.state == TCP_CLOSE && is_bound(held);
+    is_bound.then(|| any_socket(held))?
+}
+
+fn any_socket(held: &Held) -> Option<Socket> {
+    let proto = protocol(held.protocol)?;
+    Some(Socket {
         id: SocketId { inode: held.inode, cookie: held.cookie },
         proto,
         mptcp: held.flags & flag::MPTCP != 0,
-        address,
+        address: address(held.family, held.address)?,
         port: held.port,
         v6only: v6only(held.family, held.flags),
         netns: held.netns,

@@ -41,8 +41,21 @@ impl Walk {
         Ok(Walk { iterator: TaskFile::load(OBJECT, &globals, target)?, buffer: vec![0; 256 << 10] })
     }
 
-    /// Reads every socket that `keep` wants, and who holds it.
+    /// Reads every listener that `keep` wants, and who holds it.
     pub(crate) fn read(&mut self, keep: &dyn Fn(&Socket) -> bool) -> anyhow::Result<Walked> {
+        self.read_as(record::held_socket, keep)
+    }
+
+    /// Reads the TCP sockets that `keep` wants among those that are bound and do not listen, and who holds them.
+    pub(crate) fn read_bound(&mut self, keep: &dyn Fn(&Socket) -> bool) -> anyhow::Result<Walked> {
+        self.read_as(record::bound_socket, keep)
+    }
+
+    fn read_as(
+        &mut self,
+        socket: fn(&Held) -> Option<Socket>,
+        keep: &dyn Fn(&Socket) -> bool,
+    ) -> anyhow::Result<Walked> {
         let mut file = self.iterator.open().context("cannot open iter/task_file")?;
         let mut walked = Walked::default();
         let mut seen: HashSet<u64> = HashSet::new();
@@ -68,7 +81,7 @@ impl Walk {
                     if refused.contains(&held.inode) || walked.others.contains(&held.inode) {
                         continue;
                     }
-                    match record::held_socket(&held) {
+                    match socket(&held) {
                         None => {
                             walked.others.insert(held.inode);
                             continue;

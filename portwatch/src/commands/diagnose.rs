@@ -1,0 +1,125 @@
+//! `portwatch diagnose`: why a port is or stays taken, and the next command.
+
+use std::process::ExitCode;
+
+use clap::Args;
+use portwatch::diagnose::{self, Diagnosis, Extent, Facts, Question};
+use portwatch::model::Protocol;
+use portwatch::render::{diagnosis, json};
+use portwatch::select::{Target, builtin_sets, parse_targets};
+use portwatch::source::{Scanner, netns};
+
+use super::{Users, explain, note, print, view};
+use crate::cli::{Globals, Netns};
+use crate::exit_codes::{NO, Usage};
+
+/// More ports than this are a survey, which `list` is for.
+const MAX_PORTS: usize = 64;
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  portwatch diagnose 8000
+  portwatch diagnose 127.0.0.1:5432 --json
+  sudo portwatch diagnose 4789/udp --netns 4026532265
+
+Calls bind() as a server would, and lets go at once. Without a protocol TCP is told, and UDP where something has it.
+Targets: 8000  :8000  3000,8080  3000-3005  8000/tcp  5353/udp  127.0.0.1:8000  [::1]:8000  @dev (3000, 8000, 8080)
+Exit codes: 0 nothing is in the way of any of the ports, 1 something is, 2 usage, 3 not permitted, 4 portwatch itself failed")]
+pub(crate) struct DiagnoseArgs {
+    /// Ports to look at, 64 at most
+    #[arg(value_name = "TARGET", required = true)]
+    pub(crate) targets: Vec<String>,
+    /// One JSON array
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// TCP only
+    #[arg(long, conflicts_with = "udp")]
+    pub(crate) tcp: bool,
+    /// UDP only
+    #[arg(long)]
+    pub(crate) udp: bool,
+    /// Network namespace to look in: self, or its number
+    #[arg(long, default_value = "self", value_name = "self|ID", value_parser = crate::cli::netns)]
+    pub(crate) netns: Netns,
+}
+
+pub(crate) fn run(args: &DiagnoseArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
+    let asked = questions(args)?;
+    let questions: Vec<Question> = asked.iter().map(|asked| asked.question).collect();
+    let look = || {
+        let mut scanner = Scanner::open(globals.probe);
+        if let Some(reason) = scanner.refusal() {
+            explain(globals, &format!("holders are read from {}: {reason}", scanner.method()));
+        }
+        diagnose::read(&questions, &mut scanner, Extent::Whole)
+    };
+    let facts: Facts = match args.netns {
+        Netns::Own => look()?,
+        Netns::Id(id) if netns::own().is_ok_and(|own| own == id) => look()?,
+        Netns::Id(id) => netns::enter(&netns::open(id)?, look)?,
+        Netns::All => return Err(Usage("diagnose looks in one network namespace; give its number".to_owned()).into()),
+    };
+    let mut diagnoses: Vec<Diagnosis> = Vec::new();
+    for Asked { question, is_implied } in asked {
+        let diagnosis = facts.diagnose(question);
+        if !is_implied || diagnosis.findings.iter().any(|finding| finding.kind.is_owner()) {
+            diagnoses.push(diagnosis);
+        }
+    }
+    if args.json {
+        print(&json::array(&diagnoses))?;
+    } else {
+        let users = Users::default();
+        let name = |uid| users.name(uid);
+        let view = view(&name)?;
+        let blocks: Vec<String> = diagnoses.iter().map(|one| diagnosis::diagnosis(one, &view)).collect();
+        print(&blocks.concat())?;
+    }
+    for unseen in &facts.unseen {
+        note(&portwatch::render::escape(unseen));
+    }
+    Ok(if diagnoses.iter().all(Diagnosis::is_free) { ExitCode::SUCCESS } else { ExitCode::from(NO) })
+}
+
+struct Asked {
+    question: Question,
+    /// Nobody named the protocol: it is UDP, of which only trouble is told.
+    is_implied: bool,
+}
+
+fn questions(args: &DiagnoseArgs) -> anyhow::Result<Vec<Asked>> {
+    let targets = parse_targets(&args.targets, &builtin_sets()).map_err(|bad| Usage(bad.to_string()))?;
+    let count: usize = targets.iter().map(|target| target.ports.len()).sum();
+    if count > MAX_PORTS {
+        return Err(Usage(format!(
+            "diagnose looks at {MAX_PORTS} ports at most, and these are {count}; 'portwatch list {}' shows who has them",
+            args.targets.join(" ").escape_debug()
+        ))
+        .into());
+    }
+    let mut asked: Vec<Asked> = Vec::new();
+    for Target { ports, proto, address } in targets {
+        for port in ports {
+            for wanted in [Protocol::Tcp, Protocol::Udp] {
+                let chosen = match wanted {
+                    Protocol::Tcp => args.tcp || !args.udp,
+                    Protocol::Udp => args.udp || !args.tcp,
+                };
+                let question = Question { port, proto: wanted, address };
+                if !chosen || proto.is_some_and(|proto| proto != wanted) {
+                    continue;
+                }
+                let is_implied = wanted == Protocol::Udp && proto.is_none() && !args.udp;
+                match asked.iter_mut().find(|known| known.question == question) {
+                    Some(known) => known.is_implied &= is_implied,
+                    None => asked.push(Asked { question, is_implied }),
+                }
+            }
+        }
+    }
+    if asked.is_empty() {
+        return Err(Usage("the targets name another protocol than --tcp or --udp".to_owned()).into());
+    }
+    Ok(asked)
+}

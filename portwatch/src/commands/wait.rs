@@ -1,0 +1,270 @@
+//! `portwatch wait`: returns the moment that ports are bound, or free.
+//!
+//! ```text
+//!  one snapshot ─► look at the sockets ─► probes attached: snapshot, ─┐
+//!       │          every 20 ms            then a look after each event ┤ true, or time is up
+//!       └────────────────┴─────────────────────────────────────────────┴──────────────────────► report
+//! ```
+//! Where the kernel allows no probes, the second state is the last. Where it does, the time-out is the only timer, but
+//! for what no event tells: a port that nobody listens on and that still cannot be bound, and a listener that becomes
+//! old enough. Signals end it as they end any program: there is nothing to clean up.
+
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use clap::{ArgGroup, Args};
+use nix::unistd::Uid;
+use portwatch::model::{Listener, Socket};
+use portwatch::render::{self, json};
+use portwatch::select::Selector;
+use portwatch::source::{Live, POLL_INTERVAL, Probe, Scanner, Tier, diag, trial};
+use portwatch::tracker::Tracker;
+use portwatch::waiting::{Condition, Goal, Look, Scope};
+use tokio::task::JoinHandle;
+
+use super::{Users, boot_ns, explain, note, print, read, refused, selector, view};
+use crate::cli::{Globals, Netns, Selectors, TARGETS, duration};
+use crate::exit_codes::{self, NO, Usage};
+
+#[derive(Debug, Args)]
+#[command(
+    group = ArgGroup::new("goal").required(true).args(["bound", "free"]),
+    after_help = format!("\
+Examples:
+  portwatch wait 5432 --bound --timeout 30s && make test
+  portwatch wait 8000 --free
+  portwatch wait 3000-3005 --bound --any --json
+  portwatch wait --command '*gunicorn*' --bound
+
+A port is free when nothing that matches listens on it and a bind would succeed. Exit code 1: time ran out.
+{TARGETS}"))]
+pub(crate) struct WaitArgs {
+    /// Ports to wait for
+    #[arg(value_name = "TARGET")]
+    pub(crate) targets: Vec<String>,
+    /// Until something listens
+    #[arg(long)]
+    pub(crate) bound: bool,
+    /// Until nothing listens and the port can be bound
+    #[arg(long)]
+    pub(crate) free: bool,
+    /// Every port, each one of a range too (the default)
+    #[arg(long, conflicts_with = "any")]
+    pub(crate) all: bool,
+    /// At least one of the ports
+    #[arg(long)]
+    pub(crate) any: bool,
+    /// How long at most, such as 30s; 0 looks once; without, for ever
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub(crate) timeout: Option<Duration>,
+    /// One JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Say nothing but why not
+    #[arg(short, long, conflicts_with = "json")]
+    pub(crate) quiet: bool,
+    #[command(flatten)]
+    pub(crate) selectors: Selectors,
+}
+
+/// How often sockets are looked at without events. A look takes half a millisecond, nearly all of it in the kernel.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+/// The idle time between two looks, as a multiple of what a look took: where that is dear, it is done less often.
+const REST: u32 = 19;
+
+/// The first and the last interval at which a lingering port is tried, each twice the one before. A close is told
+/// before the kernel lets go of the port, which takes microseconds; a connection may stay for a minute.
+const TRY_FIRST: Duration = Duration::from_millis(1);
+const TRY_LAST: Duration = Duration::from_millis(100);
+
+pub(crate) fn run(args: &WaitArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
+    let begun = Instant::now();
+    let selector = selector(&args.targets, &args.selectors)?;
+    if selector.is_empty() {
+        return Err(Usage("wait is missing a port; try: portwatch wait 8000 --bound".to_owned()).into());
+    }
+    let goal = if args.bound { Goal::Bound } else { Goal::Free };
+    let scope = if args.any { Scope::Any } else { Scope::All };
+    let condition = Condition::new(selector, goal, scope, args.selectors.netns == Netns::Own);
+    let wait = Wait { args, globals, condition, begun, next_try: TRY_FIRST };
+
+    // What is true already needs no probes.
+    let (listeners, _) = read(wait.condition.selector(), &args.selectors, globals, false)?;
+    let look = wait.look(&listeners)?;
+    if look.is_true() || args.timeout == Some(Duration::ZERO) {
+        return wait.report(&look, true);
+    }
+    let mut runtime = tokio::runtime::Builder::new_current_thread();
+    // The thread that attaches probes goes when it is done, and not with a timer of its own.
+    let runtime = runtime.enable_all().thread_keep_alive(Duration::ZERO).build();
+    let runtime = runtime.context("cannot start the event loop")?;
+    let code = runtime.block_on(wait.go_on());
+    // Where it came true while probes were being attached, nobody waits for them.
+    runtime.shutdown_background();
+    code
+}
+
+struct Wait<'a> {
+    args: &'a WaitArgs,
+    globals: &'a Globals,
+    condition: Condition,
+    begun: Instant,
+    /// When to try a lingering port again.
+    next_try: Duration,
+}
+
+impl Wait<'_> {
+    async fn go_on(mut self) -> anyhow::Result<ExitCode> {
+        let probe = self.globals.probe;
+        // Probes take a tenth of a second to attach: what happens meanwhile is looked for.
+        let opening = tokio::task::spawn_blocking(move || Live::open(probe, None));
+        match self.by_polling(opening).await? {
+            Polled::Over(code) => Ok(code),
+            Polled::Attached(live) => self.by_events(*live).await,
+        }
+    }
+
+    async fn by_events(&mut self, live: Live) -> anyhow::Result<ExitCode> {
+        let mut tracker = Tracker::follow(live)?;
+        loop {
+            let look = self.look(tracker.table().listeners())?;
+            if look.is_true() || self.is_over() {
+                return self.report(&look, false);
+            }
+            let again = self.again(look.is_lingering(), tracker.table().listeners())?;
+            tokio::select! {
+                // In this order: a flood of changes must not keep the end from coming.
+                biased;
+                () = sleep(self.left()) => {}
+                () = sleep(again) => {}
+                changes = tracker.next() => { changes?; }
+            }
+        }
+    }
+
+    /// Until probes are attached, or for good where there are none. Asks for the sockets, which is cheap, and for who
+    /// holds them only where they have changed, or now and then where holders matter.
+    async fn by_polling(&mut self, opening: JoinHandle<anyhow::Result<Live>>) -> anyhow::Result<Polled> {
+        let selector = self.condition.selector().clone();
+        let in_own_netns = self.args.selectors.netns == Netns::Own;
+        let interval = if in_own_netns { LOOK_EVERY } else { POLL_INTERVAL };
+        let mut scanner = Scanner::open(Probe::Only(Tier::Poll));
+        let mut opening = Some(opening);
+        let mut known = None;
+        let mut listeners: Vec<Listener> = Vec::new();
+        let mut scanned = Instant::now();
+        loop {
+            let began = Instant::now();
+            let sockets = if in_own_netns { Some(sockets(&selector)?) } else { None };
+            let rest = interval.max(began.elapsed() * REST);
+            let is_old = scanned.elapsed() >= POLL_INTERVAL && selector.has_process_filters();
+            if sockets.is_none() || sockets != known || is_old {
+                listeners = scanner.scan(!in_own_netns, &|socket| selector.matches_socket(socket))?.listeners;
+                scanned = Instant::now();
+            }
+            known = sockets;
+            let look = self.look(&listeners)?;
+            if look.is_true() || self.is_over() {
+                return self.report(&look, false).map(Polled::Over);
+            }
+            let attached = async {
+                match &mut opening {
+                    Some(opening) => opening.await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                live = attached => {
+                    opening = None;
+                    let live = live.context("attaching probes panicked")??;
+                    for refusal in live.refusals() {
+                        explain(self.globals, &refused(refusal.tier, &refusal.reason));
+                    }
+                    explain(self.globals, &format!("waiting ({})", live.tier()));
+                    if live.tier().is_event_driven() {
+                        return Ok(Polled::Attached(Box::new(live)));
+                    }
+                }
+                () = tokio::time::sleep(self.left().map_or(rest, |left| left.min(rest))) => {}
+            }
+        }
+    }
+
+    fn look<'l>(&'l self, listeners: impl IntoIterator<Item = &'l Listener>) -> anyhow::Result<Look<'l>> {
+        Ok(self.condition.look(listeners, boot_ns()?, &mut trial::is_in_use))
+    }
+
+    /// When to look again although nothing happens.
+    fn again<'l>(
+        &mut self,
+        is_lingering: bool,
+        listeners: impl IntoIterator<Item = &'l Listener>,
+    ) -> anyhow::Result<Option<Duration>> {
+        let due = self.condition.due(listeners, boot_ns()?);
+        if !is_lingering {
+            self.next_try = TRY_FIRST;
+            return Ok(due);
+        }
+        let next = self.next_try;
+        self.next_try = (next * 2).min(TRY_LAST);
+        Ok(Some(next.min(due.unwrap_or(next))))
+    }
+
+    /// What is left of the time-out.
+    fn left(&self) -> Option<Duration> {
+        self.args.timeout.map(|timeout| timeout.saturating_sub(self.begun.elapsed()))
+    }
+
+    fn is_over(&self) -> bool {
+        self.left() == Some(Duration::ZERO)
+    }
+
+    /// `at_once`: nothing was waited for.
+    fn report(&self, look: &Look<'_>, at_once: bool) -> anyhow::Result<ExitCode> {
+        let elapsed = self.begun.elapsed();
+        let euid = Uid::effective().as_raw();
+        let code = if look.is_true() { ExitCode::SUCCESS } else { ExitCode::from(NO) };
+        let mut text = String::new();
+        if self.args.json {
+            let users = Users::default();
+            let name = |uid| users.name(uid);
+            text = format!("{}\n", json::line(&json::waited(look, elapsed, &view(&name)?)));
+        } else if !look.is_true() {
+            let timeout = self.args.timeout.filter(|_| !at_once);
+            note(&look.sentence(&timeout.map_or(String::new(), |timeout| format!(" after {timeout:?}")), euid));
+        } else if !self.args.quiet {
+            let after = if at_once { String::new() } else { format!(" after {}", render::span(elapsed)) };
+            text = look.sentence(&after, euid) + "\n";
+        }
+        match print(&text) {
+            // Whether it is true does not depend on who reads of it.
+            Err(error) if !exit_codes::is_broken_pipe(&error) => Err(error),
+            _ => Ok(code),
+        }
+    }
+}
+
+/// How polling ended.
+enum Polled {
+    Over(ExitCode),
+    /// From here on the kernel tells.
+    Attached(Box<Live>),
+}
+
+/// The sockets that may be meant, without their holders, in an order that only changes with them.
+fn sockets(selector: &Selector) -> anyhow::Result<Vec<Socket>> {
+    let mut sockets = diag::dump()?.sockets;
+    sockets.retain(|socket| selector.matches_socket(socket));
+    sockets.sort_by_key(|socket| socket.id);
+    Ok(sockets)
+}
+
+/// Without a duration, for ever and without a timer.
+async fn sleep(duration: Option<Duration>) {
+    match duration {
+        Some(duration) => tokio::time::sleep(duration).await,
+        None => std::future::pending().await,
+    }
+}
