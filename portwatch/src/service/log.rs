@@ -42,13 +42,29 @@ impl FromStr for Filter {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let targets: Targets = text.parse().map_err(|_| {
-            format!("no level '{}'; use error, warn, info, debug or trace, or MODULE=LEVEL,…", escape(text))
-        })?;
+        let refusal = || format!("no level '{}'; use error, warn, info, debug, trace or MODULE=LEVEL,…", escape(text));
+        // A level that is misspelt would be taken for a module, all of which is logged, and nothing else.
+        let is_clear = |part: &str| part.contains('=') || part.parse::<LevelFilter>().is_ok();
+        if !text.split(',').all(is_clear) {
+            return Err(refusal());
+        }
+        let targets: Targets = text.parse().map_err(|_| refusal())?;
         // What the loader of kernel programs does is of interest to its developers alone, who name it.
         let is_named = targets.iter().any(|(target, _)| target.starts_with("aya"));
         let general = targets.default_level().unwrap_or(LevelFilter::OFF);
         Ok(Filter(if is_named { targets } else { targets.with_target("aya", general.min(LevelFilter::WARN)) }))
+    }
+}
+
+#[cfg(test)]
+impl Filter {
+    /// The most that is logged of a module.
+    pub(super) fn level(&self, target: &str) -> LevelFilter {
+        [Level::ERROR, Level::WARN, Level::INFO, Level::DEBUG, Level::TRACE]
+            .into_iter()
+            .take_while(|level| self.0.would_enable(target, level))
+            .last()
+            .map_or(LevelFilter::OFF, LevelFilter::from_level)
     }
 }
 
@@ -118,7 +134,7 @@ where
 fn level(level: Level) -> (&'static str, u8) {
     match level {
         Level::ERROR => ("error", 3),
-        Level::WARN => ("warning", 4),
+        Level::WARN => ("warn", 4),
         Level::INFO => ("info", 6),
         Level::DEBUG => ("debug", 7),
         Level::TRACE => ("trace", 7),
