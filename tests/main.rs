@@ -23,6 +23,7 @@ mod oracle;
 mod prefork;
 mod puppet;
 mod race;
+mod service;
 mod shell;
 mod storm;
 mod stubborn;
@@ -87,6 +88,7 @@ fn main() -> ExitCode {
         diagnose::trials(),
         wait::trials(),
         shell::trials(),
+        service::trials(),
         hostile::trials(),
         user::trials(),
     ];
