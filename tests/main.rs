@@ -19,6 +19,7 @@ mod hostile;
 mod idle;
 mod kill;
 mod list;
+mod metrics;
 mod oracle;
 mod prefork;
 mod puppet;
@@ -88,6 +89,7 @@ fn main() -> ExitCode {
         diagnose::trials(),
         wait::trials(),
         shell::trials(),
+        metrics::trials(),
         service::trials(),
         hostile::trials(),
         user::trials(),
