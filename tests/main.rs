@@ -20,10 +20,12 @@ mod hostile;
 mod idle;
 mod kill;
 mod list;
+mod metrics;
 mod oracle;
 mod prefork;
 mod puppet;
 mod race;
+mod service;
 mod shell;
 mod storm;
 mod stubborn;
@@ -90,6 +92,8 @@ fn main() -> ExitCode {
         wait::trials(),
         shell::trials(),
         agent::trials(),
+        metrics::trials(),
+        service::trials(),
         hostile::trials(),
         user::trials(),
     ];
