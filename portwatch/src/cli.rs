@@ -9,6 +9,7 @@ use jiff::{Span, SpanRelativeTo};
 use portwatch::model::NetnsId;
 use portwatch::source::Probe;
 
+use crate::commands::history::HistoryArgs;
 use crate::commands::kill::KillArgs;
 use crate::commands::list::ListArgs;
 use crate::commands::status::StatusArgs;
@@ -61,6 +62,8 @@ pub(crate) enum Verb {
     Watch(WatchArgs),
     /// Free ports, by ending the processes that hold them
     Kill(KillArgs),
+    /// Show who had a port, when, and how it ended
+    History(HistoryArgs),
     /// Show how listeners are learnt on this host, and why not in a better way
     Status(StatusArgs),
 }

@@ -4,6 +4,7 @@
 //! says what changed, a [`select::Selector`] picks listeners, [`kill`] acts on them and [`render`] shows them.
 
 pub mod cgroup;
+pub mod history;
 pub mod kill;
 pub mod model;
 pub mod render;

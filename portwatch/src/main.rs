@@ -43,6 +43,7 @@ fn run(verb: &Verb, globals: &cli::Globals) -> anyhow::Result<ExitCode> {
         Verb::Status(args) => commands::status::run(args, globals),
         Verb::Watch(args) => commands::watch::run(args, globals),
         Verb::Kill(args) => commands::kill::run(args, globals),
+        Verb::History(args) => commands::history::run(args),
     }
 }
 

@@ -1,6 +1,7 @@
 //! The verbs, a file each, and what they share: from arguments to a selector, from a selector to listeners, and the
 //! way to the terminal.
 
+pub(crate) mod history;
 pub(crate) mod kill;
 pub(crate) mod list;
 pub(crate) mod status;

@@ -3,6 +3,7 @@
 //! Every string of a process is hostile. Text shows it through [`escape`], JSON through `serde_json` and, because a
 //! terminal obeys some characters that JSON allows, with those escaped as well.
 
+pub mod history;
 pub mod json;
 pub mod table;
 pub mod text;

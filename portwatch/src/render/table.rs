@@ -2,7 +2,7 @@
 //!
 //! Rows are never wrapped: on a terminal the command is cut, then users and names, and at last the row as a whole.
 
-use super::{BOLD, DIM, View, YELLOW, age, command_line, cut, escape, width};
+use super::{BOLD, DIM, GREEN, View, YELLOW, age, command_line, cut, escape, width};
 use crate::model::{Holder, Listener};
 
 /// Columns that a command is worth at least; for less, users and names give way first.
@@ -20,16 +20,16 @@ pub enum Detail {
     Holders,
 }
 
-struct Column {
+pub(super) struct Column {
     title: &'static str,
     right: bool,
 }
 
-const fn left(title: &'static str) -> Column {
+pub(super) const fn left(title: &'static str) -> Column {
     Column { title, right: false }
 }
 
-const fn right(title: &'static str) -> Column {
+pub(super) const fn right(title: &'static str) -> Column {
     Column { title, right: true }
 }
 
@@ -87,7 +87,8 @@ fn row(listener: &Listener, holder: Option<&Holder>, more: usize, several_netns:
     row
 }
 
-fn lay_out(columns: &[Column], rows: &[(bool, Vec<String>)], view: &View<'_>) -> String {
+/// A header and the rows, a line each; a flagged one's command stands out.
+pub(super) fn lay_out(columns: &[Column], rows: &[(bool, Vec<String>)], view: &View<'_>) -> String {
     let mut widths: Vec<usize> = columns.iter().map(|column| column.title.len()).collect();
     for (_, row) in rows {
         for (known, cell) in widths.iter_mut().zip(row) {
@@ -102,7 +103,8 @@ fn lay_out(columns: &[Column], rows: &[(bool, Vec<String>)], view: &View<'_>) ->
     for (ghost, cells) in rows {
         let paint = |title: &str, text: &str| match title {
             "PORT" => view.paint(BOLD, text),
-            "AGE" => view.paint(DIM, text),
+            "AGE" | "LIVED" => view.paint(DIM, text),
+            "ENDED" if text == "open" => view.paint(GREEN, text),
             "COMMAND" if *ghost => view.paint(YELLOW, text),
             _ => text.to_owned(),
         };

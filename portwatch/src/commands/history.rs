@@ -1,0 +1,102 @@
+//! `portwatch history`: who had a port, when, and how it ended. Reads what the agent has stored.
+
+use std::io;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Args;
+use portwatch::history::{self, Lives, Reader};
+use portwatch::render;
+use portwatch::render::json;
+use portwatch::select::Selector;
+
+use super::{Users, note, print, selection, selector, view};
+use crate::cli::{Selectors, TARGETS, duration};
+use crate::exit_codes::NO;
+
+#[derive(Debug, Args)]
+#[command(after_help = format!("\
+Examples:
+  portwatch history 8000
+  portwatch history 3000-3999 --last 1d
+  portwatch history --user al --command '*node*' --json
+
+ENDED: open; closed by its holder; exited: its holder did; killed by portwatch, for whom; lost: gone after events were
+lost; agent stopped, unknown, reboot: gone while the agent was stopped, dead, or the host down. 1 is the exit code where
+there is no history; an empty answer is 0.
+
+{TARGETS}"))]
+pub(crate) struct HistoryArgs {
+    /// Ports to tell of; all without
+    #[arg(value_name = "TARGET")]
+    pub(crate) targets: Vec<String>,
+    /// Only what was open in the last while, such as 10m or 1d
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub(crate) last: Option<Duration>,
+    /// The latest so many; 0 for all
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 100)]
+    pub(crate) limit: usize,
+    /// One JSON array
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Whole commands
+    #[arg(short, long)]
+    pub(crate) wide: bool,
+    #[command(flatten)]
+    pub(crate) selectors: Selectors,
+}
+
+pub(crate) fn run(args: &HistoryArgs) -> anyhow::Result<ExitCode> {
+    let selector = selector(&args.targets, &args.selectors)?;
+    let users = Users::default();
+    let name = |uid| users.name(uid);
+    let mut view = view(&name)?;
+    let now = view.clock.now_wall;
+    let Some(Lives { lives, more }) = query(args, &selector, &view.clock)? else { return Ok(ExitCode::from(NO)) };
+    view.clock = history::clock(now, view.clock.tz);
+    if args.wide {
+        view.width = None;
+    }
+    if args.json {
+        let rows: Vec<_> = lives.iter().map(|life| render::history::json(life, &view)).collect();
+        print(&json::array(&rows))?;
+    } else if lives.is_empty() {
+        let last = args.last.map(|last| format!(" in the last {}", render::span(last))).unwrap_or_default();
+        note(&format!("the history knows of nothing{}{last}", selection(&args.targets, &selector)));
+    } else {
+        print(&render::history::table(&lives, &view))?;
+    }
+    if more {
+        note(&format!("these are the latest {}; --limit 0 shows all", args.limit));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `None`, with a word about it: there is no history.
+fn query(args: &HistoryArgs, selector: &Selector, clock: &render::Clock) -> anyhow::Result<Option<Lives>> {
+    let path = history::path();
+    let reader = match Reader::open(&path, clock) {
+        Ok(reader) => reader,
+        Err(error) => {
+            return match error.downcast_ref::<io::Error>().map(io::Error::kind) {
+                Some(io::ErrorKind::NotFound) => {
+                    let path = path.to_string_lossy();
+                    note(&format!(
+                        "there is no history at {}; start the agent: portwatch agent",
+                        render::escape(&path)
+                    ));
+                    Ok(None)
+                }
+                Some(io::ErrorKind::PermissionDenied) => {
+                    Err(error.context("the history is not yours to read; try sudo"))
+                }
+                _ => Err(error),
+            };
+        }
+    };
+    let now = history::clock(clock.now_wall, clock.tz.clone()).now_boot_ns;
+    let last = args.last.and_then(|last| u64::try_from(last.as_nanos()).ok());
+    let from = last.map_or(0, |last| now.saturating_sub(last));
+    let limit = if args.limit == 0 { usize::MAX } else { args.limit };
+    reader.lives(selector, from, now, limit).map(Some)
+}
