@@ -17,7 +17,7 @@ pub(super) struct Batch<'a> {
     pub(super) tx: &'a Transaction<'a>,
     /// Lives that are inserted belong to it.
     pub(super) session: i64,
-    /// What it means that an open life is not in the next snapshot.
+    /// What it means that an open life of an earlier session is not in the next snapshot.
     pub(super) absence: &'a mut (Ended, Option<Utc>),
     /// Lives inserted.
     pub(super) added: &'a mut u64,
@@ -222,10 +222,11 @@ impl Batch<'_> {
             };
             present.insert(id);
         }
-        let mut open = self.tx.prepare_cached("SELECT id FROM life WHERE ended IS NULL")?;
-        let open: Vec<i64> = open.query_map([], |row| row.get(0))?.collect::<rusqlite::Result<_>>()?;
-        let (how, until) = *self.absence;
-        for id in open.into_iter().filter(|id| !present.contains(id)) {
+        let mut open = self.tx.prepare_cached("SELECT id, session FROM life WHERE ended IS NULL")?;
+        let open: Vec<(i64, i64)> =
+            open.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?.collect::<rusqlite::Result<_>>()?;
+        for (id, session) in open.into_iter().filter(|(id, _)| !present.contains(id)) {
+            let (how, until) = if session == self.session { (Ended::Lost, None) } else { *self.absence };
             self.end(id, &Ending { how, until: until.unwrap_or(now), lived: None, by: None })?;
         }
         self.tx.prepare_cached("UPDATE session SET synced = 1 WHERE id = ?")?.execute([self.session])?;

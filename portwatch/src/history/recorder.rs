@@ -161,6 +161,11 @@ impl Recorder {
     /// it took longer. `clock` is this moment.
     pub fn stop(self, clock: &Clock, patience: Duration) -> bool {
         *self.shared.stopped() = Some(utc(clock.now_wall));
+        self.end(patience)
+    }
+
+    /// Waits until the writer has written what is left.
+    pub(super) fn end(self, patience: Duration) -> bool {
         drop(self.queue);
         self.ended.recv_timeout(patience) == Err(mpsc::RecvTimeoutError::Disconnected)
     }

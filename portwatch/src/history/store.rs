@@ -53,7 +53,7 @@ pub(super) struct Store {
     file: FileId,
     retention: Retention,
     session: i64,
-    /// What it means that an open life is not in the next snapshot, and since when it may be so.
+    /// What it means that an open life of an earlier session is not in the next snapshot, and since when it may be so.
     absence: (Ended, Option<Utc>),
     lives: u64,
 }
