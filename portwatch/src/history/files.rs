@@ -7,6 +7,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsE
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
+use rustix::fs::Access;
 
 /// Whoever runs the agent writes, its group reads. SQLite gives the log beside it the same.
 const MODE: u32 = 0o640;
@@ -19,21 +20,34 @@ const ASIDE: &str = ".corrupt-";
 /// Which file it is, whatever its name.
 pub(super) type FileId = (u64, u64);
 
-/// The file, made empty where there is none; its directory too, if that is all that is missing.
+/// The file, made empty where there is none; its directory too, if that is all that is missing. An error where it cannot
+/// be written.
+///
+/// A file that is there is not opened: closing it would take away the locks that SQLite holds on it for this process.
 pub(super) fn create(path: &Path) -> io::Result<FileId> {
-    let open = || OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(MODE).open(path);
-    let file = open().or_else(|error| match path.parent() {
+    let create = || OpenOptions::new().write(true).create_new(true).mode(MODE).open(path);
+    let created = create().or_else(|error| match path.parent() {
         Some(directory) if error.kind() == io::ErrorKind::NotFound => {
-            DirBuilder::new().mode(0o750).create(directory).and_then(|()| open())
+            DirBuilder::new().mode(0o750).create(directory).and_then(|()| create())
         }
         _ => Err(error),
-    })?;
-    let metadata = file.metadata()?;
-    if metadata.len() == 0 {
+    });
+    match created {
         // Whatever the umask.
-        file.set_permissions(fs::Permissions::from_mode(MODE))?;
+        Ok(file) => file.set_permissions(fs::Permissions::from_mode(MODE))?,
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => access(path, Access::WRITE_OK)?,
+        Err(error) => return Err(error),
     }
-    Ok((metadata.dev(), metadata.ino()))
+    id(path).ok_or_else(|| io::ErrorKind::NotFound.into())
+}
+
+/// Whether the file can be read; not opened, for the same reason.
+pub(super) fn is_readable(path: &Path) -> io::Result<()> {
+    access(path, Access::READ_OK)
+}
+
+fn access(path: &Path, how: Access) -> io::Result<()> {
+    Ok(rustix::fs::access(path, how)?)
 }
 
 /// `None`: nothing has that name now, or it may not be looked at.

@@ -1,6 +1,5 @@
 //! Questions to the store, on a connection that cannot write.
 
-use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,7 +12,7 @@ use super::record::Wall;
 use super::schema::{self, Owner};
 use super::store::Boot;
 use super::{Closer, Conflict, End, Ended, Kill, Life, Requester, Utc, files, rows};
-use crate::model::{Attempt, Change, Process, ProcessId};
+use crate::model::{Change, Listener, Process, ProcessId};
 use crate::render::Clock;
 use crate::select::Selector;
 
@@ -44,7 +43,7 @@ impl Reader {
     /// is not there, or may not be read.
     pub fn open(path: &Path, clock: &Clock) -> anyhow::Result<Reader> {
         let what = || format!("cannot read the history {}", path.display());
-        File::open(path).with_context(what)?;
+        files::is_readable(path).with_context(what)?;
         let (db, owner) = connect(path).with_context(what)?;
         match owner {
             Owner::Ours => {}
@@ -73,7 +72,7 @@ impl Reader {
         let ranges: Vec<(u16, u16)> =
             selector.targets().iter().map(|target| (*target.ports.start(), *target.ports.end())).collect();
         let narrow = !ranges.is_empty() && ranges.len() <= MAX_RANGES;
-        let mut sql = "SELECT * FROM life WHERE (until IS NULL OR until >= ?)".to_owned();
+        let mut sql = format!("SELECT {} FROM life WHERE (until IS NULL OR until >= ?)", rows::life_columns());
         let mut values = vec![from.cast_signed()];
         if narrow {
             sql.push_str(&format!(" AND ({})", vec!["port BETWEEN ? AND ?"; ranges.len()].join(" OR ")));
@@ -85,7 +84,7 @@ impl Reader {
         let mut statement = self.db.prepare(&sql)?;
         let mut rows = statement.query(params_from_iter(values))?;
         while let Some(row) = rows.next()? {
-            let life = self.read(row)?;
+            let (id, life) = self.read(row)?;
             let overlaps = life.end.as_ref().is_none_or(|end| end.at >= from);
             if !overlaps || !life.matches(selector, now) {
                 continue;
@@ -94,7 +93,7 @@ impl Reader {
                 more = true;
                 break;
             }
-            found.push((row.get("id")?, life));
+            found.push((id, life));
         }
         let mut lives = Vec::with_capacity(found.len());
         for (id, life) in found.into_iter().rev() {
@@ -108,39 +107,31 @@ impl Reader {
     pub fn since(&self, from: Utc, limit: usize) -> anyhow::Result<Vec<Change>> {
         let bounds = params![from.cast_signed(), i64::try_from(limit).unwrap_or(i64::MAX)];
         let mut changes: Vec<(Utc, Change)> = Vec::new();
-        let mut opened = self.db.prepare("SELECT * FROM life WHERE seen >= ? ORDER BY seen DESC LIMIT ?")?;
-        for life in opened.query_map(bounds, |row| self.read(row))? {
-            let life = life?;
+        let columns = rows::life_columns();
+        let sql = format!("SELECT {columns} FROM life WHERE seen >= ? ORDER BY seen DESC LIMIT ?");
+        for life in self.db.prepare(&sql)?.query_map(bounds, |row| self.read(row))? {
+            let (_, life) = life?;
             if let Some(at) = life.opened {
                 changes.push((at, Change::Opened { at, listener: life.listener() }));
             }
         }
-        let mut closed = self.db.prepare("SELECT * FROM life WHERE until >= ? ORDER BY until DESC LIMIT ?")?;
-        for life in closed.query_map(bounds, |row| self.read(row))? {
-            let life = life?;
+        let sql = format!("SELECT {columns} FROM life WHERE until >= ? ORDER BY until DESC LIMIT ?");
+        for life in self.db.prepare(&sql)?.query_map(bounds, |row| self.read(row))? {
+            let (_, life) = life?;
             if let Some(end) = life.end.as_ref().filter(|end| end.how.is_observed() || end.how == Ended::Lost) {
                 let by = end.by.as_ref().map(|by| closer(by, life.binder.as_ref()));
                 let listener = life.listener();
                 // What the boot clock measured, even if the wall clock was set meanwhile.
                 let since = end.lived.map(|lived| end.at.saturating_sub(lived.as_nanos() as u64)).or(listener.since);
-                let listener = crate::model::Listener { since, ..listener };
+                let listener = Listener { since, ..listener };
                 changes.push((end.at, Change::Closed { at: end.at, listener, by }));
             }
         }
-        let mut refused = self.db.prepare("SELECT * FROM conflict WHERE last >= ? ORDER BY last DESC LIMIT ?")?;
-        let mut rows = refused.query(bounds)?;
-        while let Some(row) = rows.next()? {
-            let conflict = rows::conflict(row)?;
-            let held_by = self.life(row.get("life")?)?.map(|life| life.listener());
-            let attempt = Attempt {
-                proto: rows::proto(row)?,
-                address: rows::address(row)?,
-                port: row.get("port")?,
-                netns: row.get("netns")?,
-                errno: conflict.errno,
-                by: Arc::new(conflict.process),
-            };
-            let at = conflict.last;
+        let columns = rows::conflict_columns();
+        let sql = format!("SELECT {columns} FROM conflict WHERE last >= ? ORDER BY last DESC LIMIT ?");
+        for refused in self.db.prepare(&sql)?.query_map(bounds, rows::attempt)? {
+            let (at, attempt, life) = refused?;
+            let held_by = self.life(life)?.map(|life| life.listener());
             changes.push((at, Change::Conflict { at, attempt, held_by }));
         }
         // Of the same moment, what ended comes first: the address is free before it is taken.
@@ -149,21 +140,23 @@ impl Reader {
         Ok(changes.drain(surplus..).map(|(_, change)| change).collect())
     }
 
-    fn read(&self, row: &rusqlite::Row<'_>) -> rusqlite::Result<Life> {
-        let mut life = rows::life(row)?;
+    fn read(&self, row: &rusqlite::Row<'_>) -> rusqlite::Result<(i64, Life)> {
+        let (id, mut life) = rows::life(row)?;
         if let (None, Some((how, at))) = (&life.end, self.forsaken) {
             life.end = Some(End { how, at: at.max(life.seen), lived: None, by: None });
         }
-        Ok(life)
+        Ok((id, life))
     }
 
     fn life(&self, id: Option<i64>) -> rusqlite::Result<Option<Life>> {
-        let mut life = self.db.prepare_cached("SELECT * FROM life WHERE id = ?")?;
-        life.query_row([id], |row| self.read(row)).optional()
+        let sql = format!("SELECT {} FROM life WHERE id = ?", rows::life_columns());
+        let life = self.db.prepare_cached(&sql)?.query_row([id], |row| self.read(row)).optional()?;
+        Ok(life.map(|(_, life)| life))
     }
 
     fn conflicts(&self, life: i64) -> rusqlite::Result<Vec<Conflict>> {
-        let sql = format!("SELECT * FROM conflict WHERE life = ? ORDER BY last DESC LIMIT {}", Life::MAX_NOTES);
+        let (columns, most) = (rows::conflict_columns(), Life::MAX_NOTES);
+        let sql = format!("SELECT {columns} FROM conflict WHERE life = ? ORDER BY last DESC LIMIT {most}");
         let mut conflicts: Vec<Conflict> =
             self.db.prepare_cached(&sql)?.query_map([life], rows::conflict)?.collect::<rusqlite::Result<_>>()?;
         conflicts.reverse();

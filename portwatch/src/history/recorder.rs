@@ -28,7 +28,7 @@ use crate::render::Clock;
 use crate::source::stat;
 
 /// Records that wait: in the queue, and as many in the writer's hands.
-const QUEUE: usize = 8 << 10;
+const QUEUE: usize = 16 << 10;
 /// Bytes of text in all that waits.
 const QUEUE_TEXT: usize = 8 << 20;
 /// A transaction has at most so many records, and so many bytes of text but for the last record.

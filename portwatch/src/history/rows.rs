@@ -2,13 +2,15 @@
 //! cannot differ.
 
 use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
 
-use rusqlite::types::Type;
+use rusqlite::types::{FromSql, Type};
 use rusqlite::{Row, ToSql};
 
 use super::record::{self, Wall};
 use super::{Closer, Conflict, End, Ended, Life, Utc};
-use crate::model::{Process, ProcessId, Protocol, Socket, SocketId};
+use crate::model::{Attempt, Process, ProcessId, Protocol, Socket, SocketId};
 
 pub(super) const SOCKET: &str = "proto, mptcp, address, port, v6only, netns, inode, cookie, uid, backlog";
 pub(super) const PROCESS: &str = "pid, ppid, euid, started, name, command, exe, cwd, cgroup, start";
@@ -63,94 +65,114 @@ pub(super) fn word(proto: Protocol) -> &'static str {
     }
 }
 
-fn number(row: &Row<'_>, column: &str) -> rusqlite::Result<Option<u64>> {
-    Ok(row.get::<_, Option<i64>>(column)?.map(i64::cast_unsigned))
+/// What [`life`] reads.
+pub(super) fn life_columns() -> String {
+    format!("id, {SOCKET}, {PROCESS}, seen, opened, ended, until, lived, closer, closer_name")
 }
 
-fn time(row: &Row<'_>, column: &str) -> rusqlite::Result<Utc> {
-    row.get::<_, i64>(column).map(i64::cast_unsigned)
+/// What [`conflict`] reads.
+pub(super) fn conflict_columns() -> String {
+    format!("{PROCESS}, errno, first, last, times, life, proto, address, port, netns")
 }
 
-/// A text that says something to us.
-fn read<T>(row: &Row<'_>, column: &str, parse: impl Fn(&str) -> Option<T>) -> rusqlite::Result<T> {
-    let text: String = row.get(column)?;
-    let bad = || format!("'{}' is no {column}", text.escape_debug());
-    parse(&text).ok_or_else(|| rusqlite::Error::FromSqlConversionFailure(0, Type::Text, bad().into()))
+/// The columns of a row, one after the other: to look each up by its name takes longer than to read it.
+struct Columns<'a, 'row> {
+    row: &'a Row<'row>,
+    next: usize,
 }
 
-pub(super) fn proto(row: &Row<'_>) -> rusqlite::Result<Protocol> {
-    read(row, "proto", |text| [Protocol::Tcp, Protocol::Udp].into_iter().find(|&proto| word(proto) == text))
+impl<'a, 'row> Columns<'a, 'row> {
+    fn of(row: &'a Row<'row>) -> Self {
+        Columns { row, next: 0 }
+    }
+
+    fn get<T: FromSql>(&mut self) -> rusqlite::Result<T> {
+        self.next += 1;
+        self.row.get(self.next - 1)
+    }
+
+    fn number(&mut self) -> rusqlite::Result<Option<u64>> {
+        Ok(self.get::<Option<i64>>()?.map(i64::cast_unsigned))
+    }
+
+    fn time(&mut self) -> rusqlite::Result<Utc> {
+        self.get::<i64>().map(i64::cast_unsigned)
+    }
+
+    /// A text that says something to us.
+    fn read<T>(&mut self, parse: impl Fn(&str) -> Option<T>) -> rusqlite::Result<Option<T>> {
+        let Some(text) = self.get::<Option<String>>()? else { return Ok(None) };
+        let bad = || format!("'{}' means nothing", text.escape_debug());
+        let bad = || rusqlite::Error::FromSqlConversionFailure(self.next - 1, Type::Text, bad().into());
+        parse(&text).map(Some).ok_or_else(bad)
+    }
+
+    fn need<T>(&mut self, parse: impl Fn(&str) -> Option<T>) -> rusqlite::Result<T> {
+        let column = self.next;
+        self.read(parse)?.ok_or(rusqlite::Error::InvalidColumnType(column, String::new(), Type::Null))
+    }
+
+    fn proto(&mut self) -> rusqlite::Result<Protocol> {
+        self.need(|text| [Protocol::Tcp, Protocol::Udp].into_iter().find(|&proto| word(proto) == text))
+    }
+
+    fn address(&mut self) -> rusqlite::Result<IpAddr> {
+        self.need(|text| text.parse().ok())
+    }
+
+    /// [`SOCKET`]
+    fn socket(&mut self) -> rusqlite::Result<Socket> {
+        let (proto, mptcp, address, port) = (self.proto()?, self.get()?, self.address()?, self.get()?);
+        let (v6only, netns) = (self.get()?, self.get()?);
+        let (inode, cookie) = (self.number()?.unwrap_or_default(), self.number()?.unwrap_or_default());
+        let (uid, backlog) = (self.get()?, self.get()?);
+        Ok(Socket { id: SocketId { inode, cookie }, proto, mptcp, address, port, v6only, netns, uid, backlog })
+    }
+
+    /// [`PROCESS`], its start in [`Utc`].
+    fn process(&mut self) -> rusqlite::Result<Option<Process>> {
+        let pid: Option<u32> = self.get()?;
+        let (ppid, uid) = (self.get::<Option<u32>>()?.unwrap_or_default(), self.get()?);
+        let start = self.number()?.unwrap_or(0);
+        let name = self.get::<Option<String>>()?.unwrap_or_default();
+        let command = self.read(|json| serde_json::from_str(json).ok())?.unwrap_or_default();
+        let (exe, cwd, cgroup) = (self.get()?, self.get()?, self.get()?);
+        // Its start since boot, which says nothing after the next.
+        self.next += 1;
+        Ok(pid.map(|pid| Process { id: ProcessId { pid, start }, ppid, uid, name, command, exe, cwd, cgroup }))
+    }
 }
 
-pub(super) fn address(row: &Row<'_>) -> rusqlite::Result<IpAddr> {
-    read(row, "address", |text| text.parse().ok())
+/// A row of [`life_columns`] and its id; without conflicts and kills.
+pub(super) fn life(row: &Row<'_>) -> rusqlite::Result<(i64, Life)> {
+    let mut columns = Columns::of(row);
+    let (id, socket, binder) = (columns.get()?, columns.socket()?, columns.process()?);
+    let (seen, opened) = (columns.time()?, columns.number()?);
+    let (how, at) = (columns.read(Ended::of_word)?, columns.number()?.unwrap_or_default());
+    let lived = columns.number()?.map(Duration::from_nanos);
+    let (closer, name) = (columns.get::<Option<u32>>()?, columns.get::<Option<String>>()?.unwrap_or_default());
+    let by = closer.map(|pid| Closer { pid, name });
+    let end = how.map(|how| End { how, at, lived, by });
+    Ok((id, Life { socket, binder, seen, opened, end, conflicts: Vec::new(), kills: Vec::new() }))
 }
 
-fn socket(row: &Row<'_>) -> rusqlite::Result<Socket> {
-    Ok(Socket {
-        id: SocketId {
-            inode: number(row, "inode")?.unwrap_or_default(),
-            cookie: number(row, "cookie")?.unwrap_or_default(),
-        },
-        proto: proto(row)?,
-        mptcp: row.get("mptcp")?,
-        address: address(row)?,
-        port: row.get("port")?,
-        v6only: row.get("v6only")?,
-        netns: row.get("netns")?,
-        uid: row.get("uid")?,
-        backlog: row.get("backlog")?,
-    })
-}
-
-/// Its start in [`Utc`].
-fn process(row: &Row<'_>) -> rusqlite::Result<Option<Process>> {
-    let Some(pid) = row.get("pid")? else { return Ok(None) };
-    let id = ProcessId { pid, start: number(row, "started")?.unwrap_or(0) };
-    Ok(Some(Process {
-        id,
-        ppid: row.get("ppid")?,
-        uid: row.get("euid")?,
-        name: row.get("name")?,
-        command: read(row, "command", |json| serde_json::from_str(json).ok())?,
-        exe: row.get("exe")?,
-        cwd: row.get("cwd")?,
-        cgroup: row.get("cgroup")?,
-    }))
-}
-
-/// A row of `life`, with all its columns; without conflicts and kills.
-pub(super) fn life(row: &Row<'_>) -> rusqlite::Result<Life> {
-    let end = match row.get::<_, Option<String>>("ended")? {
-        None => None,
-        Some(_) => Some(End {
-            how: read(row, "ended", Ended::of_word)?,
-            at: time(row, "until")?,
-            lived: number(row, "lived")?.map(std::time::Duration::from_nanos),
-            by: row
-                .get::<_, Option<u32>>("closer")?
-                .map(|pid| Ok::<_, rusqlite::Error>(Closer { pid, name: row.get("closer_name")? }))
-                .transpose()?,
-        }),
-    };
-    Ok(Life {
-        socket: socket(row)?,
-        binder: process(row)?,
-        seen: time(row, "seen")?,
-        opened: number(row, "opened")?,
-        end,
-        conflicts: Vec::new(),
-        kills: Vec::new(),
-    })
-}
-
-/// A row of `conflict`, with all its columns.
+/// A row of [`conflict_columns`].
 pub(super) fn conflict(row: &Row<'_>) -> rusqlite::Result<Conflict> {
-    Ok(Conflict {
-        first: time(row, "first")?,
-        last: time(row, "last")?,
-        times: number(row, "times")?.unwrap_or(1),
-        errno: row.get("errno")?,
-        process: process(row)?.unwrap_or_else(|| Process::bare(ProcessId { pid: 0, start: 0 }, "")),
-    })
+    conflict_of(&mut Columns::of(row))
+}
+
+fn conflict_of(columns: &mut Columns<'_, '_>) -> rusqlite::Result<Conflict> {
+    let process = columns.process()?.unwrap_or_else(|| Process::bare(ProcessId { pid: 0, start: 0 }, ""));
+    let (errno, first, last) = (columns.get()?, columns.time()?, columns.time()?);
+    let times = columns.number()?.unwrap_or(1);
+    Ok(Conflict { first, last, times, errno, process })
+}
+
+/// A row of [`conflict_columns`]: what was wanted and when it was last, and the life that was in the way.
+pub(super) fn attempt(row: &Row<'_>) -> rusqlite::Result<(Utc, Attempt, Option<i64>)> {
+    let mut columns = Columns::of(row);
+    let Conflict { last, errno, process, .. } = conflict_of(&mut columns)?;
+    let life = columns.get()?;
+    let (proto, address, port, netns) = (columns.proto()?, columns.address()?, columns.get()?, columns.get()?);
+    Ok((last, Attempt { proto, address, port, netns, errno, by: Arc::new(process) }, life))
 }

@@ -20,8 +20,8 @@ const BUSY: Duration = Duration::from_millis(500);
 /// KiB of pages that are kept in memory.
 const CACHE_KIB: i64 = 512;
 const PAGE: u64 = 4096;
-/// Rows that one statement of the clean-up deletes, and how many of them one batch pays for at most.
-const CHUNK: u32 = 512;
+/// Rows that one statement of the clean-up deletes at most, and how many statements one batch pays for.
+const CHUNK: u64 = 512;
 const CHUNKS: usize = 16;
 
 /// One run of the agent.
@@ -51,6 +51,8 @@ pub(super) struct Store {
     db: Connection,
     path: PathBuf,
     file: FileId,
+    /// Bytes of it, after the latest write.
+    length: u64,
     retention: Retention,
     session: i64,
     /// What it means that an open life of an earlier session is not in the next snapshot, and since when it may be so.
@@ -72,7 +74,8 @@ impl Store {
         schema::migrate(&mut db).map_err(sqlite)?;
         let (session, absence) = begin(&mut db, session).map_err(sqlite)?;
         let lives = db.query_row("SELECT count(*) FROM life", [], |row| row.get::<_, i64>(0)).map_err(sqlite)?;
-        Ok(Store { db, path: path.to_owned(), file, retention, session, absence, lives: lives.cast_unsigned() })
+        let (path, lives) = (path.to_owned(), lives.cast_unsigned());
+        Ok(Store { db, length: files::bytes(&path), path, file, retention, session, absence, lives })
     }
 
     /// Lives that are stored.
@@ -109,7 +112,9 @@ impl Store {
         write().map_err(|error| Trouble::of_sqlite(&error, &self.path, "write history to"))?;
         self.absence = absence;
         self.lives += added;
-        self.make_room(now).map_err(|error| Trouble::of_sqlite(&error, &self.path, "delete old rows of"))
+        self.make_room(now).map_err(|error| Trouble::of_sqlite(&error, &self.path, "delete old rows of"))?;
+        self.length = files::bytes(&self.path);
+        Ok(())
     }
 
     /// The session ends: what is open now is no longer followed.
@@ -120,12 +125,17 @@ impl Store {
         stopped.map(drop).map_err(|error| Trouble::of_sqlite(&error, &self.path, "write history to"))
     }
 
-    /// SQLite would go on writing to a file that was removed.
+    /// SQLite would go on writing to a file that was removed or cut short, as long as what it needs is in its memory.
     fn is_in_place(&self) -> Result<(), Trouble> {
-        if files::id(&self.path) == Some(self.file) {
-            return Ok(());
+        let trouble = |kind, why: &str| Err(Trouble::new(kind, &self.path, "write history to", why));
+        if files::id(&self.path) != Some(self.file) {
+            return trouble(Kind::Replaced, "the file was removed or replaced");
         }
-        Err(Trouble::new(Kind::Replaced, &self.path, "write history to", "the file was removed or replaced"))
+        let length = files::bytes(&self.path);
+        if length == 0 || (length < self.length && !is_sound(&self.path)) {
+            return trouble(Kind::Damaged, "the file was cut short");
+        }
+        Ok(())
     }
 
     /// A reader that never ends keeps the log from being begun anew: it must not fill the disk.
@@ -146,12 +156,10 @@ impl Store {
     fn make_room(&mut self, now: Utc) -> rusqlite::Result<()> {
         let age = u64::try_from(self.retention.age.as_nanos()).unwrap_or(u64::MAX);
         let oldest = now.saturating_sub(age).cast_signed();
-        self.delete(
-            "DELETE FROM life WHERE id IN (SELECT id FROM life WHERE until < ?1 ORDER BY until LIMIT ?2)",
-            oldest,
-        )?;
+        let sql = "DELETE FROM life WHERE id IN (SELECT id FROM life WHERE until < ?1 ORDER BY until LIMIT ?2)";
+        self.delete(sql, oldest, CHUNK)?;
         let sql = "DELETE FROM conflict WHERE id IN (SELECT id FROM conflict WHERE last < ? ORDER BY last LIMIT ?)";
-        self.db.prepare_cached(sql)?.execute(params![oldest, CHUNK])?;
+        self.db.prepare_cached(sql)?.execute(params![oldest, CHUNK.cast_signed()])?;
         let sql = "DELETE FROM session WHERE begun < ? AND id < ?";
         self.db.prepare_cached(sql)?.execute(params![oldest, self.session])?;
         for _ in 0..CHUNKS {
@@ -170,18 +178,20 @@ impl Store {
             }
             let sql = "DELETE FROM life WHERE id IN \
                        (SELECT id FROM life WHERE until IS NOT NULL AND until < ?1 ORDER BY until LIMIT ?2)";
-            let lives = self.delete(sql, i64::MAX)?;
+            // However large they are: not all at once.
+            let chunk = (self.lives / 32).clamp(1, CHUNK);
+            let lives = self.delete(sql, i64::MAX, chunk)?;
             let sql =
                 "DELETE FROM conflict WHERE id IN (SELECT id FROM conflict WHERE life IS NULL ORDER BY last LIMIT ?)";
-            if lives + self.db.prepare_cached(sql)?.execute([CHUNK])? == 0 {
+            if lives + self.db.prepare_cached(sql)?.execute([chunk.cast_signed()])? == 0 {
                 return Ok(());
             }
         }
         Ok(())
     }
 
-    fn delete(&mut self, sql: &str, before: i64) -> rusqlite::Result<usize> {
-        let deleted = self.db.prepare_cached(sql)?.execute(params![before, CHUNK])?;
+    fn delete(&mut self, sql: &str, before: i64, chunk: u64) -> rusqlite::Result<usize> {
+        let deleted = self.db.prepare_cached(sql)?.execute(params![before, chunk.cast_signed()])?;
         self.lives = self.lives.saturating_sub(deleted as u64);
         Ok(deleted)
     }
@@ -211,6 +221,13 @@ fn connect(path: &Path, limit: u64) -> rusqlite::Result<Connection> {
     }
     db.pragma_update_and_check(None, "journal_mode", "wal", |_| Ok(()))?;
     Ok(db)
+}
+
+/// With a memory of its own. An administrator's VACUUM, too, makes a file shorter.
+fn is_sound(path: &Path) -> bool {
+    let check = |db: Connection| db.query_row("PRAGMA quick_check(1)", [], |row| row.get::<_, String>(0));
+    let db = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX);
+    db.and_then(check).is_ok_and(|answer| answer == "ok")
 }
 
 fn not_ours(path: &Path, whose: &str) -> Trouble {
