@@ -14,6 +14,7 @@
 mod container;
 mod diagnose;
 mod gate;
+mod history;
 mod hostile;
 mod idle;
 mod kill;
@@ -64,6 +65,9 @@ fn main() -> ExitCode {
     if let Some(control) = env::var_os(puppet::CONTROL_VARIABLE) {
         puppet::run(control);
     }
+    if let Some(path) = env::var_os(history::WRITER_VARIABLE) {
+        history::write_until_killed(path.as_ref());
+    }
     // Orphans of puppets come to this process, to be reaped.
     // SAFETY: takes integers.
     unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) };
@@ -88,6 +92,7 @@ fn main() -> ExitCode {
         shell::trials(),
         hostile::trials(),
         user::trials(),
+        history::trials(),
     ];
     let trials = tests.into_iter().flatten().map(|test| {
         Trial::test(test.name, move || {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use rusqlite::{Connection, OpenFlags, OptionalExtension, params, params_from_iter};
+use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, params, params_from_iter};
 use serde::{Deserialize, Serialize};
 
 use super::record::Wall;
@@ -44,7 +44,7 @@ impl Reader {
     pub fn open(path: &Path, clock: &Clock) -> anyhow::Result<Reader> {
         let what = || format!("cannot read the history {}", path.display());
         files::is_readable(path).with_context(what)?;
-        let (db, owner) = connect(path).with_context(what)?;
+        let (db, owner) = connect(path).map_err(|error| failure(&error).context(what()))?;
         match owner {
             Owner::Ours => {}
             Owner::Nobody => anyhow::bail!("{}: the agent has not written to it yet", what()),
@@ -57,7 +57,7 @@ impl Reader {
                 Ok((row.get(0)?, row.get(1)?))
             })
             .optional()
-            .with_context(what)?;
+            .map_err(|error| failure(&error).context(what()))?;
         let forsaken = match latest {
             Some((id, _)) if id != boot.id => Some((Ended::Reboot, boot.at)),
             Some((_, Some(stopped))) => Some((Ended::AgentStopped, stopped.cast_unsigned())),
@@ -69,6 +69,10 @@ impl Reader {
     /// The lives that the selector picks and that did not end before `from`: the latest `limit` of them. `now` is this
     /// moment.
     pub fn lives(&self, selector: &Selector, from: Utc, now: Utc, limit: usize) -> anyhow::Result<Lives> {
+        self.find(selector, from, now, limit).map_err(|error| failure(&error).context("cannot search the history"))
+    }
+
+    fn find(&self, selector: &Selector, from: Utc, now: Utc, limit: usize) -> rusqlite::Result<Lives> {
         let ranges: Vec<(u16, u16)> =
             selector.targets().iter().map(|target| (*target.ports.start(), *target.ports.end())).collect();
         let narrow = !ranges.is_empty() && ranges.len() <= MAX_RANGES;
@@ -105,6 +109,10 @@ impl Reader {
     /// What happened since `from`, oldest first: opens, closes and conflicts, the latest `limit` of them. Their times are
     /// in [`Utc`]; [`super::clock`] renders them. What nobody saw happen (a close while the agent was away) is not told.
     pub fn since(&self, from: Utc, limit: usize) -> anyhow::Result<Vec<Change>> {
+        self.replay(from, limit).map_err(|error| failure(&error).context("cannot replay the history"))
+    }
+
+    fn replay(&self, from: Utc, limit: usize) -> rusqlite::Result<Vec<Change>> {
         let bounds = params![from.cast_signed(), i64::try_from(limit).unwrap_or(i64::MAX)];
         let mut changes: Vec<(Utc, Change)> = Vec::new();
         let columns = rows::life_columns();
@@ -180,6 +188,16 @@ impl Reader {
     }
 }
 
+/// Its source says the same again, with a number.
+fn failure(error: &rusqlite::Error) -> anyhow::Error {
+    match error.sqlite_error_code() {
+        Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => {
+            anyhow::anyhow!("{error}; the agent sets a damaged file aside when it starts")
+        }
+        _ => anyhow::anyhow!("{error}"),
+    }
+}
+
 /// Who closed it, with all that is known where that was the binder.
 fn closer(by: &Closer, binder: Option<&Process>) -> Arc<Process> {
     let binder = binder.filter(|binder| binder.id.pid == by.pid);
@@ -197,7 +215,8 @@ fn connect(path: &Path) -> rusqlite::Result<(Connection, Owner)> {
         Ok((db, owner))
     };
     Connection::open_with_flags(path, flags).and_then(configured).or_else(|error: rusqlite::Error| {
-        if error.sqlite_error_code() != Some(rusqlite::ErrorCode::CannotOpen) || files::log_of(path).exists() {
+        let refused = matches!(error.sqlite_error_code(), Some(ErrorCode::CannotOpen | ErrorCode::ReadOnly));
+        if !refused || files::log_of(path).exists() {
             return Err(error);
         }
         let uri = format!("file:{}?immutable=1", encode(path));

@@ -102,6 +102,8 @@ impl Recorder {
         let mut writer = Writer::new(path, retention, session, Arc::clone(&shared));
         let spawned = thread::Builder::new().name("history".to_owned()).spawn(move || {
             writer.run(&messages);
+            // Closes the database.
+            drop(writer);
             drop(end);
         });
         if let Err(error) = spawned {

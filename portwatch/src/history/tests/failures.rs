@@ -42,7 +42,7 @@ fn a_file_that_is_no_database_is_set_aside_and_two_of_them_are_kept() {
         let mut run = lab.begin(round * SECOND);
         run.opened(&server(round));
         let health = run.is_ok();
-        let note = health.note.unwrap();
+        let note = health.note.clone().unwrap_or_else(|| panic!("{round}: {health:?}"));
         assert!(note.contains("file is not a database: set aside as ") && note.ends_with("a new one begun"), "{note}");
         check(&lab.story((round + 1) * SECOND), &format!("8000 server opened {round}, open, 1s\n"));
         run.crash();

@@ -121,5 +121,6 @@ fn a_store_that_cannot_be_read_is_told_by_its_cause() {
     std::fs::write(lab.path(), "").unwrap();
     assert!(open().to_string().ends_with("the agent has not written to it yet"), "{:#}", open());
     std::fs::write(lab.path(), "not a database, but long enough to be none; not a database, but long enough").unwrap();
-    assert!(format!("{:#}", open()).ends_with("file is not a database"), "{:#}", open());
+    let want = "history.db: file is not a database; the agent sets a damaged file aside when it starts";
+    assert!(format!("{:#}", open()).ends_with(want), "{:#}", open());
 }
