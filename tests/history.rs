@@ -6,7 +6,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::thread;
@@ -159,6 +159,23 @@ pub fn write_until_killed(path: &Path) -> ! {
         let health = recorder.health();
         assert!(health.is_ok(), "{health:?}");
         println!("{}", health.lives);
+    }
+}
+
+/// Voluntary context switches of the thread that writes: once it sleeps, and there is but one.
+fn switches_of_writer() -> u64 {
+    let is_writer = |thread: &PathBuf| fs::read_to_string(thread.join("comm")).is_ok_and(|name| name == "history\n");
+    loop {
+        let threads = fs::read_dir("/proc/self/task").expect("threads").map(|thread| thread.expect("a thread").path());
+        // Those of other tests may not have ended yet.
+        if let [writer] = &threads.filter(is_writer).collect::<Vec<_>>()[..] {
+            let status = fs::read_to_string(writer.join("status")).expect("status");
+            if status.lines().any(|line| line.starts_with("State:\tS")) {
+                let count = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:\t"));
+                return count.expect("a count").parse().expect("a number");
+            }
+        }
+        thread::yield_now();
     }
 }
 
@@ -318,6 +335,17 @@ pub fn trials() -> Vec<Test> {
             assert_eq!(ended(), "agent_stopped");
             // By default one's own namespace is meant, and the one invented is nobody's.
             assert_eq!(history(&state, &["--json"]).expect(0).json(), json!([]));
+        }),
+        test("history::an_idle_writer_never_wakes", || {
+            let stage = Stage::new();
+            let mut recorder = Recorder::open(&stage.path("history.db"), Retention::default(), &clock());
+            assert!(tell(&mut recorder, 1).is_ok());
+            let before = switches_of_writer();
+            // Time must pass: that nothing happens in it is what is tested.
+            thread::sleep(Duration::from_secs(3));
+            assert_eq!(switches_of_writer(), before);
+            assert!(tell(&mut recorder, 2).is_ok());
+            assert_ne!(switches_of_writer(), before);
         }),
         test("history::a_writer_that_is_killed_in_the_midst_of_a_batch_leaves_a_whole_store", || {
             let stage = Stage::new();

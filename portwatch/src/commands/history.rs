@@ -21,9 +21,17 @@ Examples:
   portwatch history 3000-3999 --last 1d
   portwatch history --user al --command '*node*' --json
 
-ENDED: open; closed by its holder; exited: its holder did; killed by portwatch, for whom; lost: gone after events were
-lost; agent stopped, unknown, reboot: gone while the agent was stopped, dead, or the host down. 1 is the exit code where
-there is no history; an empty answer is 0.
+How it ended:
+  open           it did not, as far as anybody knows
+  closed         its holder closed it
+  exited         its holder ended
+  killed by X    portwatch ended its holder, at the request of X
+  lost           events were lost, and it was gone afterwards
+  agent stopped  it was open when the agent was stopped
+  unknown        it was open when the agent died
+  reboot         it was open when the host went down
+
+An empty answer is exit code 0; without any history it is 1.
 
 {TARGETS}"))]
 pub(crate) struct HistoryArgs {

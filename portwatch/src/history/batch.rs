@@ -103,6 +103,8 @@ impl Batch<'_> {
             None => (self.insert(row, row.since.map_or(until, |since| wall.utc(since)), wall)?, row.since),
         };
         let lived = since.filter(|_| how.is_observed()).map(|since| at.saturating_sub(since));
+        // Of a loss, nobody knows who closed it.
+        let by = by.filter(|_| how.is_observed());
         self.end(id, &Ending { how, until, lived, by })?;
         if how.is_observed() {
             self.credit(id)?;

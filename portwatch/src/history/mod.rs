@@ -126,7 +126,7 @@ pub struct End {
     pub at: Utc,
     /// On the boot clock; `None` where opening or end was not seen.
     pub lived: Option<Duration>,
-    /// Who closed it, or held it last.
+    /// Who closed it, or held it last; `None` where nobody saw the end.
     pub by: Option<Closer>,
 }
 

@@ -243,6 +243,10 @@ impl Writer {
                 self.write();
             }
             self.bound_pending();
+            for done in flushes {
+                // Whoever asked may have given up.
+                let _ = done.send(());
+            }
         }
         self.write();
         if let (Some(store), Some(stopped)) = (&mut self.store, *self.shared.stopped())

@@ -140,7 +140,7 @@ fn what_a_resync_finds_gone_is_lost() {
     let (web, api) = (listener(8000, Some(SECOND), alive("web")), listener(9000, Some(SECOND), alive("api")));
     run.opened(&web).opened(&api).change(&Change::Resync { at: 5 * SECOND, lost: 12 });
     run.closed(5 * SECOND, &web).closed(6 * SECOND, &api).is_ok();
-    check(&lab.story(7 * SECOND), "8000 web opened 1, lost 5 by web, <4s\n9000 api opened 1, closed 6 by api, 5s\n");
+    check(&lab.story(7 * SECOND), "8000 web opened 1, lost 5, <4s\n9000 api opened 1, closed 6 by api, 5s\n");
 }
 
 /// What is there at the start, and after a crash, a stop and a reboot.
