@@ -35,7 +35,10 @@ impl Agent {
 
     fn start_with(stage: &Stage, arguments: &[&str]) -> Agent {
         let socket = stage.path("agent.sock");
-        let mut command = with_socket(&[&["agent"], arguments].concat(), &socket);
+        Agent::of(with_socket(&[&["agent"], arguments].concat(), &socket), socket)
+    }
+
+    fn of(mut command: Command, socket: PathBuf) -> Agent {
         let mut child = command.spawn().expect("cannot run portwatch agent");
         let mut line = String::new();
         let mut errors = BufReader::new(child.stderr.take().expect("piped"));
@@ -101,7 +104,7 @@ impl Drop for Agent {
 
 fn with_socket(arguments: &[&str], socket: &std::path::Path) -> Command {
     let mut command = command(arguments);
-    command.env("PORTWATCH_SOCKET", socket);
+    command.env("PORTWATCH_SOCKET", socket).env("PORTWATCH_STATE", socket.parent().expect("a directory"));
     command
 }
 
@@ -269,6 +272,82 @@ pub fn trials() -> Vec<Test> {
             assert_eq!(status.expect(1).json()["agent"], Value::Null);
             let run = finish(with_socket(&["list", "--agent"], &agent.socket).spawn().expect("portwatch")).expect(4);
             assert!(run.errors().contains("no agent answers"), "{}", run.errors());
+        }),
+        test("agent::history_tells_of_what_came_and_went_and_how", || {
+            let stage = Stage::new();
+            let stays = stage.puppet();
+            let old = stays.serve();
+            let agent = Agent::start(&stage);
+            let (closes, exits) = (stage.puppet(), stage.puppet());
+            let (first, second) = (closes.serve(), exits.serve());
+            closes.close(first.fd);
+            exits.exit();
+            let mut lives = BTreeMap::new();
+            // What is written is written soon, off the path of events.
+            while lives.values().filter(|ended| **ended == json!("closed") || **ended == json!("exited")).count() < 2 {
+                let told = agent.portwatch(&["history", "--json"]).expect(0).json();
+                for life in told.as_array().expect("an array") {
+                    lives.insert(life["port"].as_u64().expect("a port") as u16, life["ended"].clone());
+                }
+            }
+            assert_eq!(lives[&old.port()], Value::Null, "it is open still: {lives:?}");
+            assert_eq!(lives[&first.port()], json!("closed"), "{lives:?}");
+            assert_eq!(lives[&second.port()], json!("exited"), "{lives:?}");
+            let text = agent.portwatch(&["history", &first.port().to_string()]).expect(0).text();
+            assert!(text.contains("closed") && text.contains(&closes.pid.to_string()), "{text}");
+            let nothing = agent.portwatch(&["history", "1/udp"]).expect(0);
+            assert!(nothing.errors().contains("knows of nothing"), "{}", nothing.errors());
+        }),
+        test("agent::a_state_directory_that_cannot_be_written_stops_nothing", || {
+            let stage = Stage::new();
+            let socket = stage.path("agent.sock");
+            // A file where the directory should be.
+            let state = stage.path("state");
+            std::fs::write(&state, "").expect("a file");
+            let mut command = with_socket(&["agent"], &socket);
+            command.env("PORTWATCH_STATE", &state);
+            let agent = Agent::of(command, socket);
+            let puppet = stage.puppet();
+            puppet.serve();
+            agent.check("a broken state directory", &stage, &[&puppet]);
+            let status = agent.portwatch(&["status"]).expect(1);
+            assert!(status.text().contains("history:"), "{}", status.text());
+        }),
+        test("agent::wait_returns_by_its_events", || {
+            let stage = Stage::new();
+            let agent = Agent::start(&stage);
+            let puppet = stage.puppet();
+            let sock = puppet.bind("127.0.0.1:0", "");
+            let target = format!("{}/tcp", sock.port());
+            let mut wait = agent.command(&["wait", &target, "--bound", "--verbose"]).spawn().expect("wait");
+            let mut errors = BufReader::new(wait.stderr.take().expect("piped"));
+            let mut line = String::new();
+            while !line.contains("waiting (agent)") {
+                line.clear();
+                assert!(errors.read_line(&mut line).expect("its stderr") > 0, "wait does not ask the agent");
+            }
+            puppet.listen(sock.fd);
+            let run = finish(wait).expect(0);
+            assert!(run.text().contains("is bound by"), "{}", run.text());
+        }),
+        test("agent::metrics_are_served_where_asked_for", || {
+            let stage = Stage::new();
+            let puppet = stage.puppet();
+            // Reserved for the agent, which cannot say which port the kernel gave it.
+            let reserved = puppet.bind("127.0.0.1:0", "reuseaddr");
+            let address = reserved.address.to_string();
+            puppet.close(reserved.fd);
+            let agent = Agent::start_with(&stage, &["--metrics", &address]);
+            let sock = puppet.serve();
+            agent.check("a listener", &stage, &[&puppet]);
+            let mut stream = std::net::TcpStream::connect(&address).expect("the metrics' port");
+            stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").expect("a request");
+            let mut text = String::new();
+            stream.read_to_string(&mut text).expect("an answer");
+            assert!(text.starts_with("HTTP/1.1 200"), "{text}");
+            let value = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+            assert!(value("portwatch_opens_total{proto=\"tcp\"}").is_some_and(|count| count != "0"), "{text}");
+            assert!(sock.port() > 0);
         }),
         test("agent::one_that_hangs_is_left_aside_with_a_sentence", || {
             let stage = Stage::new();

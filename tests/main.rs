@@ -16,6 +16,7 @@ mod container;
 mod diagnose;
 mod dockerd;
 mod gate;
+mod history;
 mod hostile;
 mod idle;
 mod kill;
@@ -69,6 +70,9 @@ fn main() -> ExitCode {
     if let Some(control) = env::var_os(puppet::CONTROL_VARIABLE) {
         puppet::run(control);
     }
+    if let Some(path) = env::var_os(history::WRITER_VARIABLE) {
+        history::write_until_killed(path.as_ref());
+    }
     // Orphans of puppets come to this process, to be reaped.
     // SAFETY: takes integers.
     unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) };
@@ -96,6 +100,7 @@ fn main() -> ExitCode {
         service::trials(),
         hostile::trials(),
         user::trials(),
+        history::trials(),
     ];
     let trials = tests.into_iter().flatten().map(|test| {
         Trial::test(test.name, move || {

@@ -15,6 +15,7 @@ use portwatch::source::Probe;
 use crate::commands::agent::AgentArgs;
 use crate::commands::completions::{CompleteArgs, CompletionsArgs};
 use crate::commands::diagnose::DiagnoseArgs;
+use crate::commands::history::HistoryArgs;
 use crate::commands::kill::KillArgs;
 use crate::commands::list::ListArgs;
 use crate::commands::man::ManArgs;
@@ -91,6 +92,8 @@ pub(crate) enum Verb {
     Wait(WaitArgs),
     /// Explain why a port is or stays taken, and what to do next
     Diagnose(DiagnoseArgs),
+    /// Show who had a port, when, and how it ended
+    History(HistoryArgs),
     /// Track listeners for everybody on this host, until it is told to end
     Agent(AgentArgs),
     /// Show the agent's health, and how listeners are learnt on this host

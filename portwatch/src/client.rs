@@ -69,14 +69,14 @@ impl Client {
         }
     }
 
-    /// Asks, and gathers the answer without its end.
-    pub async fn ask(&mut self, request: &Request) -> anyhow::Result<Vec<Response>> {
+    /// Asks, and gathers the answer without its end; and whether a limit left something out.
+    pub async fn ask(&mut self, request: &Request) -> anyhow::Result<(Vec<Response>, bool)> {
         self.send(request).await?;
         let mut answer = Vec::new();
         loop {
             match self.read().await? {
-                Response::End { count } if count == answer.len() => return Ok(answer),
-                Response::End { count } => bail!("the agent told {} of {count}", answer.len()),
+                Response::End { count, more } if count == answer.len() => return Ok((answer, more)),
+                Response::End { count, .. } => bail!("the agent told {} of {count}", answer.len()),
                 response => answer.push(response),
             }
         }
@@ -130,6 +130,11 @@ impl Subscription {
                 other => bail!("the agent stopped watching: {other:?}"),
             }
         }
+    }
+
+    /// What is open now of what was asked for.
+    pub fn listeners(&self) -> impl Iterator<Item = &Listener> {
+        self.open.values()
     }
 
     fn remember(&mut self, change: &Change) {

@@ -9,6 +9,7 @@ pub mod client;
 pub mod config;
 pub mod diagnose;
 pub mod engine;
+pub mod history;
 pub mod kill;
 pub mod metrics;
 pub mod model;

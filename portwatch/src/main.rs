@@ -24,7 +24,8 @@ fn main() -> ExitCode {
         }
         error.exit()
     });
-    if globals.verbose {
+    // The agent logs in its own way.
+    if globals.verbose && !matches!(verb, Verb::Agent(_)) {
         log_to_stderr();
     }
     run(&verb, &globals).unwrap_or_else(|error| match exit_codes::of(&error) {
@@ -49,6 +50,7 @@ fn run(verb: &Verb, globals: &cli::Globals) -> anyhow::Result<ExitCode> {
         Verb::Completions(args) => commands::completions::run(args),
         Verb::Man(args) => commands::man::run(args),
         Verb::Complete(args) => Ok(commands::completions::answer(args)),
+        Verb::History(args) => commands::history::run(args, globals),
     }
 }
 

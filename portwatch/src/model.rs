@@ -257,6 +257,19 @@ pub struct Attempt {
     pub by: Arc<Process>,
 }
 
+impl Change {
+    /// When it happened; for a resync, when the table was read anew.
+    pub fn at(&self) -> BootNs {
+        match self {
+            Change::Opened { at, .. }
+            | Change::Closed { at, .. }
+            | Change::Holders { at, .. }
+            | Change::Conflict { at, .. }
+            | Change::Resync { at, .. } => *at,
+        }
+    }
+}
+
 /// What an event did to the table.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "change", rename_all = "snake_case")]

@@ -19,6 +19,7 @@ use globset::{Glob, GlobMatcher};
 use serde::{Deserialize, Serialize};
 
 use crate::engine::Wanted;
+use crate::history::{Health, Life};
 use crate::model::{Ancestor, BootNs, Change, Listener, NetnsId};
 use crate::select::{Filters, Selector, Sets, parse_targets};
 use crate::source::{Refusal, Tier};
@@ -51,6 +52,15 @@ pub enum Request {
     },
     /// The agent's health.
     Status {},
+    /// Who had the ports that the selection picks, the latest first, each a `life`.
+    History {
+        #[serde(default)]
+        selection: Selection,
+        /// Only what was open at this time or later, in ns since 1970 (UTC).
+        #[serde(default)]
+        from: u64,
+        limit: usize,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -83,9 +93,13 @@ pub enum Response {
         lost: u64,
     },
     Status(Status),
+    Life(Box<Life>),
     /// The answer is complete.
     End {
         count: usize,
+        /// Whether a limit left something out.
+        #[serde(default, skip_serializing_if = "is_false")]
+        more: bool,
     },
     Error {
         kind: ErrorKind,
@@ -130,6 +144,8 @@ pub struct Status {
     pub subscribers: usize,
     /// Resident memory of the agent in bytes.
     pub memory: u64,
+    /// `null` where none is kept.
+    pub history: Option<Health>,
 }
 
 /// A [`Selector`] as it is sent: what names mean was found out by the client.

@@ -2,13 +2,16 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
 
 use super::peer::Load;
+use crate::history::Recorder;
+use crate::metrics::Metrics;
 use crate::model::{BootNs, Change, Listener};
 use crate::select::Selector;
+use crate::service::Watchdog;
 use crate::source::process;
 use crate::tracker::Tracker;
 use crate::wire::Status;
@@ -70,6 +73,9 @@ pub(super) struct Core {
     /// Questions that are not answered yet, and when they were asked.
     waiting: Vec<(BootNs, Ask)>,
     load: Load,
+    metrics: Arc<Metrics>,
+    history: Option<Recorder>,
+    watchdog: Watchdog,
     started: Instant,
     opens: u64,
     closes: u64,
@@ -78,8 +84,16 @@ pub(super) struct Core {
 }
 
 impl Core {
-    pub(super) fn new(tracker: Tracker, load: Load) -> Core {
+    pub(super) fn new(tracker: Tracker, load: Load, metrics: Arc<Metrics>, history: Option<Recorder>) -> Core {
+        metrics.recount(tracker.table());
+        let mut history = history;
+        if let Some(history) = &mut history {
+            history.snapshot(tracker.table().listeners(), &super::clock());
+        }
         Core {
+            metrics,
+            history,
+            watchdog: Watchdog::from_env(),
             tracker,
             subscribers: Vec::new(),
             waiting: Vec::new(),
@@ -92,12 +106,26 @@ impl Core {
         }
     }
 
+    pub(super) fn listeners(&self) -> usize {
+        self.tracker.table().len()
+    }
+
+    /// Writes down what is left to write, for at most so long.
+    pub(super) fn stop(self, patience: Duration) {
+        if let Some(history) = self.history
+            && !history.stop(&super::clock(), patience)
+        {
+            tracing::warn!("the last of history could not be written in time");
+        }
+    }
+
     /// Ends only when events cannot be read any more.
-    pub(super) async fn run(mut self, mut questions: mpsc::Receiver<Ask>) -> anyhow::Result<()> {
+    pub(super) async fn run(&mut self, mut questions: mpsc::Receiver<Ask>) -> anyhow::Result<()> {
         loop {
             // Fair between the two: a flood of either does not starve the other.
             tokio::select! {
                 changes = self.tracker.next() => self.publish(changes?),
+                () = self.watchdog.beat() => {}
                 Some(ask) = questions.recv() => {
                     // Whoever asks has seen things happen: they are in the answer.
                     let changes = self.tracker.catch_up()?;
@@ -120,8 +148,14 @@ impl Core {
     }
 
     fn publish(&mut self, changes: Vec<Change>) {
+        let clock = super::clock();
+        self.metrics.batch(clock.now_boot_ns, changes.iter().map(Change::at));
         self.subscribers.retain(|subscriber| !subscriber.is_gone());
         for change in changes {
+            self.metrics.change(&change);
+            if let Some(history) = &mut self.history {
+                history.change(&change, &clock);
+            }
             match &change {
                 Change::Opened { .. } => self.opens += 1,
                 Change::Closed { .. } => self.closes += 1,
@@ -129,11 +163,18 @@ impl Core {
                 Change::Resync { .. } => self.resyncs += 1,
                 Change::Holders { .. } => {}
             }
-            if self.subscribers.is_empty() {
-                continue;
-            }
             let change = Arc::new(change);
             self.subscribers.iter_mut().for_each(|subscriber| subscriber.tell(&change));
+            if let Change::Resync { lost, .. } = *change {
+                tracing::warn!(lost, "events were lost, and the table was read anew");
+                self.metrics.recount(self.tracker.table());
+            }
+        }
+        self.metrics.subscribers(self.subscribers.len());
+        if let Some(history) = &mut self.history
+            && history.needs_snapshot()
+        {
+            history.snapshot(self.tracker.table().listeners(), &clock);
         }
     }
 
@@ -178,6 +219,7 @@ impl Core {
             connections: self.load.connections(),
             subscribers: self.subscribers.len(),
             memory: resident_bytes(),
+            history: self.history.as_ref().map(Recorder::health),
         }
     }
 }

@@ -15,6 +15,7 @@ use tokio_util::codec::{Framed, LinesCodec, LinesCodecError};
 
 use super::access::Identity;
 use super::core::{Ask, Subscription};
+use crate::history::{self, Lives, Reader};
 use crate::model::{Ancestor, Listener};
 use crate::select::{Selector, Shown};
 use crate::source::stat;
@@ -32,6 +33,9 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// After a failed accept, such as for want of descriptors.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
+
+/// Lives that one answer about history tells at most.
+const MAX_LIVES: usize = 100_000;
 
 /// Bytes of answers that are gathered before they are written.
 const BUFFER: usize = 64 << 10;
@@ -157,11 +161,12 @@ impl Peer {
                 }
                 Request::List { selection } => self.list(&selection, identity, false).await?,
                 Request::Who { selection } => self.list(&selection, identity, true).await?,
+                Request::History { selection, from, limit } => self.history(&selection, identity, from, limit).await?,
                 Request::Watch { selection } => return self.watch(&selection, identity).await,
                 Request::Status {} => {
                     let status = self.status().await?;
                     self.send(&Response::Status(status)).await?;
-                    self.send(&Response::End { count: 1 }).await?;
+                    self.send(&Response::End { count: 1, more: false }).await?;
                     self.flush().await?;
                 }
             }
@@ -233,7 +238,31 @@ impl Peer {
             let ancestors = if ancestors { ancestors_of(&listener) } else { Vec::new() };
             self.send(&Response::Listener { listener, ancestors }).await?;
         }
-        self.send(&Response::End { count }).await?;
+        self.send(&Response::End { count, more: false }).await?;
+        self.flush().await
+    }
+
+    async fn history(&mut self, selection: &Selection, identity: Identity, from: u64, limit: usize) -> Result<(), End> {
+        let Some(selector) = self.selector(selection, identity).await? else { return Ok(()) };
+        let Some(path) = self.status().await?.history.map(|history| history.path) else {
+            return self.refuse(ErrorKind::Failed, "this agent keeps no history").await;
+        };
+        let query = move || {
+            let clock = super::clock();
+            let now = history::clock(clock.now_wall, clock.tz.clone()).now_boot_ns;
+            Reader::open(&path, &clock)?.lives(&selector, from, now, limit.min(MAX_LIVES))
+        };
+        // SQLite blocks: not this thread, which has a table to keep.
+        let answer = tokio::task::spawn_blocking(query).await.map_err(|_| End::Stopped)?;
+        let Lives { lives, more } = match answer {
+            Ok(answer) => answer,
+            Err(error) => return self.refuse(ErrorKind::Failed, &format!("{error:#}")).await,
+        };
+        let count = lives.len();
+        for life in lives {
+            self.send(&Response::Life(Box::new(life))).await?;
+        }
+        self.send(&Response::End { count, more }).await?;
         self.flush().await
     }
 

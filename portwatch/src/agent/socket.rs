@@ -12,12 +12,12 @@ use tokio::net::UnixListener;
 
 use super::AlreadyRunning;
 
-/// A listening socket and the lock beside it: who holds the lock is the agent, whatever files an earlier one left.
+/// A listening socket and, where it is our own, the lock beside it: who holds the lock is the agent, whatever files an earlier one left.
 #[derive(Debug)]
 pub(super) struct Socket {
     listener: UnixListener,
-    path: PathBuf,
-    _lock: File,
+    /// `None` where a service manager owns it.
+    own: Option<(PathBuf, File)>,
 }
 
 impl Socket {
@@ -28,9 +28,17 @@ impl Socket {
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        // Gone already, or its directory is: nobody finds us by it in either case.
-        let _ = fs::remove_file(&self.path);
+        if let Some((path, _lock)) = &self.own {
+            // Gone already, or its directory is: nobody finds us by it in either case.
+            let _ = fs::remove_file(path);
+        }
     }
+}
+
+/// Goes on with a socket that a service manager made: it sees to it that there is one agent.
+pub(super) fn adopt(listener: StdListener) -> anyhow::Result<Socket> {
+    let listener = UnixListener::from_std(listener).context("cannot poll the socket of the service manager")?;
+    Ok(Socket { listener, own: None })
 }
 
 /// Listens at `path`; everybody may connect, for who may do what is decided by who they are.
@@ -51,7 +59,7 @@ pub(super) fn open(path: &Path) -> anyhow::Result<Socket> {
         .with_context(|| format!("cannot let others connect to {}", path.display()))?;
     listener.set_nonblocking(true).context("cannot make the socket non-blocking")?;
     let listener = UnixListener::from_std(listener).context("cannot poll the socket")?;
-    Ok(Socket { listener, path: path.to_owned(), _lock: lock })
+    Ok(Socket { listener, own: Some((path.to_owned(), lock)) })
 }
 
 fn lock(path: &Path) -> anyhow::Result<File> {

@@ -4,6 +4,8 @@
 pub(crate) mod agent;
 pub(crate) mod completions;
 pub(crate) mod diagnose;
+mod feed;
+pub(crate) mod history;
 pub(crate) mod kill;
 pub(crate) mod list;
 pub(crate) mod man;
@@ -181,7 +183,7 @@ async fn ask(
     let selection = Selection::of(selector);
     let request = if with_ancestors { Request::Who { selection } } else { Request::List { selection } };
     let (mut listeners, mut all) = (Vec::new(), Ancestors::default());
-    for response in client.ask(&request).await? {
+    for response in client.ask(&request).await?.0 {
         if let Response::Listener { listener, ancestors } = response {
             let holders = listener.holders.iter().map(|holder| holder.process.id.pid);
             all.extend(holders.zip(ancestors));

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::bail;
 use clap::Args;
+use portwatch::history::State;
 use portwatch::render::{self, json};
 use portwatch::source::{self, Refusal, Tier};
 use portwatch::wire::{self, Request, Response};
@@ -29,11 +30,11 @@ pub(crate) struct StatusArgs {
     pub(crate) json: bool,
 }
 
-/// Says no where no agent answers: this is what monitoring asks.
+/// Says no where no agent answers, or it cannot keep its history: this is what monitoring asks.
 pub(crate) fn run(args: &StatusArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
     let agent = block_on(async {
         let Some(mut client) = reach_agent(globals).await? else { return Ok(None) };
-        match client.ask(&Request::Status {}).await?.pop() {
+        match client.ask(&Request::Status {}).await?.0.pop() {
             Some(Response::Status(status)) => Ok(Some(status)),
             other => bail!("the agent does not tell its status, but {other:?}"),
         }
@@ -53,7 +54,11 @@ pub(crate) fn run(args: &StatusArgs, globals: &Globals) -> anyhow::Result<ExitCo
     };
     let text = if args.json { format!("{}\n", json::line(&status)) } else { text(&status) };
     print(&text)?;
-    Ok(if agent.is_some() { ExitCode::SUCCESS } else { ExitCode::from(NO) })
+    let is_healthy = agent.as_ref().is_some_and(|agent| {
+        let history = agent.history.as_ref();
+        history.is_none_or(|history| history.is_ok() || history.state == State::Starting)
+    });
+    Ok(if is_healthy { ExitCode::SUCCESS } else { ExitCode::from(NO) })
 }
 
 fn text(status: &Status<'_>) -> String {
@@ -78,6 +83,14 @@ fn text(status: &Status<'_>) -> String {
     ));
     out.push_str(&format!("events:    {} dropped, {} resyncs\n", agent.dropped, agent.resyncs));
     out.push_str(&format!("clients:   {} connected, {} watching\n", agent.connections, agent.subscribers));
+    if let Some(history) = &agent.history {
+        let note = history.reason.iter().chain(&history.note).map(|text| format!("; {}", render::escape(text)));
+        let (path, lives) = (render::escape(&history.path.to_string_lossy()).into_owned(), history.lives);
+        let size = history.bytes as f64 / f64::from(1 << 20);
+        let dropped = if history.dropped > 0 { format!(", {} dropped", history.dropped) } else { String::new() };
+        let note: String = note.collect();
+        out.push_str(&format!("history:   {lives} lives, {size:.1} MiB{dropped} in {path}{note}\n"));
+    }
     out.push_str(&format!("memory:    {:.1} MiB\n", agent.memory as f64 / f64::from(1 << 20)));
     out
 }

@@ -7,7 +7,6 @@ use std::time::Duration;
 use anyhow::Context as _;
 use clap::Args;
 use portwatch::client::Subscription;
-use portwatch::model::Change;
 use portwatch::render::{self, json, text};
 use portwatch::select::{Selector, Shown};
 use portwatch::source::Live;
@@ -15,6 +14,7 @@ use portwatch::tracker::Tracker;
 use portwatch::wire::Selection;
 use tokio::signal::unix::{SignalKind, signal};
 
+use super::feed::Feed;
 use super::{Users, block_on, clock, explain, note, reach_agent, refused, selector, view};
 use crate::cli::{Globals, Selectors, TARGETS, duration};
 
@@ -45,31 +45,15 @@ pub(crate) fn run(args: &WatchArgs, globals: &Globals) -> anyhow::Result<ExitCod
     block_on(watch(args, globals, &selector))
 }
 
-/// Where changes come from.
-enum Feed {
-    Agent(Box<Subscription>),
-    Own(Box<Tracker>),
-}
-
-impl Feed {
-    async fn open(globals: &Globals, selector: &Selector) -> anyhow::Result<Feed> {
-        if let Some(client) = reach_agent(globals).await? {
-            let subscription = Subscription::begin(client, Selection::of(selector)).await?;
-            note("watching (agent)");
-            return Ok(Feed::Agent(Box::new(subscription)));
-        }
-        let tracker = Tracker::open(globals.probe, None)?;
-        announce(tracker.live(), globals);
-        Ok(Feed::Own(Box::new(tracker)))
+async fn open(globals: &Globals, selector: &Selector) -> anyhow::Result<Feed> {
+    if let Some(client) = reach_agent(globals).await? {
+        let subscription = Subscription::begin(client, Selection::of(selector)).await?;
+        note("watching (agent)");
+        return Ok(Feed::Agent(Box::new(subscription)));
     }
-
-    /// Cancel safe.
-    async fn next(&mut self) -> anyhow::Result<Vec<Change>> {
-        match self {
-            Feed::Agent(subscription) => subscription.next().await,
-            Feed::Own(tracker) => tracker.next().await,
-        }
-    }
+    let tracker = Tracker::open(globals.probe, None)?;
+    announce(tracker.live(), globals);
+    Ok(Feed::Own(Box::new(tracker)))
 }
 
 async fn watch(args: &WatchArgs, globals: &Globals, selector: &Selector) -> anyhow::Result<ExitCode> {
@@ -78,7 +62,7 @@ async fn watch(args: &WatchArgs, globals: &Globals, selector: &Selector) -> anyh
     let mut view = view(&name)?;
     let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
-    let mut feed = Feed::open(globals, selector).await?;
+    let mut feed = open(globals, selector).await?;
 
     // Buffered, so that one batch of changes is one write.
     let mut out = BufWriter::with_capacity(64 << 10, std::io::stdout().lock());

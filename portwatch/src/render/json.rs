@@ -265,7 +265,7 @@ fn place(process: &Proc) -> Place<'_> {
     }
 }
 
-fn family(address: IpAddr) -> &'static str {
+pub(super) fn family(address: IpAddr) -> &'static str {
     match address {
         IpAddr::V4(_) => "ipv4",
         IpAddr::V6(_) => "ipv6",
