@@ -3,6 +3,7 @@
 //! Figures of one machine say little on another, so every row is a median with its extremes and a ratio within this
 //! run, and what is compared is interleaved. Each command's answer is checked once: a fast wrong answer is no result.
 
+mod agent;
 mod commands;
 mod free;
 mod live;
@@ -41,6 +42,12 @@ struct Effort {
     block: Duration,
     /// How often each command frees a port of each kind of server.
     frees: usize,
+    /// Where the agent is asked.
+    worlds: &'static [world::Args],
+}
+
+const fn of(processes: usize, listeners: usize) -> world::Args {
+    world::Args { processes, fds: 100, listeners }
 }
 
 const FULL: Effort = Effort {
@@ -51,6 +58,7 @@ const FULL: Effort = Effort {
     blocks: 10,
     block: Duration::from_millis(200),
     frees: 11,
+    worlds: &[of(10, 10), of(1000, 10), of(1000, 1000), of(5000, 10)],
 };
 
 const QUICK: Effort = Effort {
@@ -61,9 +69,10 @@ const QUICK: Effort = Effort {
     blocks: 4,
     block: Duration::from_millis(100),
     frees: 3,
+    worlds: &[of(10, 10), of(1000, 10)],
 };
 
-const CROWD: world::Args = world::Args { processes: 1000, fds: 100, listeners: 10 };
+const CROWD: world::Args = of(1000, 10);
 
 pub(crate) fn run(args: &Args) -> Result<()> {
     let effort = if args.quick { QUICK } else { FULL };
@@ -99,6 +108,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     wrong.extend(rows.iter().filter_map(free::Row::complaint));
     figures.insert("free".into(), free::figures(&rows));
 
+    drop(crowd);
+    println!("### One port's owner, asked of the agent\n");
+    let rows = agent::measure(&portwatch, effort.worlds, &effort)?;
+    println!("{}", agent::markdown(&rows));
+    figures.insert("agent".into(), agent::figures(&rows));
+
+    let crowd = World::start(CROWD)?;
     println!("### From listen() to the line of `watch --json`\n");
     println!("| host | listens | p50 µs | p99 µs |\n|---|--:|--:|--:|");
     let mut latencies = Vec::new();
