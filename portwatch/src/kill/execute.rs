@@ -253,8 +253,11 @@ impl Run {
     /// Whether a full scan could tell more than what is known.
     fn wants_scan(&mut self, stage: Stage) -> bool {
         let unawaited = || (0..self.plan.groups.len()).any(|g| self.is_taken(g) && !self.is_awaited(g, stage));
-        let is_by_time = self.is_blind() || self.lives.iter().any(Life::is_kin_left);
-        self.stranger || self.stale && unawaited() || is_by_time && self.scanned.elapsed() >= SCAN_EVERY
+        // Relatives that were forked meanwhile show only as long as their own relatives live.
+        let has_kin = self.lives.iter().any(Life::is_kin_left);
+        self.stranger
+            || self.stale && (has_kin || unawaited())
+            || (has_kin || self.is_blind()) && self.scanned.elapsed() >= SCAN_EVERY
     }
 
     /// Whether only full scans can tell of some port.
