@@ -11,18 +11,22 @@
 #![expect(unreachable_pub, reason = "a program exports nothing: pub says that other modules use it")]
 #![expect(missing_debug_implementations, reason = "nobody prints a test or a running watch")]
 
+mod agent;
 mod container;
 mod diagnose;
 mod dockerd;
 mod gate;
+mod history;
 mod hostile;
 mod idle;
 mod kill;
 mod list;
+mod metrics;
 mod oracle;
 mod prefork;
 mod puppet;
 mod race;
+mod service;
 mod shell;
 mod storm;
 mod stubborn;
@@ -67,6 +71,9 @@ fn main() -> ExitCode {
     if let Some(control) = env::var_os(puppet::CONTROL_VARIABLE) {
         puppet::run(control);
     }
+    if let Some(path) = env::var_os(history::WRITER_VARIABLE) {
+        history::write_until_killed(path.as_ref());
+    }
     // Orphans of puppets come to this process, to be reaped.
     // SAFETY: takes integers.
     unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) };
@@ -92,8 +99,12 @@ fn main() -> ExitCode {
         diagnose::trials(),
         wait::trials(),
         shell::trials(),
+        agent::trials(),
+        metrics::trials(),
+        service::trials(),
         hostile::trials(),
         user::trials(),
+        history::trials(),
     ];
     let trials = tests.into_iter().flatten().map(|test| {
         Trial::test(test.name, move || {

@@ -1,17 +1,21 @@
 //! The command line: the verbs, and what they share. The arguments of a verb stand beside it in `commands`.
 
 use std::net::IpAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand};
 use globset::{Glob, GlobBuilder, GlobMatcher};
 use jiff::{Span, SpanRelativeTo};
+use portwatch::agent::SOCKET;
 use portwatch::model::NetnsId;
 use portwatch::source::Probe;
 
+use crate::commands::agent::AgentArgs;
 use crate::commands::completions::{CompleteArgs, CompletionsArgs};
 use crate::commands::diagnose::DiagnoseArgs;
+use crate::commands::history::HistoryArgs;
 use crate::commands::kill::KillArgs;
 use crate::commands::list::ListArgs;
 use crate::commands::man::ManArgs;
@@ -53,6 +57,22 @@ pub(crate) struct Globals {
     /// How to learn of listeners: auto, fexit, kprobe, tracepoint or poll
     #[arg(long, global = true, default_value = "auto", value_name = "TIER", help_heading = "Global options")]
     pub(crate) probe: Probe,
+    /// Where the agent listens
+    #[arg(
+        long,
+        global = true,
+        env = "PORTWATCH_SOCKET",
+        default_value = SOCKET,
+        value_name = "PATH",
+        help_heading = "Global options"
+    )]
+    pub(crate) socket: PathBuf,
+    /// Ask the agent, or fail
+    #[arg(long, global = true, conflicts_with = "no_agent", help_heading = "Global options")]
+    pub(crate) agent: bool,
+    /// Do not ask the agent
+    #[arg(long, global = true, help_heading = "Global options")]
+    pub(crate) no_agent: bool,
     /// Say on stderr what was tried and refused, and what the kernel programs log
     #[arg(short, long, global = true, help_heading = "Global options")]
     pub(crate) verbose: bool,
@@ -72,7 +92,11 @@ pub(crate) enum Verb {
     Wait(WaitArgs),
     /// Explain why a port is or stays taken, and what to do next
     Diagnose(DiagnoseArgs),
-    /// Show how listeners are learnt on this host, and why not in a better way
+    /// Show who had a port, when, and how it ended
+    History(HistoryArgs),
+    /// Track listeners for everybody on this host, until it is told to end
+    Agent(AgentArgs),
+    /// Show the agent's health, and how listeners are learnt on this host
     Status(StatusArgs),
     /// Print the completion script of a shell
     Completions(CompletionsArgs),

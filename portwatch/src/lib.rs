@@ -3,16 +3,22 @@
 //! Data flows one way: a [`source`] turns what the kernel says into [`model::Event`]s, the [`table`] applies them and
 //! says what changed, a [`select::Selector`] picks listeners, [`kill`] acts on them and [`render`] shows them.
 
+pub mod agent;
 pub mod cgroup;
+pub mod client;
 pub mod config;
 pub mod diagnose;
 pub mod engine;
+pub mod history;
 pub mod kill;
+pub mod metrics;
 pub mod model;
 pub mod render;
 pub mod select;
+pub mod service;
 pub mod source;
 pub mod supervisor;
 pub mod table;
 pub mod tracker;
 pub mod waiting;
+pub mod wire;

@@ -24,7 +24,8 @@ fn main() -> ExitCode {
         }
         error.exit()
     });
-    if globals.verbose {
+    // The agent logs in its own way.
+    if globals.verbose && !matches!(verb, Verb::Agent(_)) {
         log_to_stderr();
     }
     run(&verb, &globals).unwrap_or_else(|error| match exit_codes::of(&error) {
@@ -40,6 +41,7 @@ fn run(verb: &Verb, globals: &cli::Globals) -> anyhow::Result<ExitCode> {
     match verb {
         Verb::List(args) => commands::list::run(args, globals),
         Verb::Who(args) => commands::who::run(args, globals),
+        Verb::Agent(args) => commands::agent::run(args, globals),
         Verb::Status(args) => commands::status::run(args, globals),
         Verb::Watch(args) => commands::watch::run(args, globals),
         Verb::Diagnose(args) => commands::diagnose::run(args, globals),
@@ -48,6 +50,7 @@ fn run(verb: &Verb, globals: &cli::Globals) -> anyhow::Result<ExitCode> {
         Verb::Completions(args) => commands::completions::run(args),
         Verb::Man(args) => commands::man::run(args),
         Verb::Complete(args) => Ok(commands::completions::answer(args)),
+        Verb::History(args) => commands::history::run(args, globals),
     }
 }
 

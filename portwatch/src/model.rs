@@ -7,7 +7,7 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Nanoseconds since boot, suspended time included.
 pub type BootNs = u64;
@@ -16,7 +16,7 @@ pub type BootNs = u64;
 pub type NetnsId = u32;
 
 /// The transport of a listener. MPTCP listeners are TCP listeners with [`Listener::mptcp`] set.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
     Tcp,
@@ -37,14 +37,14 @@ impl fmt::Display for Protocol {
 /// The inode is what `/proc/PID/fd` shows (`socket:[INODE]`) and what a file descriptor holds; the cookie is the
 /// kernel's `SO_COOKIE`, never reused. An MPTCP listener has two cookies (the socket that the process holds and the
 /// subflow in the hash table) that share one inode. Either is 0 where the source could not tell it, never both.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct SocketId {
     pub inode: u64,
     pub cookie: u64,
 }
 
 /// A socket that listens (TCP in LISTEN) or is bound explicitly (UDP), without its holders.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Socket {
     pub id: SocketId,
     pub proto: Protocol,
@@ -100,7 +100,7 @@ impl Socket {
 ///
 /// Kernel programs give the start in nanoseconds, `/proc/PID/stat` in 10 ms ticks (rounded down); compare identities
 /// from different sources with [`ProcessId::is_same`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct ProcessId {
     pub pid: u32,
     pub start: BootNs,
@@ -118,7 +118,7 @@ impl ProcessId {
 }
 
 /// A process as it was last read. Strings come from the process and are hostile: renderers escape them.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Process {
     pub id: ProcessId,
     /// 0 where not known.
@@ -142,8 +142,15 @@ impl Process {
     }
 }
 
+/// A parent, or a parent's parent, and so on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ancestor {
+    pub pid: u32,
+    pub name: String,
+}
+
 /// A process that holds a listener through at least one file descriptor.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Holder {
     pub process: Arc<Process>,
     /// Sorted; empty where only an event told of the holder.
@@ -153,7 +160,7 @@ pub struct Holder {
 }
 
 /// A listening socket and every visible process that holds it. No holders: a *ghost*.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Listener {
     pub socket: Socket,
     /// When it began to listen, where that was observed.
@@ -255,7 +262,7 @@ impl Event {
 }
 
 /// A bind or listen that failed.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attempt {
     pub proto: Protocol,
     pub address: IpAddr,
@@ -266,8 +273,22 @@ pub struct Attempt {
     pub by: Arc<Process>,
 }
 
+impl Change {
+    /// When it happened; for a resync, when the table was read anew.
+    pub fn at(&self) -> BootNs {
+        match self {
+            Change::Opened { at, .. }
+            | Change::Closed { at, .. }
+            | Change::Holders { at, .. }
+            | Change::Conflict { at, .. }
+            | Change::Resync { at, .. } => *at,
+        }
+    }
+}
+
 /// What an event did to the table.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "change", rename_all = "snake_case")]
 pub enum Change {
     Opened {
         at: BootNs,

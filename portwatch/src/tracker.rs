@@ -16,8 +16,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::model::{Change, Event};
-use crate::source::{Live, Probe};
+use crate::model::{BootNs, Change, Event};
+use crate::source::{Live, Probe, process};
 use crate::table::Table;
 
 #[derive(Debug)]
@@ -26,6 +26,7 @@ pub struct Tracker {
     table: Table,
     /// The earliest moment at which a stale table may be refreshed.
     refresh_at: Instant,
+    read_at: BootNs,
     /// What happened while the first snapshot was read, until it is asked for.
     begun: Vec<Change>,
 }
@@ -44,7 +45,8 @@ impl Tracker {
 
     /// As [`Tracker::open`], of a source that was just opened.
     pub fn follow(live: Live) -> anyhow::Result<Tracker> {
-        let mut tracker = Tracker { live, table: Table::new(), refresh_at: Instant::now(), begun: Vec::new() };
+        let mut tracker =
+            Tracker { live, table: Table::new(), refresh_at: Instant::now(), read_at: 0, begun: Vec::new() };
         tracker.begun = tracker.refresh(0)?;
         Ok(tracker)
     }
@@ -57,7 +59,23 @@ impl Tracker {
         &self.live
     }
 
-    /// Waits for the next changes; at least one. Cancel safe.
+    /// When the latest snapshot was begun: every question that arose before is answered.
+    pub fn read_at(&self) -> BootNs {
+        self.read_at
+    }
+
+    /// Takes in what the kernel has told until now, or looks where it tells nothing: what the caller knows to have
+    /// happened is in the table then, if not yet who else holds it ([`Table::is_stale`]).
+    pub fn catch_up(&mut self) -> anyhow::Result<Vec<Change>> {
+        if !self.live.tier().is_event_driven() {
+            return self.refresh(0);
+        }
+        let events = self.live.pending(process::boot_ns_now());
+        let was_stale = self.table.is_stale();
+        Ok(self.take(events, was_stale))
+    }
+
+    /// Waits for the next changes; there are none where a snapshot confirmed what was known. Cancel safe.
     pub async fn next(&mut self) -> anyhow::Result<Vec<Change>> {
         if !self.begun.is_empty() {
             return Ok(std::mem::take(&mut self.begun));
@@ -68,11 +86,7 @@ impl Tracker {
             tokio::task::yield_now().await;
             let was_stale = self.table.is_stale();
             if was_stale && Instant::now() >= self.refresh_at {
-                let changes = self.refresh(0)?;
-                if changes.is_empty() {
-                    continue;
-                }
-                return Ok(changes);
+                return self.refresh(0);
             }
             let batch = if was_stale {
                 match tokio::time::timeout_at(self.refresh_at, self.live.next()).await {
@@ -82,21 +96,28 @@ impl Tracker {
             } else {
                 self.live.next().await?
             };
-            let mut changes = Vec::new();
-            for event in batch.events {
-                self.let_go(&event);
-                changes.extend(self.table.apply(event));
-            }
+            let mut changes = self.take(batch.events, was_stale);
             if batch.must_refresh {
                 changes.extend(self.refresh(batch.lost)?);
-            } else if self.table.is_stale() && !was_stale {
-                // A moment for what belongs together: the exit that follows a close, the exec that follows a fork.
-                self.refresh_at = self.refresh_at.max(Instant::now() + MIN_REST);
+                return Ok(changes);
             }
             if !changes.is_empty() {
                 return Ok(changes);
             }
         }
+    }
+
+    fn take(&mut self, events: Vec<Event>, was_stale: bool) -> Vec<Change> {
+        let mut changes = Vec::new();
+        for event in events {
+            self.let_go(&event);
+            changes.extend(self.table.apply(event));
+        }
+        if self.table.is_stale() && !was_stale {
+            // A moment for what belongs together: the exit that follows a close, the exec that follows a fork.
+            self.refresh_at = self.refresh_at.max(Instant::now() + MIN_REST);
+        }
+        changes
     }
 
     /// Who holds nothing any more need not be followed: else everything that a shell starts would wake us for ever,
@@ -117,6 +138,7 @@ impl Tracker {
     /// Reads a snapshot and applies it; `lost` is how many records it makes good.
     fn refresh(&mut self, lost: u64) -> anyhow::Result<Vec<Change>> {
         let begun = Instant::now();
+        self.read_at = process::boot_ns_now();
         let holders: HashSet<u32> =
             self.table.listeners().flat_map(|l| l.holders.iter().map(|h| h.process.id.pid)).collect();
         let mut changes = Vec::new();

@@ -8,11 +8,34 @@ use nix::unistd::Uid;
 use crate::{cargo, must, shown};
 
 /// What the scenario tests on the build machine must be able to run, instead of saying that they cannot: an event tier,
-/// everything that `.ci/run` installs, and what Debian's kernel gives to root. Not `fexit`, `kprobe` and `conflicts`,
-/// which some kernels refuse: the emulated machines require the first two.
+/// everything that `.ci/run` installs, and what Debian's kernel gives to root. Not `fexit`, `kprobe`, `perf` and
+/// `conflicts`, which some kernels refuse: the emulated machines require the first two.
 const REQUIRED: &[&str] = &[
-    "kernel", "lossless", "native", "root", "memory", "cgroup2", "fuse", "io_uring", "mptcp", "vxlan", "bash", "zsh",
-    "fish", "man", "groff", "mandoc", "nginx", "gunicorn", "php-fpm", "node", "python3", "docker", "nft", "systemd",
+    "kernel",
+    "lossless",
+    "native",
+    "root",
+    "memory",
+    "cgroup2",
+    "fuse",
+    "io_uring",
+    "mptcp",
+    "vxlan",
+    "bash",
+    "zsh",
+    "fish",
+    "man",
+    "groff",
+    "mandoc",
+    "nginx",
+    "gunicorn",
+    "php-fpm",
+    "node",
+    "python3",
+    "docker",
+    "prometheus",
+    "nft",
+    "systemd",
     "runit",
 ];
 

@@ -1,8 +1,11 @@
 //! The verbs, a file each, and what they share: from arguments to a selector, from a selector to listeners, and the
 //! way to the terminal.
 
+pub(crate) mod agent;
 pub(crate) mod completions;
 pub(crate) mod diagnose;
+mod feed;
+pub(crate) mod history;
 pub(crate) mod kill;
 pub(crate) mod list;
 pub(crate) mod man;
@@ -25,13 +28,17 @@ use anyhow::Context;
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use nix::unistd::{Uid, User};
+use portwatch::client::Client;
 use portwatch::config::{self, ConfigError};
 use portwatch::engine::roster::Lost;
 use portwatch::engine::{self, Wanted};
-use portwatch::model::{BootNs, Listener, NetnsId};
+use portwatch::model::{Ancestor, BootNs, Listener, NetnsId};
+use portwatch::render::json::Ancestors;
 use portwatch::render::{self, Clock, View};
 use portwatch::select::{Filters, Selector, Sets, parse_targets};
-use portwatch::source::{Scanner, Tier};
+use portwatch::source::stat::{self, Stat};
+use portwatch::source::{Probe, Scanner, Tier};
+use portwatch::wire::{Request, Response, Selection};
 
 use crate::cli::{Globals, Netns, Selectors};
 use crate::exit_codes::Usage;
@@ -111,8 +118,83 @@ fn own_netns() -> anyhow::Result<NetnsId> {
     NetnsId::try_from(inode).with_context(|| format!("{path} has inode {inode}, more than a namespace can have"))
 }
 
-/// Reads what the selector picks, sorted by port, protocol and address.
-pub(crate) fn read(selector: &Selector, selectors: &Selectors, globals: &Globals) -> anyhow::Result<Vec<Listener>> {
+/// The agent, where one is to be asked and answers. `None`: the work is done without.
+pub(crate) async fn reach_agent(globals: &Globals) -> anyhow::Result<Option<Client>> {
+    // Who chooses a probe wants to see what that one sees.
+    if globals.no_agent || globals.probe != Probe::Auto {
+        return Ok(None);
+    }
+    match Client::connect(&globals.socket).await {
+        Ok(Some(client)) => Ok(Some(client)),
+        found if globals.agent => found.and_then(|_| {
+            let socket = globals.socket.display();
+            anyhow::bail!("no agent answers at {socket}; start one: portwatch agent")
+        }),
+        Ok(None) => {
+            explain(globals, &format!("no agent at {}: working alone", globals.socket.display()));
+            Ok(None)
+        }
+        Err(error) => {
+            note(&render::escape(&format!("{error:#}; working alone")));
+            Ok(None)
+        }
+    }
+}
+
+/// Runs what talks to the agent.
+pub(crate) fn block_on<T>(future: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.context("cannot start the event loop")?.block_on(future)
+}
+
+/// What the selector picks, sorted by port, protocol and address, with the ancestors of each holder if wanted.
+pub(crate) fn read(
+    selector: &Selector,
+    selectors: &Selectors,
+    globals: &Globals,
+    with_ancestors: bool,
+) -> anyhow::Result<(Vec<Listener>, Ancestors)> {
+    let told = block_on(async {
+        match reach_agent(globals).await? {
+            Some(client) => ask(client, selector, with_ancestors).await.map(Some),
+            None => Ok(None),
+        }
+    })?;
+    let (mut listeners, ancestors) = match told {
+        Some(told) => told,
+        None => {
+            let listeners = scan(selector, selectors, globals)?;
+            let ancestors = if with_ancestors { ancestors_of(&listeners) } else { Ancestors::default() };
+            (listeners, ancestors)
+        }
+    };
+    listeners.sort_by_key(|Listener { socket, .. }| {
+        (socket.port, socket.proto, socket.address, socket.netns, socket.id.inode)
+    });
+    Ok((listeners, ancestors))
+}
+
+/// The agent's answer.
+async fn ask(
+    mut client: Client,
+    selector: &Selector,
+    with_ancestors: bool,
+) -> anyhow::Result<(Vec<Listener>, Ancestors)> {
+    let selection = Selection::of(selector);
+    let request = if with_ancestors { Request::Who { selection } } else { Request::List { selection } };
+    let (mut listeners, mut all) = (Vec::new(), Ancestors::default());
+    for response in client.ask(&request).await?.0 {
+        if let Response::Listener { listener, ancestors } = response {
+            let holders = listener.holders.iter().map(|holder| holder.process.id.pid);
+            all.extend(holders.zip(ancestors));
+            listeners.push(listener);
+        }
+    }
+    Ok((listeners, all))
+}
+
+/// The same without an agent.
+fn scan(selector: &Selector, selectors: &Selectors, globals: &Globals) -> anyhow::Result<Vec<Listener>> {
     let mut scanner = Scanner::open(globals.probe);
     if let Some(reason) = scanner.refusal() {
         explain(globals, &format!("holders are read from {}: {reason}", scanner.method()));
@@ -125,10 +207,16 @@ pub(crate) fn read(selector: &Selector, selectors: &Selectors, globals: &Globals
     }
     let mut listeners = snapshot.listeners;
     listeners.retain(|listener| selector.matches(listener, snapshot.at));
-    listeners.sort_by_key(|Listener { socket, .. }| {
-        (socket.port, socket.proto, socket.address, socket.netns, socket.id.inode)
-    });
     Ok(listeners)
+}
+
+/// The ancestors of every holder, nearest first, as far as /proc shows them.
+fn ancestors_of(listeners: &[Listener]) -> Ancestors {
+    let known: RefCell<HashMap<u32, Option<Stat>>> = RefCell::default();
+    let stat = |pid| known.borrow_mut().entry(pid).or_insert_with(|| stat::read(pid).ok()).clone();
+    let named = |pid| stat(pid).map(|Stat { name, .. }| Ancestor { pid, name });
+    let holders = listeners.iter().flat_map(|listener| &listener.holders).map(|holder| holder.process.id.pid);
+    holders.map(|pid| (pid, stat::ancestors(pid, &stat).into_iter().filter_map(named).collect())).collect()
 }
 
 /// Says under `--verbose` what was tried and refused.

@@ -1,13 +1,17 @@
-//! `portwatch status`: how listeners are learnt on this host, and why not in a better way.
+//! `portwatch status`: the agent's health, or how listeners would be learnt without it.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
+use anyhow::bail;
 use clap::Args;
-use portwatch::render::json;
+use portwatch::history::State;
+use portwatch::render::{self, json};
 use portwatch::source::{self, Refusal, Tier};
+use portwatch::wire::{self, Request, Response};
 use serde::Serialize;
 
-use super::{print, refused};
+use super::{block_on, print, reach_agent, refused};
 use crate::cli::Globals;
 use crate::exit_codes::NO;
 
@@ -16,7 +20,7 @@ struct Status<'a> {
     tier: Tier,
     reasons: &'a [Refusal],
     holders: &'a str,
-    agent: Option<()>,
+    agent: Option<&'a wire::Status>,
 }
 
 #[derive(Debug, Args)]
@@ -26,22 +30,67 @@ pub(crate) struct StatusArgs {
     pub(crate) json: bool,
 }
 
-/// The agent does not exist yet, so it is never there and healthy: the answer is no.
+/// Says no where no agent answers, or it cannot keep its history: this is what monitoring asks.
 pub(crate) fn run(args: &StatusArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
-    let found = source::availability(globals.probe)?;
-    if args.json {
-        let status = Status { tier: found.tier, reasons: &found.refusals, holders: &found.holders, agent: None };
-        print(&format!("{}\n", json::line(&status)))?;
-        return Ok(ExitCode::from(NO));
-    }
-    let how = if found.tier.is_event_driven() { "kernel events" } else { "polling: no kernel events to be had" };
-    let mut out = format!("tier:    {} ({how})\n", found.tier);
-    for refusal in &found.refusals {
+    let agent = block_on(async {
+        let Some(mut client) = reach_agent(globals).await? else { return Ok(None) };
+        match client.ask(&Request::Status {}).await?.0.pop() {
+            Some(Response::Status(status)) => Ok(Some(status)),
+            other => bail!("the agent does not tell its status, but {other:?}"),
+        }
+    })?;
+    let found = match &agent {
+        Some(_) => None,
+        None => Some(source::availability(globals.probe)?),
+    };
+    let status = match (&agent, &found) {
+        (Some(agent), _) => {
+            Status { tier: agent.tier, reasons: &agent.reasons, holders: &agent.holders, agent: Some(agent) }
+        }
+        (None, Some(found)) => {
+            Status { tier: found.tier, reasons: &found.refusals, holders: &found.holders, agent: None }
+        }
+        (None, None) => bail!("neither an agent nor a way to work without it"),
+    };
+    let text = if args.json { format!("{}\n", json::line(&status)) } else { text(&status) };
+    print(&text)?;
+    let is_healthy = agent.as_ref().is_some_and(|agent| {
+        let history = agent.history.as_ref();
+        history.is_none_or(|history| history.is_ok() || history.state == State::Starting)
+    });
+    Ok(if is_healthy { ExitCode::SUCCESS } else { ExitCode::from(NO) })
+}
+
+fn text(status: &Status<'_>) -> String {
+    let how = if status.tier.is_event_driven() { "kernel events" } else { "polling: no kernel events to be had" };
+    let mut out = format!("tier:      {} ({how})\n", status.tier);
+    for refusal in status.reasons {
         // A refusal of the tier in use is of a part of it.
-        let what = if refusal.tier == found.tier { "limit of" } else { "not" };
-        out.push_str(&format!("         {what} {}\n", refused(refusal.tier, &refusal.reason)));
+        let what = if refusal.tier == status.tier { "limit of" } else { "not" };
+        out.push_str(&format!("           {what} {}\n", refused(refusal.tier, &refusal.reason)));
     }
-    out.push_str(&format!("holders: {}\nagent:   not running\n", found.holders));
-    print(&out)?;
-    Ok(ExitCode::from(NO))
+    out.push_str(&format!("holders:   {}\n", render::escape(status.holders)));
+    let Some(agent) = status.agent else {
+        out.push_str("agent:     not running\n");
+        return out;
+    };
+    let uptime = render::span(Duration::from_nanos(agent.uptime_ns));
+    out.push_str(&format!("agent:     pid {}, {}, up {uptime}\n", agent.pid, render::escape(&agent.program)));
+    let (opens, closes, conflicts) = (agent.opens, agent.closes, agent.conflicts);
+    out.push_str(&format!(
+        "listeners: {} now; {opens} opened, {closes} closed, {conflicts} failed binds\n",
+        agent.listeners
+    ));
+    out.push_str(&format!("events:    {} dropped, {} resyncs\n", agent.dropped, agent.resyncs));
+    out.push_str(&format!("clients:   {} connected, {} watching\n", agent.connections, agent.subscribers));
+    if let Some(history) = &agent.history {
+        let note = history.reason.iter().chain(&history.note).map(|text| format!("; {}", render::escape(text)));
+        let (path, lives) = (render::escape(&history.path.to_string_lossy()).into_owned(), history.lives);
+        let size = history.bytes as f64 / f64::from(1 << 20);
+        let dropped = if history.dropped > 0 { format!(", {} dropped", history.dropped) } else { String::new() };
+        let note: String = note.collect();
+        out.push_str(&format!("history:   {lives} lives, {size:.1} MiB{dropped} in {path}{note}\n"));
+    }
+    out.push_str(&format!("memory:    {:.1} MiB\n", agent.memory as f64 / f64::from(1 << 20)));
+    out
 }

@@ -16,15 +16,18 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use clap::{ArgGroup, Args};
 use nix::unistd::Uid;
+use portwatch::client::Subscription;
 use portwatch::model::{Listener, Socket};
 use portwatch::render::{self, json};
-use portwatch::select::Selector;
+use portwatch::select::{Filters, Selector};
 use portwatch::source::{Live, POLL_INTERVAL, Probe, Scanner, Tier, diag, trial::Bind};
 use portwatch::tracker::Tracker;
 use portwatch::waiting::{Condition, Goal, Look, Scope};
+use portwatch::wire::Selection;
 use tokio::task::JoinHandle;
 
-use super::{Users, boot_ns, explain, note, print, read, refused, selector, view};
+use super::feed::Feed;
+use super::{Users, boot_ns, explain, note, print, reach_agent, read, refused, selector, view};
 use crate::cli::{Globals, Netns, Selectors, TARGETS, duration};
 use crate::exit_codes::{self, NO, Usage};
 
@@ -92,7 +95,7 @@ pub(crate) fn run(args: &WaitArgs, globals: &Globals) -> anyhow::Result<ExitCode
     let wait = Wait { args, globals, condition, begun, next_try: TRY_FIRST };
 
     // What is true already needs no probes.
-    let listeners = read(wait.condition.selector(), &args.selectors, globals)?;
+    let (listeners, _) = read(wait.condition.selector(), &args.selectors, globals, false)?;
     let look = wait.look(&listeners)?;
     if look.is_true() || args.timeout == Some(Duration::ZERO) {
         return wait.report(&look, true);
@@ -118,29 +121,42 @@ struct Wait<'a> {
 
 impl Wait<'_> {
     async fn go_on(mut self) -> anyhow::Result<ExitCode> {
+        if let Some(client) = reach_agent(self.globals).await? {
+            explain(self.globals, "waiting (agent)");
+            let subscription = Subscription::begin(client, Selection::of(&self.sockets_meant())).await?;
+            return self.by_events(Feed::Agent(Box::new(subscription))).await;
+        }
         let probe = self.globals.probe;
         // Probes take a tenth of a second to attach: what happens meanwhile is looked for.
         let opening = tokio::task::spawn_blocking(move || Live::open(probe, None));
         match self.by_polling(opening).await? {
             Polled::Over(code) => Ok(code),
-            Polled::Attached(live) => self.by_events(*live).await,
+            Polled::Attached(live) => self.by_events(Feed::Own(Box::new(Tracker::follow(*live)?))).await,
         }
     }
 
-    async fn by_events(&mut self, live: Live) -> anyhow::Result<ExitCode> {
-        let mut tracker = Tracker::follow(live)?;
+    /// The sockets that may come to be meant, whoever holds them and for however long.
+    fn sockets_meant(&self) -> Selector {
+        let selector = self.condition.selector();
+        let Filters { ipv4, ipv6, tcp, udp, netns, ref addresses, .. } = *selector.filters();
+        let addresses = addresses.clone();
+        let filters = Filters { ipv4, ipv6, tcp, udp, netns, addresses, ..Filters::default() };
+        Selector::new(selector.targets().to_vec(), filters)
+    }
+
+    async fn by_events(&mut self, mut feed: Feed) -> anyhow::Result<ExitCode> {
         loop {
-            let look = self.look(tracker.table().listeners())?;
+            let look = self.look(feed.listeners())?;
             if look.is_true() || self.is_over() {
                 return self.report(&look, false);
             }
-            let again = self.again(look.is_lingering(), tracker.table().listeners())?;
+            let again = self.again(look.is_lingering(), feed.listeners())?;
             tokio::select! {
                 // In this order: a flood of changes must not keep the end from coming.
                 biased;
                 () = sleep(self.left()) => {}
                 () = sleep(again) => {}
-                changes = tracker.next() => { changes?; }
+                changes = feed.next() => { changes?; }
             }
         }
     }

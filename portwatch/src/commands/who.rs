@@ -1,15 +1,11 @@
 //! `portwatch who`: everything about a port.
 
-use std::cell::RefCell;
-use std::collections::HashMap;
 use std::process::ExitCode;
 
 use clap::Args;
 use portwatch::engine::{self, Roster};
-use portwatch::model::Listener;
-use portwatch::render::json::{self, Ancestor, Ancestors};
+use portwatch::render::json;
 use portwatch::render::text;
-use portwatch::source::stat::{self, Stat};
 
 use super::{Users, note, print, read, selection, selector, view};
 use crate::cli::{Globals, Selectors, TARGETS};
@@ -39,11 +35,10 @@ pub(crate) fn run(args: &WhoArgs, globals: &Globals) -> anyhow::Result<ExitCode>
     if selector.is_empty() {
         return Err(Usage("who is missing a port; try: portwatch who 8000".to_owned()).into());
     }
-    let listeners = read(&selector, &args.selectors, globals)?;
+    let (listeners, ancestors) = read(&selector, &args.selectors, globals, true)?;
     let users = Users::default();
     let name = |uid| users.name(uid);
     let view = view(&name)?;
-    let ancestors = ancestors_of(&listeners);
     if args.json {
         let rows: Vec<_> =
             listeners.iter().map(|listener| json::listener_with_ancestors(listener, &view, &ancestors)).collect();
@@ -58,13 +53,4 @@ pub(crate) fn run(args: &WhoArgs, globals: &Globals) -> anyhow::Result<ExitCode>
         print(&blocks.join("\n"))?;
     }
     Ok(if listeners.is_empty() { ExitCode::from(NO) } else { ExitCode::SUCCESS })
-}
-
-/// The ancestors of every holder, nearest first, as far as /proc shows them.
-fn ancestors_of(listeners: &[Listener]) -> Ancestors {
-    let known: RefCell<HashMap<u32, Option<Stat>>> = RefCell::default();
-    let stat = |pid| known.borrow_mut().entry(pid).or_insert_with(|| stat::read(pid).ok()).clone();
-    let named = |pid| stat(pid).map(|Stat { name, .. }| Ancestor { pid, name });
-    let holders = listeners.iter().flat_map(|listener| &listener.holders).map(|holder| holder.process.id.pid);
-    holders.map(|pid| (pid, stat::ancestors(pid, &stat).into_iter().filter_map(named).collect())).collect()
 }

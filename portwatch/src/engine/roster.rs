@@ -3,6 +3,8 @@
 use std::fmt;
 use std::net::IpAddr;
 
+use serde::{Deserialize, Serialize};
+
 use super::EngineError;
 use super::proxy::{Forward, Proxy};
 use crate::cgroup;
@@ -13,7 +15,7 @@ use crate::render::escape;
 const SHORT: usize = 12;
 
 /// A running container.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Container {
     /// 64 hexadecimal digits.
     pub id: String,
@@ -27,7 +29,7 @@ pub struct Container {
 }
 
 /// A port of the host that leads into a container.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PublishedPort {
     pub proto: Protocol,
     /// `None`: not told. Unspecified: all addresses of the host.
@@ -269,7 +271,8 @@ fn serves(container: &Container, proxy: &Proxy, socket: &Socket) -> bool {
 }
 
 /// What `--container` names, looked up.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Wanted {
     Container(Box<Container>),
     /// No engine answered: the beginning of an id.

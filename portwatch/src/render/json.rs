@@ -12,7 +12,9 @@ use serde_json::ser::{CompactFormatter, Formatter};
 
 use super::{View, is_hazard};
 use crate::cgroup::{self, Unit};
-use crate::model::{Attempt, BootNs, Change, Holder, Listener as Row, NetnsId, Process as Proc, Protocol, Socket};
+use crate::model::{
+    Ancestor, Attempt, BootNs, Change, Holder, Listener as Row, NetnsId, Process as Proc, Protocol, Socket,
+};
 use crate::waiting::{Look, Spot};
 
 /// A listener with its holders, as `list --json` shows it.
@@ -77,13 +79,6 @@ pub struct Place<'a> {
     /// The uid of the user whose systemd runs the unit; `null`: the system's, or no unit.
     pub user_manager: Option<u32>,
     pub container: Option<&'a str>,
-}
-
-/// A parent, or a parent's parent, and so on.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Ancestor {
-    pub pid: u32,
-    pub name: String,
 }
 
 /// The ancestors of each holder by pid, nearest first.
@@ -270,7 +265,7 @@ fn place(process: &Proc) -> Place<'_> {
     }
 }
 
-fn family(address: IpAddr) -> &'static str {
+pub(super) fn family(address: IpAddr) -> &'static str {
     match address {
         IpAddr::V4(_) => "ipv4",
         IpAddr::V6(_) => "ipv6",

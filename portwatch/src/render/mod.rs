@@ -4,6 +4,7 @@
 //! terminal obeys some characters that JSON allows, with those escaped as well.
 
 pub mod diagnosis;
+pub mod history;
 pub mod json;
 pub mod table;
 pub mod text;

@@ -2,7 +2,7 @@
 //!
 //! Rows are never wrapped: on a terminal the command is cut, then users and names, and at last the row as a whole.
 
-use super::{BOLD, DIM, View, YELLOW, age, command_line, cut, escape, width};
+use super::{BOLD, DIM, GREEN, View, YELLOW, age, command_line, cut, escape, width};
 use crate::model::{Holder, Listener};
 
 /// Columns that a command is worth at least; for less, users and names give way first.
@@ -103,7 +103,8 @@ pub(crate) fn lay_out(columns: &[Column], rows: &[(bool, Vec<String>)], view: &V
     for (ghost, cells) in rows {
         let paint = |title: &str, text: &str| match title {
             "PORT" => view.paint(BOLD, text),
-            "AGE" => view.paint(DIM, text),
+            "AGE" | "LIVED" => view.paint(DIM, text),
+            "ENDED" if text == "open" => view.paint(GREEN, text),
             "COMMAND" if *ghost => view.paint(YELLOW, text),
             _ => text.to_owned(),
         };

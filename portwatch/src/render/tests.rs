@@ -1,10 +1,10 @@
 use std::sync::Arc;
 
-use super::json::{Ancestor, Ancestors};
+use super::json::Ancestors;
 use super::table::Detail;
 use super::*;
 use crate::engine::Roster;
-use crate::model::{Attempt, Change, Holder, Listener, ProcessId, Protocol};
+use crate::model::{Ancestor, Attempt, Change, Holder, Listener, ProcessId, Protocol};
 
 const SECOND: u64 = 1_000_000_000;
 const HOUR: u64 = 3_600 * SECOND;

@@ -1,11 +1,11 @@
 //! What `who` and `watch` say to people.
 
-use super::json::{Ancestor, Ancestors};
+use super::json::Ancestors;
 use super::{BOLD, DIM, GREEN, RED, View, YELLOW, age, command_line, cut, escape, span};
 use crate::cgroup::Unit;
 use crate::engine::Roster;
 use crate::engine::roster::{Link, Role};
-use crate::model::{BootNs, Change, Holder, Listener, Process, Socket};
+use crate::model::{Ancestor, BootNs, Change, Holder, Listener, Process, Socket};
 
 /// Holders that one line of `watch` names.
 const NAMED_HOLDERS: usize = 4;

@@ -4,6 +4,7 @@
 //! two steps, because holders are dear: [`Selector::matches_socket`] looks at the socket alone and is asked of every
 //! socket, [`Selector::matches`] looks at holders and age as well. A range of ports costs as much as one port.
 
+mod shown;
 mod target;
 #[cfg(test)]
 mod tests;
@@ -13,6 +14,7 @@ use std::time::Duration;
 
 use globset::GlobMatcher;
 
+pub use self::shown::Shown;
 pub use self::target::{BadTarget, Sets, Target, builtin_sets, parse_targets};
 use crate::cgroup;
 use crate::engine::Wanted;

@@ -24,12 +24,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::anyhow;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
-use crate::model::{Event, Listener, Process, ProcessId, Snapshot, Socket, SocketId};
+use crate::model::{BootNs, Event, Listener, Process, ProcessId, Snapshot, Socket, SocketId};
 
 /// How listeners are learnt, best first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Tier {
     Fexit,
@@ -81,7 +81,7 @@ impl FromStr for Probe {
 }
 
 /// Why a tier (or a part of one) is not in use, as a sentence for people.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Refusal {
     pub tier: Tier,
     pub reason: String,
@@ -318,6 +318,14 @@ impl Live {
         }
     }
 
+    /// What the kernel has told by now, at least until `at`; nothing where it tells nothing.
+    pub fn pending(&mut self, at: BootNs) -> Vec<Event> {
+        match &mut self.feed {
+            Feed::Ebpf(probes) => probes.pending(at),
+            Feed::Poll(_) => Vec::new(),
+        }
+    }
+
     /// Ends to report the forks and execs of a process that holds nothing.
     pub fn unfollow(&mut self, id: ProcessId) {
         if let Feed::Ebpf(probes) = &mut self.feed {
@@ -352,10 +360,7 @@ impl Live {
             Feed::Poll(_) => self.scanner.scan(true, &|_| true)?,
         };
         snapshot.lost = lost;
-        let mut events = match &mut self.feed {
-            Feed::Ebpf(probes) => probes.pending(process::boot_ns_now()),
-            Feed::Poll(_) => Vec::new(),
-        };
+        let mut events = self.pending(process::boot_ns_now());
         events.push(Event::Snapshot(snapshot));
         Ok(events)
     }

@@ -96,6 +96,25 @@ pub fn all() -> io::Result<Vec<Stat>> {
     Ok(numbers.filter_map(|pid: u32| read(pid).ok()).collect())
 }
 
+/// Whether the process is gone, or all its threads are on their way out. (Its leader alone may have exited: the others
+/// go on.) A process that may not be looked at has not ended.
+pub fn has_ended(id: ProcessId) -> bool {
+    let leader = match read(id.pid) {
+        Ok(stat) => stat,
+        Err(error) => return error.kind() == io::ErrorKind::NotFound,
+    };
+    if !leader.id().is_same(id) {
+        return true;
+    }
+    leader.exiting && threads(id.pid).all(|thread| thread.exiting)
+}
+
+/// Those that are still there when it comes to them.
+fn threads(pid: u32) -> impl Iterator<Item = Stat> {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten();
+    threads.filter_map(|thread| Stat::parse(&fs::read(thread.ok()?.path().join("stat")).ok()?))
+}
+
 /// Reads a `stat` file by its path relative to a directory under `/proc/PID`. `None`: the process is gone.
 pub(super) fn read_at(dir: BorrowedFd<'_>, path: &CStr) -> Option<Stat> {
     let mut buffer = [0u8; MAX_BYTES];
@@ -164,6 +183,27 @@ mod tests {
         assert_eq!(own.process_group, nix::unistd::getpgrp().as_raw().cast_unsigned());
         let chain = ancestors(own.pid, &|pid| read(pid).ok());
         assert_eq!(chain.first(), Some(&own.ppid));
+    }
+
+    #[test]
+    fn a_process_ends_with_its_last_thread() {
+        let own = read(std::process::id()).unwrap().id();
+        assert!(!has_ended(own));
+        assert!(has_ended(ProcessId { start: own.start + ProcessId::TICK_NS, ..own }), "its number is in use again");
+        let mut child = std::process::Command::new("sh")
+            .args(["-c", "echo ready; read line"])
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let id = read(child.id()).unwrap().id();
+        assert!(!has_ended(id));
+        drop(child.stdin.take());
+        // Its output ends as it does: it is exiting, a zombie or both.
+        std::io::copy(&mut child.stdout.take().unwrap(), &mut std::io::sink()).unwrap();
+        assert!(has_ended(id));
+        child.wait().unwrap();
+        assert!(has_ended(id));
     }
 
     #[test]

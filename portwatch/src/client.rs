@@ -1,0 +1,176 @@
+//! A connection to the agent.
+
+use std::collections::HashMap;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, anyhow, bail};
+use futures_util::{SinkExt as _, StreamExt as _};
+use tokio::net::UnixStream;
+use tokio::time::timeout;
+use tokio_util::codec::{Framed, LinesCodec};
+
+use crate::model::{BootNs, Change, Listener, SocketId};
+use crate::wire::{ErrorKind, Request, Response, Selection, VERSION};
+
+/// How long the agent may take to greet. One that takes longer hangs.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// The longest line from the agent in bytes: a listener with thousands of holders.
+const MAX_RESPONSE: usize = 256 << 20;
+
+/// A greeted connection.
+#[derive(Debug)]
+pub struct Client {
+    lines: Framed<UnixStream, LinesCodec>,
+}
+
+impl Client {
+    /// Connects to the agent at `socket`. `None`: nobody is there.
+    ///
+    /// # Errors
+    /// Somebody is there, and it is of no use: another version, too busy, hanging, or no agent at all.
+    pub async fn connect(socket: &Path) -> anyhow::Result<Option<Client>> {
+        let greet = async {
+            let stream = match UnixStream::connect(socket).await {
+                Ok(stream) => stream,
+                Err(error) if is_nobody(&error) => return Ok(None),
+                Err(error) => return Err(error).context("cannot connect"),
+            };
+            let mut client = Client { lines: Framed::new(stream, LinesCodec::new_with_max_length(MAX_RESPONSE)) };
+            client.send(&Request::Hello { version: VERSION }).await?;
+            match client.read().await? {
+                Response::Hello { version: VERSION, .. } => Ok(Some(client)),
+                other => Err(anyhow!("no greeting, but {other:?}")),
+            }
+        };
+        let connected = timeout(PATIENCE, greet).await.unwrap_or_else(|_| Err(anyhow!("no answer within 2 s")));
+        connected.with_context(|| format!("the agent at {} is of no use", socket.display()))
+    }
+
+    pub async fn send(&mut self, request: &Request) -> anyhow::Result<()> {
+        self.lines.send(serde_json::to_string(request)?).await.context("cannot write to the agent")
+    }
+
+    /// The next line. Cancel safe.
+    ///
+    /// # Errors
+    /// The agent's own, too.
+    pub async fn read(&mut self) -> anyhow::Result<Response> {
+        let line = self.lines.next().await.context("the agent hung up")?.context("cannot read from the agent")?;
+        match serde_json::from_str(&line).context("the agent speaks another language")? {
+            Response::Error { kind, message } => Err(match kind {
+                ErrorKind::Denied => io::Error::new(io::ErrorKind::PermissionDenied, message).into(),
+                _ => anyhow!(message),
+            }),
+            response => Ok(response),
+        }
+    }
+
+    /// Asks, and gathers the answer without its end; and whether a limit left something out.
+    pub async fn ask(&mut self, request: &Request) -> anyhow::Result<(Vec<Response>, bool)> {
+        self.send(request).await?;
+        let mut answer = Vec::new();
+        loop {
+            match self.read().await? {
+                Response::End { count, more } if count == answer.len() => return Ok((answer, more)),
+                Response::End { count, .. } => bail!("the agent told {} of {count}", answer.len()),
+                response => answer.push(response),
+            }
+        }
+    }
+}
+
+/// Changes as the agent tells them.
+#[derive(Debug)]
+pub struct Subscription {
+    client: Client,
+    /// What is open as far as was told, so that an interruption can be made good.
+    open: HashMap<SocketId, Listener>,
+    /// After an interruption: what was lost, and what is open now as far as it was told anew.
+    anew: Option<(u64, HashMap<SocketId, Listener>)>,
+}
+
+impl Subscription {
+    /// Begins to watch. What is open already is no change.
+    pub async fn begin(mut client: Client, selection: Selection) -> anyhow::Result<Subscription> {
+        client.send(&Request::Watch { selection }).await?;
+        let mut open = HashMap::new();
+        loop {
+            match client.read().await? {
+                Response::Listener { listener, .. } => open.insert(listener.socket.id, listener),
+                Response::Watching { .. } => return Ok(Subscription { client, open, anew: None }),
+                other => bail!("the agent does not watch, but says {other:?}"),
+            };
+        }
+    }
+
+    /// The next changes. Where some were left out, a [`Change::Resync`] says so, and what became of each listener
+    /// meanwhile follows. Cancel safe.
+    pub async fn next(&mut self) -> anyhow::Result<Vec<Change>> {
+        loop {
+            match self.client.read().await? {
+                Response::Change { change } => {
+                    self.remember(&change);
+                    return Ok(vec![change]);
+                }
+                Response::Lagged { lost } => self.anew = Some((lost, HashMap::new())),
+                Response::Listener { listener, .. } => {
+                    if let Some((_, open)) = &mut self.anew {
+                        open.insert(listener.socket.id, listener);
+                    }
+                }
+                Response::Watching { at } => {
+                    if let Some((lost, open)) = self.anew.take() {
+                        return Ok(self.catch_up(at, lost, open));
+                    }
+                }
+                other => bail!("the agent stopped watching: {other:?}"),
+            }
+        }
+    }
+
+    /// What is open now of what was asked for.
+    pub fn listeners(&self) -> impl Iterator<Item = &Listener> {
+        self.open.values()
+    }
+
+    fn remember(&mut self, change: &Change) {
+        match change {
+            Change::Opened { listener, .. } | Change::Holders { listener, .. } => {
+                self.open.insert(listener.socket.id, listener.clone());
+            }
+            Change::Closed { listener, .. } => {
+                self.open.remove(&listener.socket.id);
+            }
+            Change::Conflict { .. } | Change::Resync { .. } => {}
+        }
+    }
+
+    fn catch_up(&mut self, at: BootNs, lost: u64, now: HashMap<SocketId, Listener>) -> Vec<Change> {
+        let before = std::mem::replace(&mut self.open, now);
+        let mut changes = vec![Change::Resync { at, lost }];
+        for (id, listener) in &before {
+            if !self.open.contains_key(id) {
+                let by = listener.binder().map(|holder| Arc::clone(&holder.process));
+                changes.push(Change::Closed { at, listener: listener.clone(), by });
+            }
+        }
+        for (id, listener) in &self.open {
+            let listener = listener.clone();
+            match before.get(id) {
+                None => changes.push(Change::Opened { at, listener }),
+                Some(old) if old.holders != listener.holders => changes.push(Change::Holders { at, listener }),
+                Some(_) => {}
+            }
+        }
+        changes
+    }
+}
+
+/// No socket, or one that an agent left behind.
+fn is_nobody(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused | io::ErrorKind::NotADirectory)
+}

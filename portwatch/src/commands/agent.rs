@@ -1,0 +1,68 @@
+//! `portwatch agent`: the daemon.
+
+use std::net::SocketAddr;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Args;
+use portwatch::agent::{self, AlreadyRunning, Config};
+use portwatch::history::{self, Retention};
+use portwatch::service;
+use portwatch::service::log::Filter;
+
+use super::note;
+use super::watch::announce;
+use crate::cli::{Globals, duration};
+use crate::exit_codes::NO;
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  portwatch agent
+  portwatch agent --socket /run/portwatch/agent.sock --metrics 127.0.0.1:9464
+
+It ends at SIGTERM and SIGINT. As a service: portwatch/dist in the source has the units for systemd.")]
+pub(crate) struct AgentArgs {
+    /// Answer Prometheus at this address, at /metrics
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub(crate) metrics: Option<SocketAddr>,
+    /// Keep no history
+    #[arg(long, conflicts_with_all = ["history_age", "history_size"])]
+    pub(crate) no_history: bool,
+    /// How long history is kept
+    #[arg(long, default_value = "7d", value_name = "DURATION", value_parser = duration)]
+    pub(crate) history_age: Duration,
+    /// How much history is kept, in MiB
+    #[arg(long, default_value_t = 256, value_name = "MIB")]
+    pub(crate) history_size: u64,
+    /// What to log: error, warn, info, debug or trace [default: $PORTWATCH_LOG, else info]
+    #[arg(long, value_name = "LEVEL")]
+    pub(crate) log: Option<Filter>,
+    /// Room for events that wait to be read, in bytes: a power of two of at least a page
+    // Mapped twice in a row, and counted twice: half of what `watch` takes, so as to stay small.
+    #[arg(long, value_name = "BYTES", default_value_t = 4 << 20)]
+    pub(crate) ring: u32,
+}
+
+pub(crate) fn run(args: &AgentArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
+    // Before any thread: it takes its variables out of the environment.
+    let activated = service::activated()?;
+    service::log::start(args.log.clone())?;
+    let retention = Retention { age: args.history_age, bytes: args.history_size << 20 };
+    let config = Config {
+        socket: globals.socket.clone(),
+        activated,
+        metrics: args.metrics,
+        history: (!args.no_history).then(|| (history::path(), retention)),
+        probe: globals.probe,
+        ring_bytes: Some(args.ring),
+    };
+    match agent::run(config, |tracker| announce(tracker.live(), globals)) {
+        Ok(()) => Ok(ExitCode::SUCCESS),
+        Err(error) if error.is::<AlreadyRunning>() => {
+            note(&format!("error: {error}"));
+            Ok(ExitCode::from(NO))
+        }
+        Err(error) => Err(error),
+    }
+}

@@ -1,0 +1,334 @@
+//! What the agent and its clients say to one another: one JSON object a line, in both directions. Pure.
+//!
+//! ```text
+//!  client                                agent
+//!  {"request":"hello","version":1}   ──►
+//!                                    ◄──  {"response":"hello","version":1,"tier":"fexit",…}
+//!  {"request":"list","selection":…}  ──►
+//!                                    ◄──  {"response":"listener",…}   as many as there are
+//!                                    ◄──  {"response":"end","count":2}
+//! ```
+//! A request is answered before the next one is read. Every answer ends with `end` or `error`; that of `watch` ends
+//! with the connection. Requests are bounded to [`MAX_REQUEST`] bytes; no answer's line is longer than a listener.
+//! Times are nanoseconds since boot of the host that both share.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use globset::{Glob, GlobMatcher};
+use serde::{Deserialize, Serialize};
+
+use crate::engine::Wanted;
+use crate::history::{Health, Life};
+use crate::model::{Ancestor, BootNs, Change, Listener, NetnsId};
+use crate::select::{Filters, Selector, Sets, parse_targets};
+use crate::source::{Refusal, Tier};
+
+/// The version of this protocol. Additions do not change it; a client that meets another version does its work itself.
+pub const VERSION: u32 = 1;
+
+/// The longest line that the agent reads, in bytes.
+pub const MAX_REQUEST: usize = 64 << 10;
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Request {
+    /// The first of every connection.
+    Hello { version: u32 },
+    /// The listeners that the selection picks, each a `listener`.
+    List {
+        #[serde(default)]
+        selection: Selection,
+    },
+    /// The same, with the ancestors of each holder.
+    Who {
+        #[serde(default)]
+        selection: Selection,
+    },
+    /// The listeners that the selection picks, a `watching`, and from then on every change to them.
+    Watch {
+        #[serde(default)]
+        selection: Selection,
+    },
+    /// The agent's health.
+    Status {},
+    /// Who had the ports that the selection picks, the latest first, each a `life`.
+    History {
+        #[serde(default)]
+        selection: Selection,
+        /// Only what was open at this time or later, in ns since 1970 (UTC).
+        #[serde(default)]
+        from: u64,
+        limit: usize,
+    },
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "response", rename_all = "snake_case")]
+pub enum Response {
+    Hello {
+        version: u32,
+        /// Of the agent's program.
+        program: String,
+        pid: u32,
+        tier: Tier,
+    },
+    Listener {
+        #[serde(flatten)]
+        listener: Listener,
+        /// Of each holder, in the order of `holders`: nearest first. In answers to `who`.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        ancestors: Vec<Vec<Ancestor>>,
+    },
+    /// All that was open when watching began has been told; changes follow.
+    Watching {
+        at: BootNs,
+    },
+    Change {
+        #[serde(flatten)]
+        change: Change,
+    },
+    /// The client did not read fast enough: so many changes were left out. Every listener follows anew, then `watching`.
+    Lagged {
+        lost: u64,
+    },
+    Status(Status),
+    Life(Box<Life>),
+    /// The answer is complete.
+    End {
+        count: usize,
+        /// Whether a limit left something out.
+        #[serde(default, skip_serializing_if = "is_false")]
+        more: bool,
+    },
+    Error {
+        kind: ErrorKind,
+        message: String,
+    },
+}
+
+/// What a program does about an error; the message is for people.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorKind {
+    /// The request means nothing.
+    Usage,
+    /// The agent speaks another version.
+    Version,
+    /// Not permitted to this user.
+    Denied,
+    /// Too many connections or requests; try again later.
+    Busy,
+    /// The agent itself failed.
+    Failed,
+}
+
+/// The agent's health.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    pub program: String,
+    pub pid: u32,
+    pub tier: Tier,
+    pub reasons: Vec<Refusal>,
+    /// How holders are found.
+    pub holders: String,
+    pub uptime_ns: u64,
+    pub listeners: usize,
+    pub opens: u64,
+    pub closes: u64,
+    pub conflicts: u64,
+    pub resyncs: u64,
+    /// Events that the kernel could not deliver.
+    pub dropped: u64,
+    pub connections: usize,
+    pub subscribers: usize,
+    /// Resident memory of the agent in bytes.
+    pub memory: u64,
+    /// `null` where none is kept.
+    pub history: Option<Health>,
+}
+
+/// A [`Selector`] as it is sent: what names mean was found out by the client.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Selection {
+    /// As on the command line, without sets.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub targets: Vec<String>,
+    #[serde(skip_serializing_if = "is_false")]
+    pub ipv4: bool,
+    #[serde(skip_serializing_if = "is_false")]
+    pub ipv6: bool,
+    #[serde(skip_serializing_if = "is_false")]
+    pub tcp: bool,
+    #[serde(skip_serializing_if = "is_false")]
+    pub udp: bool,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub addresses: Vec<IpAddr>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub uids: Vec<u32>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub pids: Vec<u32>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub commands: Vec<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub cwds: Vec<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub units: Vec<String>,
+    /// Looked up by the client, for whom an engine may answer that does not for the agent.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub containers: Vec<Wanted>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub older_than_ms: Option<u64>,
+    #[serde(skip_serializing_if = "Scope::is_own")]
+    pub netns: Scope,
+}
+
+/// Which network namespaces are meant.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Scope {
+    /// That of the process which opened the connection.
+    #[default]
+    Own,
+    All,
+    #[serde(untagged)]
+    Id(NetnsId),
+}
+
+impl Scope {
+    fn is_own(&self) -> bool {
+        *self == Scope::Own
+    }
+}
+
+fn is_false(value: &bool) -> bool {
+    !value
+}
+
+impl Selection {
+    pub fn of(selector: &Selector) -> Selection {
+        let filters = selector.filters();
+        let globs = |globs: &[GlobMatcher]| globs.iter().map(|glob| glob.glob().glob().to_owned()).collect();
+        Selection {
+            targets: selector.targets().iter().map(ToString::to_string).collect(),
+            ipv4: filters.ipv4,
+            ipv6: filters.ipv6,
+            tcp: filters.tcp,
+            udp: filters.udp,
+            addresses: filters.addresses.clone(),
+            uids: filters.uids.clone(),
+            pids: filters.pids.clone(),
+            commands: globs(&filters.commands),
+            cwds: globs(&filters.cwds),
+            units: globs(&filters.units),
+            containers: filters.containers.clone(),
+            older_than_ms: filters.older_than.map(|limit| u64::try_from(limit.as_millis()).unwrap_or(u64::MAX)),
+            netns: filters.netns.map_or(Scope::All, Scope::Id),
+        }
+    }
+
+    /// What it picks; `own` is the network namespace of the peer, where that is known.
+    ///
+    /// # Errors
+    /// A sentence that names the part which means nothing.
+    pub fn selector(&self, own: Option<NetnsId>) -> Result<Selector, String> {
+        let targets = parse_targets(&self.targets, &Sets::new()).map_err(|bad| bad.to_string())?;
+        let netns = match self.netns {
+            Scope::Own => Some(own.ok_or("your network namespace cannot be read; name one by its number, or all")?),
+            Scope::All => None,
+            Scope::Id(id) => Some(id),
+        };
+        Ok(Selector::new(
+            targets,
+            Filters {
+                ipv4: self.ipv4,
+                ipv6: self.ipv6,
+                tcp: self.tcp,
+                udp: self.udp,
+                addresses: self.addresses.clone(),
+                uids: self.uids.clone(),
+                pids: self.pids.clone(),
+                commands: globs(&self.commands)?,
+                cwds: globs(&self.cwds)?,
+                units: globs(&self.units)?,
+                containers: self.containers.clone(),
+                older_than: self.older_than_ms.map(Duration::from_millis),
+                netns,
+            },
+        ))
+    }
+}
+
+fn globs(texts: &[String]) -> Result<Vec<GlobMatcher>, String> {
+    let glob = |text: &String| match Glob::new(text) {
+        Ok(glob) => Ok(glob.compile_matcher()),
+        Err(error) => Err(format!("bad glob '{}': {}", text.escape_debug(), error.kind())),
+    };
+    texts.iter().map(glob).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_selector_survives_the_wire() {
+        let targets = parse_targets(&["3000-3005/tcp", "[::1]:8000", "53"], &Sets::new()).unwrap();
+        let glob = |text: &str| Glob::new(text).unwrap().compile_matcher();
+        let filters = Filters {
+            ipv4: true,
+            udp: true,
+            addresses: vec!["::1".parse().unwrap()],
+            uids: vec![0, 1000],
+            pids: vec![7],
+            commands: vec![glob("*python*")],
+            cwds: vec![glob("/tmp/{a,b}*")],
+            units: vec![glob("web*")],
+            containers: vec![Wanted::IdPrefix("5eed".to_owned())],
+            older_than: Some(Duration::from_secs(90)),
+            netns: Some(4_026_531_833),
+            ..Filters::default()
+        };
+        let sent = Selection::of(&Selector::new(targets, filters));
+        let line = serde_json::to_string(&sent).unwrap();
+        let read: Selection = serde_json::from_str(&line).unwrap();
+        assert_eq!(read, sent, "{line}");
+        assert_eq!(Selection::of(&read.selector(None).unwrap()), sent);
+    }
+
+    #[test]
+    fn what_a_person_types_is_read() {
+        let read = |line: &str| serde_json::from_str::<Request>(line).map_err(|error| error.to_string());
+        let list = |selection| Ok(Request::List { selection });
+        assert_eq!(read(r#"{"request":"hello","version":1}"#), Ok(Request::Hello { version: 1 }));
+        assert_eq!(read(r#"{"request":"list"}"#), list(Selection::default()));
+        let all = Selection { netns: Scope::All, ..Selection::default() };
+        assert_eq!(read(r#"{"request":"list","selection":{"netns":"all"}}"#), list(all));
+        let one = Selection { targets: vec!["8000".into()], netns: Scope::Id(7), ..Selection::default() };
+        assert_eq!(read(r#"{"request":"list","selection":{"targets":["8000"],"netns":7}}"#), list(one));
+        assert_eq!(read(r#"{"request":"status"}"#), Ok(Request::Status {}));
+        for wrong in [
+            "",
+            "{}",
+            r#"{"request":"lisst"}"#,
+            r#"{"request":"list","selection":{"port":8000}}"#,
+            r#"{"request":"list","uid":0}"#,
+            r#"{"request":"hello"}"#,
+            "[1]",
+        ] {
+            assert!(read(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn what_means_nothing_is_named() {
+        let error = |selection: Selection| selection.selector(Some(1)).unwrap_err();
+        let targets = |target: &str| Selection { targets: vec![target.into()], ..Selection::default() };
+        assert_eq!(error(targets("99999")), "'99999' is out of range; ports go from 1 to 65535");
+        assert_eq!(error(targets("@dev")), "no set of ports is named '@dev'; known: none");
+        let bad = Selection { cwds: vec!["[".into()], ..Selection::default() };
+        assert!(error(bad).starts_with("bad glob '['"));
+        assert!(Selection::default().selector(None).is_err());
+    }
+}

@@ -1,0 +1,450 @@
+//! The agent: the same answers as without it, for everybody, whatever its clients do.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Child, Command};
+use std::thread;
+
+use rustix::process::Signal;
+use serde_json::{Value, json};
+
+use crate::oracle;
+use crate::puppet::{PATIENCE, Puppet, Stage, wait_readable};
+use crate::subject::{Run, command, finish, pidfd, rows, skip};
+use crate::watcher::Watch;
+use crate::{Test, test};
+
+/// `nobody`: an ordinary user on every machine, by number.
+const NOBODY: u32 = 65534;
+
+/// A running agent with its socket on a stage.
+struct Agent {
+    child: Child,
+    pidfd: OwnedFd,
+    socket: PathBuf,
+}
+
+impl Agent {
+    fn start(stage: &Stage) -> Agent {
+        Agent::start_with(stage, &[])
+    }
+
+    fn start_with(stage: &Stage, arguments: &[&str]) -> Agent {
+        let socket = stage.path("agent.sock");
+        Agent::of(with_socket(&[&["agent"], arguments].concat(), &socket), socket)
+    }
+
+    fn of(mut command: Command, socket: PathBuf) -> Agent {
+        let mut child = command.spawn().expect("cannot run portwatch agent");
+        let mut line = String::new();
+        let mut errors = BufReader::new(child.stderr.take().expect("piped"));
+        errors.read_line(&mut line).expect("the agent's stderr");
+        assert!(line.contains("watching ("), "the agent does not start: {line}");
+        thread::spawn(move || errors.read_to_string(&mut String::new()));
+        Agent { pidfd: pidfd(&child), child, socket }
+    }
+
+    /// A verb that must ask this agent.
+    fn command(&self, arguments: &[&str]) -> Command {
+        with_socket(&[arguments, &["--agent"]].concat(), &self.socket)
+    }
+
+    fn portwatch(&self, arguments: &[&str]) -> Run {
+        finish(self.command(arguments).spawn().expect("cannot run portwatch"))
+    }
+
+    fn connect(&self) -> Client {
+        let stream = UnixStream::connect(&self.socket).expect("the agent's socket");
+        stream.set_read_timeout(Some(PATIENCE)).expect("a time-out");
+        stream.set_write_timeout(Some(PATIENCE)).expect("a time-out");
+        Client(BufReader::new(stream))
+    }
+
+    fn watch(&self) -> Watch {
+        let mut watch = Watch::spawn(self.command(&["watch", "--json", "--netns", "all"]));
+        watch.wait_until_ready("agent");
+        watch
+    }
+
+    fn signal(&self, signal: Signal) {
+        rustix::process::pidfd_send_signal(&self.pidfd, signal).expect("the agent is gone");
+    }
+
+    fn end(&mut self, signal: Signal) -> Option<i32> {
+        self.signal(signal);
+        assert!(wait_readable(&self.pidfd), "the agent does not end");
+        self.child.wait().expect("wait").code()
+    }
+
+    /// What it lists of the puppets is the truth.
+    #[track_caller]
+    fn check(&self, step: &str, stage: &Stage, puppets: &[&Puppet]) {
+        let truth = oracle::truth(stage, puppets);
+        let run = self.portwatch(&["list", "--json", "--netns", "all"]).expect(0);
+        let listed = rows(&run.json(), stage, puppets);
+        let plain = |rows: &std::collections::BTreeSet<oracle::Row>| {
+            let pids = |row: &oracle::Row| row.holders.keys().copied().collect::<Vec<_>>();
+            rows.iter().map(|row| (row.inode, row.port, pids(row))).collect::<Vec<_>>()
+        };
+        assert_eq!(plain(&listed), plain(&truth), "after {step}");
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        // Its own child, unless `end` reaped it, which std remembers.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn with_socket(arguments: &[&str], socket: &std::path::Path) -> Command {
+    let mut command = command(arguments);
+    command.env("PORTWATCH_SOCKET", socket).env("PORTWATCH_STATE", socket.parent().expect("a directory"));
+    command
+}
+
+/// A client that says what it likes.
+struct Client(BufReader<UnixStream>);
+
+impl Client {
+    fn say(&mut self, line: &str) -> &mut Self {
+        self.0.get_mut().write_all(format!("{line}\n").as_bytes()).expect("writing to the agent");
+        self
+    }
+
+    fn hello(mut self) -> Self {
+        self.say(r#"{"request":"hello","version":1}"#);
+        assert_eq!(self.hear()["response"], "hello");
+        self
+    }
+
+    /// The next line; `null` where the agent hung up.
+    fn hear(&mut self) -> Value {
+        let mut line = String::new();
+        match self.0.read_line(&mut line) {
+            Ok(0) => Value::Null,
+            Ok(_) => serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line}")),
+            // It hung up before it had read all that was said.
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => Value::Null,
+            Err(error) => panic!("the agent does not answer: {error}"),
+        }
+    }
+
+    #[track_caller]
+    fn hear_error(&mut self, kind: &str) -> String {
+        let answer = self.hear();
+        assert_eq!((&answer["response"], &answer["kind"]), (&"error".into(), &kind.into()), "{answer}");
+        answer["message"].as_str().expect("a message").to_owned()
+    }
+}
+
+/// Without what depends on the moment.
+fn timeless(mut listeners: Value) -> Value {
+    for listener in listeners.as_array_mut().expect("an array") {
+        listener["since"].take();
+        // Who opens it is told by the event, its descriptors by the snapshot that follows.
+        for holder in listener["holders"].as_array_mut().expect("holders") {
+            holder["fds"].take();
+        }
+    }
+    listeners
+}
+
+pub fn trials() -> Vec<Test> {
+    vec![
+        test("agent::list_and_who_answer_as_without_it", || {
+            let stage = Stage::new();
+            let before = stage.puppet();
+            let old = before.serve();
+            let agent = Agent::start(&stage);
+            let after = stage.puppet();
+            let new = after.serve();
+            after.udp("127.0.0.1:0", "");
+            let child = after.fork();
+            for port in [old.port(), new.port()] {
+                for verb in ["list", "who"] {
+                    let target = format!("{port}/tcp");
+                    let mut own = command(&["--no-agent", verb, &target, "--json"]);
+                    let own = finish(own.spawn().expect("portwatch")).expect(0).json();
+                    let told = agent.portwatch(&[verb, &target, "--json"]).expect(0).json();
+                    assert_eq!(timeless(told), timeless(own), "{verb} {port}");
+                }
+            }
+            agent.check("the start", &stage, &[&before, &after, &child]);
+            let nothing = agent.portwatch(&["who", "1/udp"]).expect(1);
+            assert!(nothing.errors().contains("nothing is listening"), "{}", nothing.errors());
+        }),
+        test("agent::an_ordinary_user_sees_everything_in_full", || {
+            if !rustix::process::geteuid().is_root() {
+                return skip("root", "only root can become somebody else");
+            }
+            let stage = Stage::new();
+            let server = stage.puppet();
+            let sock = server.serve();
+            let agent = Agent::start(&stage);
+            let copy = stage.path("portwatch");
+            std::fs::copy(crate::subject::binary(), &copy).expect("copying the binary");
+            let mut command = crate::subject::plain_command(&copy, &["list", "--json", "--agent"]);
+            command.env("PORTWATCH_SOCKET", &agent.socket).uid(NOBODY).gid(NOBODY).current_dir("/");
+            let listed = finish(command.spawn().expect("portwatch as nobody")).expect(0).json();
+            let all = listed.as_array().expect("an array");
+            let ours = all.iter().find(|listener| listener["inode"] == sock.inode).expect("root's listener");
+            assert_eq!(ours["holders"][0]["pid"], server.pid, "{ours}");
+            assert_eq!(ours["holders"][0]["command"][0], "puppet", "{ours}");
+        }),
+        test("agent::watch_tells_changes_and_nothing_that_was_there", || {
+            let stage = Stage::new();
+            let agent = Agent::start(&stage);
+            let puppet = stage.puppet();
+            let old = puppet.serve();
+            let mut watch = agent.watch();
+            let new = puppet.serve();
+            let event = watch.next("a new listener");
+            assert_eq!((&event["event"], &event["listener"]["inode"]), (&json!("open"), &json!(new.inode)), "{event}");
+            puppet.close(old.fd);
+            let event = watch.until_event("close", old.inode);
+            assert_eq!(event["process"]["pid"], puppet.pid, "{event}");
+            assert_eq!(watch.interrupt(), Some(0));
+        }),
+        test("agent::a_watch_that_does_not_read_is_resynced_and_true_again", || {
+            let stage = Stage::new();
+            let agent = Agent::start(&stage);
+            let puppet = stage.puppet();
+            let (before, stays) = (puppet.serve(), puppet.serve());
+            let mut watch = agent.watch();
+            let known = puppet.serve();
+            watch.until_event("open", known.inode);
+            watch.signal(Signal::STOP);
+            puppet.close(known.fd);
+            puppet.close(before.fd);
+            // More than its queue and the socket's buffer hold.
+            puppet.begin("storm 20000");
+            puppet.answer().expect("a storm");
+            let during = puppet.serve();
+            agent.check("the storm", &stage, &[&puppet]);
+            watch.signal(Signal::CONT);
+            while watch.lost == 0 {
+                watch.next("that changes were lost");
+            }
+            let last = puppet.serve();
+            watch.until_event("open", last.inode);
+            let shown: Vec<u64> = watch.rows(&stage).into_iter().map(|row| row.inode).collect();
+            let expected = |inode: u64| shown.contains(&inode);
+            assert!(expected(during.inode) && expected(last.inode) && !expected(known.inode), "{shown:?}");
+            // It was there before, so no watch tells of it unless it changes.
+            assert!(!expected(stays.inode), "{shown:?}");
+        }),
+        test("agent::a_second_one_says_so_and_leaves_the_first_alone", || {
+            let stage = Stage::new();
+            let agent = Agent::start(&stage);
+            let second = finish(with_socket(&["agent"], &agent.socket).spawn().expect("portwatch agent")).expect(1);
+            assert!(second.errors().contains("serves"), "{}", second.errors());
+            agent.portwatch(&["status"]).expect(0);
+        }),
+        test("agent::one_that_was_killed_is_replaced_and_its_socket_too", || {
+            let stage = Stage::new();
+            let puppet = stage.puppet();
+            let mut agent = Agent::start(&stage);
+            agent.end(Signal::KILL);
+            assert!(agent.socket.exists(), "SIGKILL leaves no time to clean up");
+            // Nobody answers there: the work is done without, as if nothing were there.
+            let alone = finish(with_socket(&["list"], &agent.socket).spawn().expect("portwatch")).expect(0);
+            assert_eq!(alone.errors(), "");
+            puppet.serve();
+            let mut next = Agent::start(&stage);
+            next.check("a restart", &stage, &[&puppet]);
+            assert_eq!(next.end(Signal::TERM), Some(0));
+            assert!(!next.socket.exists(), "SIGTERM does");
+        }),
+        test("agent::status_is_healthy_only_while_it_answers", || {
+            let stage = Stage::new();
+            let mut agent = Agent::start(&stage);
+            let status = agent.portwatch(&["status", "--json"]).expect(0).json();
+            assert_eq!(status["agent"]["pid"], agent.child.id(), "{status}");
+            assert_eq!(status["tier"], status["agent"]["tier"], "{status}");
+            agent.end(Signal::INT);
+            let status = finish(with_socket(&["status", "--json"], &agent.socket).spawn().expect("portwatch"));
+            assert_eq!(status.expect(1).json()["agent"], Value::Null);
+            let run = finish(with_socket(&["list", "--agent"], &agent.socket).spawn().expect("portwatch")).expect(4);
+            assert!(run.errors().contains("no agent answers"), "{}", run.errors());
+        }),
+        test("agent::history_tells_of_what_came_and_went_and_how", || {
+            let stage = Stage::new();
+            let stays = stage.puppet();
+            let old = stays.serve();
+            let agent = Agent::start(&stage);
+            let (closes, exits) = (stage.puppet(), stage.puppet());
+            let (first, second) = (closes.serve(), exits.serve());
+            closes.close(first.fd);
+            exits.exit();
+            let mut lives = BTreeMap::new();
+            // What is written is written soon, off the path of events.
+            while lives.values().filter(|ended| **ended == json!("closed") || **ended == json!("exited")).count() < 2 {
+                let told = agent.portwatch(&["history", "--json"]).expect(0).json();
+                for life in told.as_array().expect("an array") {
+                    lives.insert(life["port"].as_u64().expect("a port") as u16, life["ended"].clone());
+                }
+            }
+            assert_eq!(lives[&old.port()], Value::Null, "it is open still: {lives:?}");
+            assert_eq!(lives[&first.port()], json!("closed"), "{lives:?}");
+            assert_eq!(lives[&second.port()], json!("exited"), "{lives:?}");
+            let text = agent.portwatch(&["history", &first.port().to_string()]).expect(0).text();
+            assert!(text.contains("closed") && text.contains(&closes.pid.to_string()), "{text}");
+            let nothing = agent.portwatch(&["history", "1/udp"]).expect(0);
+            assert!(nothing.errors().contains("knows of nothing"), "{}", nothing.errors());
+        }),
+        test("agent::a_state_directory_that_cannot_be_written_stops_nothing", || {
+            let stage = Stage::new();
+            let socket = stage.path("agent.sock");
+            // A file where the directory should be.
+            let state = stage.path("state");
+            std::fs::write(&state, "").expect("a file");
+            let mut command = with_socket(&["agent"], &socket);
+            command.env("PORTWATCH_STATE", &state);
+            let agent = Agent::of(command, socket);
+            let puppet = stage.puppet();
+            puppet.serve();
+            agent.check("a broken state directory", &stage, &[&puppet]);
+            let status = agent.portwatch(&["status"]).expect(1);
+            assert!(status.text().contains("history:"), "{}", status.text());
+        }),
+        test("agent::wait_returns_by_its_events", || {
+            let stage = Stage::new();
+            let agent = Agent::start(&stage);
+            let puppet = stage.puppet();
+            let sock = puppet.bind("127.0.0.1:0", "");
+            let target = format!("{}/tcp", sock.port());
+            let mut wait = agent.command(&["wait", &target, "--bound", "--verbose"]).spawn().expect("wait");
+            let mut errors = BufReader::new(wait.stderr.take().expect("piped"));
+            let mut line = String::new();
+            while !line.contains("waiting (agent)") {
+                line.clear();
+                assert!(errors.read_line(&mut line).expect("its stderr") > 0, "wait does not ask the agent");
+            }
+            puppet.listen(sock.fd);
+            let run = finish(wait).expect(0);
+            assert!(run.text().contains("is bound by"), "{}", run.text());
+        }),
+        test("agent::metrics_are_served_where_asked_for", || {
+            let stage = Stage::new();
+            let puppet = stage.puppet();
+            // Reserved for the agent, which cannot say which port the kernel gave it.
+            let reserved = puppet.bind("127.0.0.1:0", "reuseaddr");
+            let address = reserved.address.to_string();
+            puppet.close(reserved.fd);
+            let agent = Agent::start_with(&stage, &["--metrics", &address]);
+            let sock = puppet.serve();
+            agent.check("a listener", &stage, &[&puppet]);
+            let mut stream = std::net::TcpStream::connect(&address).expect("the metrics' port");
+            stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").expect("a request");
+            let mut text = String::new();
+            stream.read_to_string(&mut text).expect("an answer");
+            assert!(text.starts_with("HTTP/1.1 200"), "{text}");
+            let value = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+            assert!(value("portwatch_opens_total{proto=\"tcp\"}").is_some_and(|count| count != "0"), "{text}");
+            assert!(sock.port() > 0);
+        }),
+        test("agent::one_that_hangs_is_left_aside_with_a_sentence", || {
+            let stage = Stage::new();
+            let agent = Agent::start(&stage);
+            agent.signal(Signal::STOP);
+            let run = finish(with_socket(&["list"], &agent.socket).spawn().expect("portwatch")).expect(0);
+            assert!(run.errors().contains("no answer within 2 s; working alone"), "{}", run.errors());
+            agent.portwatch(&["list"]).expect(4);
+            agent.signal(Signal::CONT);
+            agent.portwatch(&["list"]).expect(0);
+        }),
+        test("agent::nonsense_is_answered_with_an_error_and_the_next_request_as_ever", || {
+            let stage = Stage::new();
+            let agent = Agent::start(&stage);
+            let mut client = agent.connect().hello();
+            for (line, part) in [
+                ("", "not a request"),
+                ("nonsense", "not a request"),
+                (r#"{"request":"explode"}"#, "unknown variant"),
+                (r#"{"request":"list","uid":0}"#, "unknown field"),
+                (r#"{"request":"list","selection":{"targets":["0"]}}"#, "'0' is out of range"),
+                (r#"{"request":"list","selection":{"commands":["["]}}"#, "bad glob"),
+            ] {
+                let message = client.say(line).hear_error("usage");
+                assert!(message.contains(part), "{line}: {message}");
+            }
+            assert_eq!(client.say(r#"{"request":"status"}"#).hear()["response"], "status");
+        }),
+        test("agent::a_connection_begins_with_hello_in_the_right_version", || {
+            let stage = Stage::new();
+            let agent = Agent::start(&stage);
+            let mut client = agent.connect();
+            client.say(r#"{"request":"list"}"#).hear_error("usage");
+            assert_eq!(client.hear(), Value::Null);
+            let mut client = agent.connect();
+            client.say(r#"{"request":"hello","version":999}"#).hear_error("version");
+            assert_eq!(client.hear(), Value::Null);
+        }),
+        test("agent::oversized_and_truncated_requests_end_their_connection_only", || {
+            let stage = Stage::new();
+            let agent = Agent::start(&stage);
+            let mut other = agent.connect().hello();
+            let mut client = agent.connect().hello();
+            client.say(&"x".repeat(70_000)).hear_error("usage");
+            assert_eq!(client.hear(), Value::Null);
+            // Cut off in the midst of a line.
+            let mut client = agent.connect().hello();
+            client.0.get_mut().write_all(b"{\"request\":\"li").expect("writing");
+            drop(client);
+            // Without any line end, for as long as it takes.
+            let mut client = agent.connect();
+            let endless = vec![b'x'; 1 << 20];
+            let _refused = client.0.get_mut().write_all(&endless);
+            assert_eq!(other.say(r#"{"request":"status"}"#).hear()["response"], "status");
+        }),
+        test("agent::a_thousand_clients_are_served_or_told_that_it_is_busy", || {
+            let stage = Stage::new();
+            let agent = Agent::start(&stage);
+            // One descriptor each, on our side.
+            let most = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum;
+            let limit = rustix::process::Rlimit { current: most, maximum: most };
+            let _ = rustix::process::setrlimit(rustix::process::Resource::Nofile, limit);
+            let mut clients: Vec<Client> = (0..1100).map(|_| agent.connect()).collect();
+            let mut answers = BTreeMap::new();
+            for client in &mut clients {
+                let _busy = client.0.get_mut().write_all(b"{\"request\":\"hello\",\"version\":1}\n");
+                *answers.entry(client.hear()["response"].as_str().unwrap_or("hung up").to_owned()).or_insert(0) += 1;
+            }
+            assert!(answers["hello"] >= 1000 && answers["error"] >= 50, "{answers:?}");
+            drop(clients);
+            agent.portwatch(&["list"]).expect(0);
+        }),
+        test("agent::ring_overflow_is_made_good", || {
+            let stage = Stage::new();
+            let agent = Agent::start_with(&stage, &["--ring", "4096"]);
+            let puppets: Vec<Puppet> = (0..4).map(|_| stage.puppet()).collect();
+            let all: Vec<&Puppet> = puppets.iter().collect();
+            let mut watch = agent.watch();
+            for round in 0..3 {
+                for puppet in &puppets {
+                    puppet.begin("storm 2000");
+                }
+                for puppet in &puppets {
+                    puppet.answer().expect("a storm");
+                    puppet.serve();
+                }
+                let last = puppets[0].serve();
+                watch.until_event("open", last.inode);
+                agent.check(&format!("round {round}"), &stage, &all);
+            }
+            let status = agent.portwatch(&["status", "--json"]).expect(0).json();
+            let (dropped, resyncs) = (&status["agent"]["dropped"], &status["agent"]["resyncs"]);
+            assert_eq!(dropped.as_u64() > Some(0), resyncs.as_u64() > Some(0), "{status}");
+            assert!(
+                !crate::subject::is_required("kernel") || dropped.as_u64() > Some(0),
+                "the ring is not small: {status}"
+            );
+        }),
+    ]
+}
