@@ -4,7 +4,6 @@ use std::fs::{self, File};
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
 use std::process::Command;
 use std::thread;
 use std::time::Instant;
@@ -13,7 +12,7 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde_json::{Value, json};
 
 use crate::puppet::{PATIENCE, Puppet, Sock, Stage};
-use crate::subject::{Run, binary, finish, plain_command, portwatch, skip};
+use crate::subject::{Run, binary, finish, plain_command, portwatch, program, skip};
 use crate::{Test, test};
 
 /// `nobody`: an ordinary user on every machine, by number.
@@ -164,14 +163,6 @@ fn check_json(text: &str, json: &Value) {
         (diagnoses.len(), blocks),
         "{text}"
     );
-}
-
-/// A tool of the host, where it is installed.
-fn tool(name: &str) -> Option<PathBuf> {
-    ["/usr/sbin", "/sbin", "/usr/bin", "/bin"]
-        .iter()
-        .map(|dir| PathBuf::from(dir).join(name))
-        .find(|path| path.is_file())
 }
 
 const REFUSED: &str = "PORT/tcp cannot be bound: bind() to 0.0.0.0, 127.0.0.1 fails with EADDRINUSE";
@@ -391,7 +382,7 @@ fn ghosts() -> Vec<Test> {
         }),
         test("diagnose::a_socket_of_the_kernel_is_told_with_its_device", || {
             let Some(scene) = Scene::new() else { return };
-            let Some(ip) = tool("ip") else { return skip("vxlan", "ip is not installed") };
+            let Some(ip) = program("ip") else { return skip("vxlan", "ip is not installed") };
             let port = scene.port.to_string();
             let made = scene.inside(|| {
                 let run = |arguments: &[&str]| Command::new(&ip).args(arguments).output().expect("ip");
@@ -429,7 +420,7 @@ fn settings() -> Vec<Test> {
     vec![
         test("diagnose::a_rule_that_answers_without_listener_is_told", || {
             let Some(scene) = Scene::new() else { return };
-            let Some(nft) = tool("nft") else { return skip("nft", "nft is not installed") };
+            let Some(nft) = program("nft") else { return skip("nft", "nft is not installed") };
             let file = scene.stage.path("rules");
             let rules = format!(
                 "add table ip t\nadd chain ip t pre {{ type nat hook prerouting priority -100; }}\n\

@@ -84,10 +84,7 @@ pub fn end() -> bool {
 }
 
 fn program(name: &str) -> Result<PathBuf, String> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let usual = ["/usr/sbin", "/usr/bin", "/sbin", "/bin"].map(PathBuf::from);
-    let found = std::env::split_paths(&path).chain(usual).map(|directory| directory.join(name)).find(|p| p.is_file());
-    found.ok_or_else(|| format!("{name} is not installed"))
+    subject::program(name).ok_or_else(|| format!("{name} is not installed"))
 }
 
 impl Dockerd {

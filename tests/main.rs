@@ -44,6 +44,7 @@ use std::process::ExitCode;
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use nix::libc;
+use nix::sys::signal::{SigHandler, Signal, signal};
 
 /// A test, by name.
 pub struct Test {
@@ -76,6 +77,9 @@ fn main() -> ExitCode {
     // Orphans of puppets come to this process, to be reaped.
     // SAFETY: takes integers.
     unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) };
+    // A shell script starts its background jobs with this ignored, and all that they start would inherit it.
+    // SAFETY: the default action is no handler.
+    unsafe { signal(Signal::SIGINT, SigHandler::SigDfl) }.expect("SIGINT");
     let mut arguments = Arguments::from_args();
     arguments.test_threads = Some(1);
     let tests = [

@@ -1,19 +1,14 @@
 //! Completions in real shells, man pages in real viewers, and the configuration.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File};
-use std::io::{Read, Write};
-use std::os::fd::AsFd;
+use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use nix::libc;
-use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
-
-use crate::puppet::{Puppet, Sock, Stage, wait_readable};
+use crate::puppet::{Puppet, Sock, Stage};
 use crate::subject::{Run, binary, command, finish, portwatch, skip};
+use crate::terminal::Terminal;
 use crate::{Test, test};
 
 /// A name that would do harm in any shell or terminal that took it for more than text: 15 bytes, as many as there can be.
@@ -69,58 +64,21 @@ impl Scene {
     }
 }
 
-/// A shell at a terminal, to which a test types.
-struct Terminal {
+/// A shell at a terminal of its own, which ends with this.
+struct Shell {
+    terminal: Terminal,
     child: Child,
-    master: File,
-    screen: String,
 }
 
-impl Terminal {
+impl Shell {
     fn start(mut command: Command) -> Self {
-        let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).expect("openpt");
-        grantpt(&master).and_then(|()| unlockpt(&master)).expect("a terminal");
-        let name = ptsname(&master, Vec::new()).expect("ptsname");
-        let name = Path::new(name.to_str().expect("a path")).to_owned();
-        let end = File::options().read(true).write(true).open(name).expect("the terminal's other end");
-        let size = rustix::termios::Winsize { ws_row: 50, ws_col: 200, ws_xpixel: 0, ws_ypixel: 0 };
-        rustix::termios::tcsetwinsize(&end, size).expect("TIOCSWINSZ");
-        for set in [Command::stdin, Command::stdout, Command::stderr] {
-            set(&mut command, Stdio::from(end.try_clone().expect("dup")));
-        }
-        // SAFETY: setsid and ioctl are async-signal-safe and touch only the child.
-        unsafe {
-            command.pre_exec(|| {
-                if libc::setsid() < 0 || libc::ioctl(0, libc::TIOCSCTTY, 0) < 0 {
-                    return Err(std::io::Error::last_os_error());
-                }
-                Ok(())
-            });
-        }
-        let child = command.spawn().expect("a shell");
-        Terminal { child, master: File::from(master), screen: String::new() }
-    }
-
-    fn type_keys(&mut self, keys: &str) {
-        self.screen.clear();
-        self.master.write_all(keys.as_bytes()).expect("typing");
-    }
-
-    /// Reads until the screen shows the text, which is not part of what was typed.
-    #[track_caller]
-    fn until(&mut self, text: &str) {
-        while !self.screen.contains(text) {
-            assert!(wait_readable(self.master.as_fd()), "no '{text}' on the screen: {:?}", self.screen);
-            let mut bytes = [0; 4096];
-            match self.master.read(&mut bytes) {
-                Ok(len) if len > 0 => self.screen.push_str(&String::from_utf8_lossy(&bytes[..len])),
-                other => panic!("the shell ended ({other:?}); no '{text}' on the screen: {:?}", self.screen),
-            }
-        }
+        let terminal = Terminal::sized(50, 200);
+        let child = terminal.lead(&mut command);
+        Shell { terminal, child }
     }
 }
 
-impl Drop for Terminal {
+impl Drop for Shell {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
@@ -128,7 +86,9 @@ impl Drop for Terminal {
 }
 
 /// Types at a shell that has loaded the completions.
-fn types(scene: &Scene, mut terminal: Terminal, load: &str) {
+fn types(scene: &Scene, command: Command, load: &str) {
+    let mut shell = Shell::start(command);
+    let terminal = &mut shell.terminal;
     // Printed in two parts, so that the echo of the command is not taken for its output.
     terminal.type_keys(&format!("{load}; printf 'rea%s\\n' dy\n"));
     terminal.until("ready");
@@ -142,8 +102,8 @@ fn types(scene: &Scene, mut terminal: Terminal, load: &str) {
     // Several: listed, with the name of the process, as text.
     terminal.type_keys("\x15portwatch kill \t\t");
     terminal.until(HOSTILE_SHOWN);
-    assert!(terminal.screen.contains(&scene.port()), "{:?}", terminal.screen);
-    assert!(!terminal.screen.contains("\x1b[2J\n"), "{:?}", terminal.screen);
+    let screen = terminal.since_typed();
+    assert!(screen.contains(&scene.port()) && !screen.contains("\x1b[2J\n"), "{screen:?}");
 }
 
 fn bash() {
@@ -166,19 +126,19 @@ fn bash() {
     assert_eq!(ask("portwatch kill --netns=a", "a", "9"), ["all"]);
     assert_eq!(ask("portwatch kill nothing", "nothing", "9"), [""]);
     let shell = scene.command("bash", &["--norc", "--noprofile", "-i"]);
-    types(&scene, Terminal::start(shell), "source <(portwatch completions bash)");
+    types(&scene, shell, "source <(portwatch completions bash)");
 }
 
 fn zsh() {
     let Some(scene) = Scene::new("zsh") else { return };
     let load = "autoload -Uz compinit; compinit -D -u; source <(portwatch completions zsh)";
-    types(&scene, Terminal::start(scene.command("zsh", &["-f", "-i"])), load);
+    types(&scene, scene.command("zsh", &["-f", "-i"]), load);
     // Installed as a file, which zsh loads at the first use.
     let directory = scene.stage.path("functions");
     fs::create_dir(&directory).expect("a directory");
     fs::write(directory.join("_portwatch"), portwatch(&["completions", "zsh"]).expect(0).stdout).expect("a file");
     let load = format!("fpath=({} $fpath); autoload -Uz compinit; compinit -D -u", directory.display());
-    types(&scene, Terminal::start(scene.command("zsh", &["-f", "-i"])), &load);
+    types(&scene, scene.command("zsh", &["-f", "-i"]), &load);
 }
 
 fn fish() {

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::env;
 use std::ffi::OsStr;
+use std::fs;
 use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -180,10 +181,72 @@ pub fn event_tiers() -> &'static [&'static str] {
     })
 }
 
+/// A program of this machine. It may have its version behind its name: `php-fpm` may be `php-fpm8.2`.
+pub fn program(name: &str) -> Option<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    // Those of an administrator are not on everybody's path.
+    let others = ["/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/bin", "/bin", "/usr/lib/systemd"].map(PathBuf::from);
+    let mut versions: Vec<PathBuf> = Vec::new();
+    for place in env::split_paths(&path).chain(others) {
+        let exact = place.join(name);
+        if exact.is_file() {
+            return Some(exact);
+        }
+        let entries = fs::read_dir(place).into_iter().flatten().flatten().map(|entry| entry.path());
+        versions.extend(entries.filter(|path| {
+            let rest = path.file_name().and_then(|file| file.to_str()?.strip_prefix(name));
+            rest.is_some_and(|rest| rest.chars().all(|c| c.is_ascii_digit() || c == '.'))
+        }));
+    }
+    versions.into_iter().next()
+}
+
+/// What a test may lack: programs, by their names; tiers; what only some kernels and machines have or allow.
+const LACKS: &[&str] = &[
+    "bash",
+    "cgroup2",
+    "conflicts",
+    "docker",
+    "fexit",
+    "fish",
+    "fuse",
+    "groff",
+    "gunicorn",
+    "io_uring",
+    "kernel",
+    "kprobe",
+    "lossless",
+    "man",
+    "mandoc",
+    "memory",
+    "mptcp",
+    "native",
+    "nft",
+    "nginx",
+    "node",
+    "perf",
+    "php-fpm",
+    "prometheus",
+    "python3",
+    "root",
+    "runit",
+    "systemd",
+    "tracepoint",
+    "vxlan",
+    "zsh",
+];
+
+/// The words of `PORTWATCH_TEST_REQUIRE`: what this machine must have.
+fn required() -> Vec<String> {
+    let words = env::var("PORTWATCH_TEST_REQUIRE").unwrap_or_default();
+    words.split(',').map(|word| word.trim().to_owned()).filter(|word| !word.is_empty()).collect()
+}
+
 /// Whether this machine must have `what`.
+#[track_caller]
 pub fn is_required(what: &str) -> bool {
-    let required = env::var("PORTWATCH_TEST_REQUIRE").unwrap_or_default();
-    required.split(',').any(|word| word.trim() == what)
+    assert!(LACKS.contains(&what), "'{what}' is not among what a test may lack");
+    required().iter().any(|word| word == what)
 }
 
 /// Says loudly that a test is skipped for lack of `what`, or fails where that is required.
@@ -195,6 +258,10 @@ pub fn skip(what: &str, reason: &str) {
 
 pub fn trials() -> Vec<Test> {
     vec![
+        test("status::nothing_is_required_that_no_test_knows", || {
+            let unknown: Vec<String> = required().into_iter().filter(|word| !LACKS.contains(&&**word)).collect();
+            assert_eq!(unknown, [""; 0], "PORTWATCH_TEST_REQUIRE");
+        }),
         test("status::the_machine_has_the_probes_that_are_required_of_it", || {
             let tiers = event_tiers();
             assert!(!is_required("kernel") || !tiers.is_empty(), "no event tier works here");

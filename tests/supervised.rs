@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 use zbus::export::futures_core::Stream as _;
 
 use crate::puppet::{PATIENCE, Puppet, Sock, Stage};
-use crate::subject::{Run, command, finish, portwatch, skip};
+use crate::subject::{Run, command, finish, portwatch, program, skip};
 use crate::{Test, test};
 
 /// A process of the test's, ended and reaped when dropped.
@@ -42,11 +42,6 @@ impl Drop for Tamed {
 
 fn spawn(command: &mut Command) -> Tamed {
     Tamed(command.stdin(Stdio::null()).spawn().unwrap_or_else(|error| panic!("{command:?}: {error}")))
-}
-
-fn path_of(program: &str) -> Option<PathBuf> {
-    let places = ["/usr/bin", "/bin", "/usr/sbin", "/sbin", "/usr/lib/systemd", "/lib/systemd"];
-    places.iter().map(|place| Path::new(place).join(program)).find(|path| path.exists())
 }
 
 /// Kills the port while its supervisor starts the next server, which takes the port; the one outcome, and that server.
@@ -90,7 +85,7 @@ impl UserManager {
             return None;
         }
         let (Some(systemd), Some(dbus), Some(unshare)) =
-            (path_of("systemd"), path_of("dbus-daemon"), path_of("unshare"))
+            (program("systemd"), program("dbus-daemon"), program("unshare"))
         else {
             skip("systemd", "systemd, dbus-daemon and unshare are needed");
             return None;
@@ -386,7 +381,7 @@ fn looping_shell() {
 }
 
 fn supervised_by_runit() {
-    let (Some(runsv), Some(sv)) = (path_of("runsv"), path_of("sv")) else {
+    let (Some(runsv), Some(sv)) = (program("runsv"), program("sv")) else {
         skip("runit", "runsv and sv are needed");
         return;
     };

@@ -5,8 +5,11 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 
+use nix::libc;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
@@ -25,20 +28,31 @@ pub struct Terminal {
     pub said: String,
     /// How much of it was waited for already.
     heard: usize,
+    /// How much of it was there when keys were typed last.
+    typed: usize,
     /// A character that is not complete yet.
     rest: Vec<u8>,
 }
 
 impl Terminal {
     pub fn new(columns: u16) -> Self {
-        let controller = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).expect("a pseudo terminal");
+        Terminal::sized(24, columns)
+    }
+
+    pub fn sized(rows: u16, columns: u16) -> Self {
+        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+        let controller = openpt(flags).expect("a pseudo terminal");
         grantpt(&controller).expect("grantpt");
         unlockpt(&controller).expect("unlockpt");
         let path = ptsname(&controller, Vec::new()).expect("ptsname");
-        let size = Winsize { ws_row: 24, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+        let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
         tcsetwinsize(&controller, size).expect("TIOCSWINSZ");
-        let side = File::options().read(true).write(true).open(OsStr::from_bytes(path.as_bytes())).expect("terminal");
-        Terminal { controller: File::from(controller), side, said: String::new(), heard: 0, rest: Vec::new() }
+        // Else it could become the terminal of the tests themselves.
+        let mut options = File::options();
+        options.read(true).write(true).custom_flags(libc::O_NOCTTY);
+        let side = options.open(OsStr::from_bytes(path.as_bytes())).expect("terminal");
+        let controller = File::from(controller);
+        Terminal { controller, side, said: String::new(), heard: 0, typed: 0, rest: Vec::new() }
     }
 
     /// A copy of the side that programs see.
@@ -48,8 +62,37 @@ impl Terminal {
 
     /// Runs a command with all three streams on this terminal.
     pub fn spawn(&self, command: &mut Command) -> Child {
-        command.env("TERM", "xterm").stdin(self.stdio()).stdout(self.stdio()).stderr(self.stdio());
-        command.spawn().expect("portwatch on a terminal")
+        self.connect(command.env("TERM", "xterm")).spawn().expect("a program on a terminal")
+    }
+
+    fn connect<'c>(&self, command: &'c mut Command) -> &'c mut Command {
+        command.stdin(self.stdio()).stdout(self.stdio()).stderr(self.stdio())
+    }
+
+    /// As [`Terminal::spawn`], with this as its controlling terminal, as a shell has it, and with its own `TERM`. With
+    /// its end the terminal hangs up: nothing more is to be read.
+    pub fn lead(&self, command: &mut Command) -> Child {
+        // SAFETY: setsid and ioctl are async-signal-safe and touch only the child.
+        unsafe {
+            command.pre_exec(|| {
+                if libc::setsid() < 0 || libc::ioctl(0, libc::TIOCSCTTY, 0) < 0 {
+                    return Err(io::Error::last_os_error());
+                }
+                Ok(())
+            });
+        }
+        self.connect(command).spawn().expect("a program with a terminal of its own")
+    }
+
+    /// Types; whatever was said before is done with.
+    pub fn type_keys(&mut self, keys: &str) {
+        (self.heard, self.typed) = (self.said.len(), self.said.len());
+        self.controller.write_all(keys.as_bytes()).expect("typing");
+    }
+
+    /// What was said since [`Terminal::type_keys`], echoes included.
+    pub fn since_typed(&self) -> &str {
+        &self.said[self.typed..]
     }
 
     /// Types, once the program said `prompt` after what was waited for before.
@@ -82,6 +125,7 @@ impl Terminal {
         self.rest.extend(chunk[..length].iter().filter(|&&byte| byte != b'\r'));
         let whole = match str::from_utf8(&self.rest) {
             Ok(text) => text.len(),
+            Err(error) if error.error_len().is_some() => panic!("not UTF-8: {:?}", self.rest),
             Err(error) => error.valid_up_to(),
         };
         let text: Vec<u8> = self.rest.drain(..whole).collect();

@@ -62,6 +62,22 @@ pub struct Socket {
 }
 
 impl Socket {
+    /// A TCP listener for tests to change as they need.
+    #[cfg(test)]
+    pub(crate) fn example(address: &str, port: u16) -> Socket {
+        Socket {
+            id: SocketId { inode: 99, cookie: 7 },
+            proto: Protocol::Tcp,
+            mptcp: false,
+            address: address.parse().unwrap(),
+            port,
+            v6only: None,
+            netns: 1,
+            uid: 1000,
+            backlog: None,
+        }
+    }
+
     pub fn endpoint(&self) -> SocketAddr {
         SocketAddr::new(self.address, self.port)
     }

@@ -1,13 +1,12 @@
 //! Real servers: nginx, gunicorn, php-fpm, a node cluster, and one of our own that brings back every worker it loses.
 
 use std::collections::BTreeSet;
-use std::env;
 use std::fs;
 use std::io::{BufRead, BufReader, PipeReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::thread;
 
@@ -19,7 +18,7 @@ use tempfile::TempDir;
 
 use crate::gate;
 use crate::puppet::{Sock, Stage, wait_readable};
-use crate::subject::{command, pidfd, skip};
+use crate::subject::{self, command, pidfd, skip};
 use crate::watcher::Watch;
 use crate::{Test, test};
 
@@ -155,25 +154,6 @@ fn children(parent: u32) -> Vec<u32> {
     pids.filter(is_child).collect()
 }
 
-/// A program of this machine by the start of its name: `php-fpm` may be `php-fpm8.2`.
-fn find(name: &str) -> Option<PathBuf> {
-    let path = env::var_os("PATH").unwrap_or_default();
-    let places = env::split_paths(&path).chain(["/usr/sbin".into(), "/usr/local/sbin".into()]);
-    let mut found: Vec<PathBuf> = Vec::new();
-    for place in places {
-        let exact = place.join(name);
-        if exact.is_file() {
-            return Some(exact);
-        }
-        let entries = fs::read_dir(place).into_iter().flatten().flatten().map(|entry| entry.path());
-        found.extend(entries.filter(|path| {
-            let rest = path.file_name().and_then(|file| file.to_str()?.strip_prefix(name));
-            rest.is_some_and(|rest| rest.chars().all(|c| c.is_ascii_digit() || c == '.'))
-        }));
-    }
-    found.into_iter().next()
-}
-
 /// How a server of this kind ends.
 #[derive(Clone, Copy)]
 struct Manner {
@@ -186,7 +166,7 @@ struct Manner {
 /// Kills the port of a server and checks that the master was told first, no worker while it lived, and that all is over.
 #[track_caller]
 fn check(program: &str, arguments: &[&str], files: &[(&str, &str)], workers: usize, ready: &Ready, manner: Manner) {
-    let Some(path) = find(program) else { return skip(program, &format!("{program} is not installed")) };
+    let Some(path) = subject::program(program) else { return skip(program, &format!("{program} is not installed")) };
     let stage = Stage::new();
     let (reserve, neighbour) = (stage.puppet(), stage.puppet());
     let reserved = reserve.bind("127.0.0.1:0", "reuseaddr");
@@ -381,7 +361,7 @@ pub(super) fn trials() -> Vec<Test> {
             );
         }),
         test("prefork::a_worker_finishes_its_request_though_the_master_closed_the_socket_long_ago", || {
-            let Some(path) = find("gunicorn") else { return skip("gunicorn", "gunicorn is not installed") };
+            let Some(path) = subject::program("gunicorn") else { return skip("gunicorn", "gunicorn is not installed") };
             let stage = Stage::new();
             let reserve = stage.puppet();
             let reserved = reserve.bind("127.0.0.1:0", "reuseaddr");

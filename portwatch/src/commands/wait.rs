@@ -9,6 +9,7 @@
 //! for what no event tells: a port that nobody listens on and that still cannot be bound, and a listener that becomes
 //! old enough. Signals end it as they end any program: there is nothing to clean up.
 
+use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -19,7 +20,7 @@ use portwatch::client::Subscription;
 use portwatch::model::{Listener, Socket};
 use portwatch::render::{self, json};
 use portwatch::select::{Filters, Selector};
-use portwatch::source::{Live, POLL_INTERVAL, Probe, Scanner, Tier, diag, trial};
+use portwatch::source::{Live, POLL_INTERVAL, Probe, Scanner, Tier, diag, trial::Bind};
 use portwatch::tracker::Tracker;
 use portwatch::waiting::{Condition, Goal, Look, Scope};
 use portwatch::wire::Selection;
@@ -209,7 +210,9 @@ impl Wait<'_> {
     }
 
     fn look<'l>(&'l self, listeners: impl IntoIterator<Item = &'l Listener>) -> anyhow::Result<Look<'l>> {
-        Ok(self.condition.look(listeners, boot_ns()?, &mut trial::is_in_use))
+        // IPv6 alone, else `::` would ask about IPv4 as well.
+        let mut in_use = |address, port| Bind::server(SocketAddr::new(address, port), Some(true)).is_in_use(None);
+        Ok(self.condition.look(listeners, boot_ns()?, &mut in_use))
     }
 
     /// When to look again although nothing happens.

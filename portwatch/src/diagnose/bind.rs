@@ -1,15 +1,13 @@
-//! A real bind(), as a server would call it: the only proof that a port is to be had.
-//!
-//! The socket lives for some microseconds and never listens. In that time another bind() of the port fails.
+//! What a real bind() says of the addresses that are asked about, with and without `SO_REUSEADDR`.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use nix::errno::Errno;
-use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, socket_with, sockopt};
 use serde::ser::{Serialize, SerializeStruct, Serializer};
 
 use super::Question;
 use crate::model::Protocol;
+use crate::source::trial::Bind;
 
 /// What bind() said for one address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,30 +38,15 @@ pub(super) fn trials(question: Question) -> Vec<Trial> {
     let addresses = question.address.map_or_else(|| any.to_vec(), |address| vec![address]);
     let tried = addresses.into_iter().filter_map(|address| {
         let endpoint = SocketAddr::new(address, question.port);
-        let plain = attempt(endpoint, question.proto, false);
-        let reuse = if question.proto == Protocol::Tcp { attempt(endpoint, question.proto, true) } else { plain };
+        let attempt = |reuseaddr| Bind { proto: question.proto, endpoint, reuseaddr, v6only: Some(false) }.refusal();
+        let plain = attempt(false);
+        let reuse = if question.proto == Protocol::Tcp { attempt(true) } else { plain };
         // Without memory or descriptors nothing is learnt of the port.
         let is_answer = |errno| !matches!(errno, Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM | Errno::ENOBUFS));
         let is_absent = question.address.is_none() && matches!(plain, Some(Errno::EAFNOSUPPORT | Errno::EADDRNOTAVAIL));
         (is_answer(plain) && is_answer(reuse) && !is_absent).then_some(Trial { address, plain, reuse })
     });
     tried.collect()
-}
-
-fn attempt(endpoint: SocketAddr, proto: Protocol, reuse: bool) -> Option<Errno> {
-    let family = if endpoint.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
-    let kind = if proto == Protocol::Tcp { SocketType::STREAM } else { SocketType::DGRAM };
-    let call = || -> rustix::io::Result<()> {
-        let socket = socket_with(family, kind, SocketFlags::CLOEXEC, None)?;
-        if reuse {
-            sockopt::set_socket_reuseaddr(&socket, true)?;
-        }
-        if endpoint.is_ipv6() {
-            sockopt::set_ipv6_v6only(&socket, false)?;
-        }
-        bind(&socket, &endpoint)
-    };
-    call().err().map(|errno| Errno::from_raw(errno.raw_os_error()))
 }
 
 #[cfg(test)]

@@ -268,7 +268,7 @@ impl Case<'_> {
             holders.extend(attached.holders.iter().map(|process| (process.id.pid, &**process)));
         }
         let processes: Vec<&Process> = holders.into_values().collect();
-        let counts: Vec<String> = counts.iter().map(|(state, count)| format!("{count} {}", state.name())).collect();
+        let counts: Vec<String> = counts.iter().map(|(state, count)| format!("{count} {state}")).collect();
         let of = if processes.is_empty() { String::new() } else { format!(" of {}", names(&processes)) };
         let what = format!("{}{of} ({})", count(open.len(), "connection"), counts.join(", "));
         let is_udp = self.question.proto == Protocol::Udp;

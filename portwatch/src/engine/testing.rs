@@ -10,17 +10,7 @@ pub(super) fn process(name: &str, command: &str) -> Process {
 }
 
 pub(super) fn socket(port: u16) -> Socket {
-    Socket {
-        id: SocketId { inode: 5, cookie: 0 },
-        proto: Protocol::Tcp,
-        mptcp: false,
-        address: "127.0.0.1".parse().unwrap(),
-        port,
-        v6only: None,
-        netns: 1,
-        uid: 0,
-        backlog: None,
-    }
+    Socket { id: SocketId { inode: 5, cookie: 0 }, uid: 0, ..Socket::example("127.0.0.1", port) }
 }
 
 /// A container whose port 80 is published on 127.0.0.1. The digit makes its id: `aaaa…`.

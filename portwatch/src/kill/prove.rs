@@ -1,14 +1,13 @@
 //! The proof that a port is free: bind() succeeds. Where it does not although nobody listens, what is in the way.
 
 use std::collections::{BTreeMap, HashSet};
-use std::io;
 use std::net::SocketAddr;
 
 use super::outcome::Owner;
 use super::plan::push_new;
 use super::sight::Sight;
-use crate::model::NetnsId;
-use crate::source::released::{Remnant, State};
+use crate::model::{NetnsId, SocketId};
+use crate::source::diag::{PortSocket, State};
 use crate::source::{procfs, stat};
 
 /// What keeps bind() from succeeding on a port where nobody listens.
@@ -32,32 +31,29 @@ pub(super) type Place = (SocketAddr, Option<bool>);
 /// Binds at each place. `None`: it succeeds, or it says nothing about who has the port, or somebody listens there.
 pub(super) fn blocked(sight: &mut Sight, netns: NetnsId, places: &[Place]) -> Option<Blocked> {
     for &(address, v6only) in places {
-        match sight.probe(netns, address, v6only) {
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-                return sight.remnants(netns, address).map(Blocked::by);
-            }
-            // EACCES for a port below 1024, EADDRNOTAVAIL for an address that went away: nobody's socket.
-            _ => {}
+        if sight.is_in_use(netns, address, v6only) {
+            return sight.remnants(netns, address).map(Blocked::by);
         }
     }
     None
 }
 
 impl Blocked {
-    fn by(remnants: Vec<Remnant>) -> Blocked {
-        let inodes: HashSet<u64> = remnants.iter().map(|r| r.inode).filter(|&inode| inode != 0).collect();
+    fn by(remnants: Vec<PortSocket>) -> Blocked {
+        let inodes: HashSet<u64> = remnants.iter().map(|socket| socket.id.inode).filter(|&inode| inode != 0).collect();
         let holders = procfs::held_fds(&inodes).fds;
         let mut blocked = Blocked::default();
-        for Remnant { inode, state, .. } in remnants {
+        for PortSocket { id: SocketId { inode, .. }, state, .. } in remnants {
+            let is_bound = state == State::BoundInactive;
             let mut holders = holders.iter().filter(|fd| inode != 0 && fd.inode == inode).peekable();
             let is_held = holders.peek().is_some();
             for fd in holders {
                 let pid = fd.process.pid;
                 let name = stat::read(pid).map_or_else(|_| "?".to_owned(), |stat| stat.name);
-                let list = if state.is_bound() { &mut blocked.bound } else { &mut blocked.connected };
+                let list = if is_bound { &mut blocked.bound } else { &mut blocked.connected };
                 push_new(list, Owner { pid, name });
             }
-            match (state.is_bound(), is_held) {
+            match (is_bound, is_held) {
                 (true, true) => {}
                 (true, false) => blocked.hidden += 1,
                 (false, held) => {
@@ -98,7 +94,7 @@ impl Blocked {
             let whose = if ours { "of the old server, " } else { "" };
             let pronoun = if self.left.values().sum::<usize>() == 1 { "it" } else { "them" };
             // TCP_TIMEWAIT_LEN; before it, an orphan waits for its peer as long again (tcp_fin_timeout).
-            let term = if self.left.keys().all(|state| state.is_time_wait()) { "60 s" } else { "two minutes" };
+            let term = if self.left.keys().all(|&state| state == State::TimeWait) { "60 s" } else { "two minutes" };
             let states = connections(&self.left);
             parts.push(format!("{states} {whose}made without SO_REUSEADDR: the kernel ends {pronoun} within {term}"));
         }
@@ -141,7 +137,7 @@ mod tests {
     #[test]
     fn what_is_in_the_way_is_named() {
         let owner = || Owner { pid: 7, name: "nc".into() };
-        let (time_wait, fin_wait) = (State::TIME_WAIT, State::FIN_WAIT2);
+        let (time_wait, fin_wait) = (State::TimeWait, State::FinWait2);
         check(|_| {}, true, "some socket has it bound and does not listen");
         check(|b| b.bound.push(owner()), true, "nc (7) has it bound and does not listen");
         check(|b| b.hidden = 1, true, "a process that is not visible has it bound and does not listen; try sudo");

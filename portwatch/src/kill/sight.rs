@@ -6,7 +6,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::io;
 use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
@@ -15,8 +14,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::plan::Plan;
 use crate::model::{NetnsId, Process, Protocol, Socket};
+use crate::source::diag::PortSocket;
 use crate::source::netns;
-use crate::source::released::{Remnant, Watch};
+use crate::source::released::Watch;
 
 /// The longest that is waited without a look. A look costs some 0.1 ms of system time on a host with 1,000 listeners.
 pub(super) const LOOK_EVERY: Duration = Duration::from_millis(10);
@@ -81,16 +81,13 @@ impl Sight {
         found
     }
 
-    /// What [`Watch::probe`] says; nothing is known of a namespace that is not seen.
-    pub(super) fn probe(&self, netns: NetnsId, address: SocketAddr, v6only: Option<bool>) -> io::Result<()> {
-        match self.watches.iter().find(|watch| watch.netns() == netns) {
-            Some(watch) => watch.probe(address, v6only),
-            None => Err(io::ErrorKind::PermissionDenied.into()),
-        }
+    /// What [`Watch::is_in_use`] says; nothing is known of a namespace that is not seen.
+    pub(super) fn is_in_use(&self, netns: NetnsId, address: SocketAddr, v6only: Option<bool>) -> bool {
+        self.watches.iter().find(|watch| watch.netns() == netns).is_some_and(|watch| watch.is_in_use(address, v6only))
     }
 
     /// What [`Watch::remnants`] says.
-    pub(super) fn remnants(&mut self, netns: NetnsId, address: SocketAddr) -> Option<Vec<Remnant>> {
+    pub(super) fn remnants(&mut self, netns: NetnsId, address: SocketAddr) -> Option<Vec<PortSocket>> {
         let watch = self.watches.iter_mut().find(|watch| watch.netns() == netns)?;
         // What cannot be listed is not known, and bind() failed all the same.
         watch.remnants(address).unwrap_or(Some(Vec::new()))

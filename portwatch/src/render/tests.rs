@@ -4,8 +4,7 @@ use super::json::Ancestors;
 use super::table::Detail;
 use super::*;
 use crate::engine::Roster;
-use crate::model::Ancestor;
-use crate::model::{Attempt, Change, Holder, Listener, ProcessId, Protocol, SocketId};
+use crate::model::{Ancestor, Attempt, Change, Holder, Listener, ProcessId, Protocol};
 
 const SECOND: u64 = 1_000_000_000;
 const HOUR: u64 = 3_600 * SECOND;
@@ -28,20 +27,6 @@ pub(crate) fn view() -> View<'static> {
     View { clock, users: &users, euid: 0, width: None, colours: false }
 }
 
-fn socket(address: &str, port: u16) -> Socket {
-    Socket {
-        id: SocketId { inode: 99, cookie: 7 },
-        proto: Protocol::Tcp,
-        mptcp: false,
-        address: address.parse().unwrap(),
-        port,
-        v6only: None,
-        netns: 1,
-        uid: 1000,
-        backlog: None,
-    }
-}
-
 fn holder(pid: u32, started: u64, uid: u32, command: &[&str]) -> Holder {
     let id = ProcessId { pid, start: NOW - started };
     let name = command[0].rsplit('/').next().unwrap();
@@ -59,7 +44,7 @@ fn holder(pid: u32, started: u64, uid: u32, command: &[&str]) -> Holder {
 
 fn web() -> Listener {
     let python = holder(999, 3 * HOUR, 1000, &["python3", "-m", "http.server"]);
-    Listener { socket: socket("127.0.0.1", 8000), since: Some(NOW - 90 * SECOND), holders: vec![python] }
+    Listener { socket: Socket::example("127.0.0.1", 8000), since: Some(NOW - 90 * SECOND), holders: vec![python] }
 }
 
 /// A master with eight workers; the workers have no row of their own but in the wide table.
@@ -67,11 +52,11 @@ fn gunicorn() -> Listener {
     let command = ["/opt/app/bin/gunicorn", "--workers", "8", "--bind", "[::]:80", "app:application"];
     let mut holders = vec![holder(50, 48 * HOUR, 0, &command)];
     holders.extend((51..59).map(|pid| Holder { binder: false, ..holder(pid, 47 * HOUR, 33, &command) }));
-    Listener { socket: Socket { mptcp: true, ..socket("::", 80) }, since: None, holders }
+    Listener { socket: Socket { mptcp: true, ..Socket::example("::", 80) }, since: None, holders }
 }
 
 fn ghost() -> Listener {
-    let socket = Socket { proto: Protocol::Udp, uid: 33, ..socket("0.0.0.0", 5353) };
+    let socket = Socket { proto: Protocol::Udp, uid: 33, ..Socket::example("0.0.0.0", 5353) };
     Listener { socket, since: None, holders: Vec::new() }
 }
 
@@ -79,7 +64,7 @@ fn hostile() -> Listener {
     let mut holder = holder(666, 5 * SECOND, 1000, &["x", HOSTILE, "\u{9b}31m\u{200b}\u{7f}é"]);
     Arc::get_mut(&mut holder.process).unwrap().name = HOSTILE.to_owned();
     Arc::get_mut(&mut holder.process).unwrap().cwd = Some(format!("/tmp/{HOSTILE}"));
-    Listener { socket: socket("127.0.0.1", 9000), since: None, holders: vec![holder] }
+    Listener { socket: Socket::example("127.0.0.1", 9000), since: None, holders: vec![holder] }
 }
 
 #[track_caller]
@@ -154,7 +139,7 @@ fn a_ghost_is_explained_to_the_one_who_looks() {
         (1000, 0, "held by uid 0 (root), not visible to you; try sudo"),
         (1000, 33, "held by uid 33, not visible to you; try sudo"),
     ] {
-        assert_eq!(View { euid, ..view() }.ghost(&Socket { uid, ..socket("::", 1) }), want);
+        assert_eq!(View { euid, ..view() }.ghost(&Socket { uid, ..Socket::example("::", 1) }), want);
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 use globset::{Glob, GlobBuilder};
 
 use super::*;
-use crate::model::{Holder, ProcessId, SocketId};
+use crate::model::{Holder, ProcessId};
 
 fn targets(words: &str) -> Result<Vec<Target>, String> {
     let words: Vec<&str> = words.split(' ').collect();
@@ -67,17 +67,7 @@ fn a_bad_target_is_named_in_one_line() {
 }
 
 fn socket(proto: Protocol, address: &str, port: u16) -> Socket {
-    Socket {
-        id: SocketId { inode: 9, cookie: 9 },
-        proto,
-        mptcp: false,
-        address: address.parse().unwrap(),
-        port,
-        v6only: None,
-        netns: 1,
-        uid: 1000,
-        backlog: None,
-    }
+    Socket { proto, ..Socket::example(address, port) }
 }
 
 fn selector(words: &str, filters: Filters) -> Selector {

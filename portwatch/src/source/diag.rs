@@ -8,7 +8,6 @@
 use std::collections::HashSet;
 use std::io;
 use std::net::SocketAddr;
-use std::ops::RangeInclusive;
 
 use anyhow::Context;
 use netlink_packet_core::{
@@ -29,6 +28,7 @@ use crate::source::netns;
 
 mod port;
 
+pub(super) use port::port_request;
 pub use port::{PortSocket, State, destroy, dump_ports};
 
 /// Every listening socket of one network namespace.
@@ -84,11 +84,6 @@ const MAX_SOCKETS: usize = 4 * 1024 * 1024;
 
 /// `INET_DIAG_REQ_PROTOCOL` (linux/inet_diag.h): a request attribute for protocols past 255.
 const INET_DIAG_REQ_PROTOCOL: u16 = 3;
-/// `INET_DIAG_REQ_BYTECODE` (linux/inet_diag.h): a request attribute, the filter; and its operations.
-const INET_DIAG_REQ_BYTECODE: u16 = 1;
-const INET_DIAG_BC_JMP: u8 = 1;
-const INET_DIAG_BC_S_GE: u8 = 2;
-const INET_DIAG_BC_S_LE: u8 = 3;
 /// `INET_DIAG_ULP_INFO` and within it `INET_ULP_INFO_NAME` (linux/inet_diag.h): the upper layer protocol.
 const INET_DIAG_ULP_INFO: u16 = 19;
 const INET_ULP_INFO_NAME: u16 = 1;
@@ -126,6 +121,13 @@ fn dump_netlink(proto: Protocol, netns: NetnsId) -> io::Result<Vec<Socket>> {
     Ok(sockets)
 }
 
+fn protocol_number(proto: Protocol) -> u8 {
+    match proto {
+        Protocol::Tcp => IPPROTO_TCP,
+        Protocol::Udp => IPPROTO_UDP,
+    }
+}
+
 fn inet_request(family: u8, protocol: u8, states: StateFlags) -> InetRequest {
     let socket_id = if family == AF_INET { DiagId::new_v4() } else { DiagId::new_v6() };
     InetRequest { family, protocol, extensions: ExtensionFlags::empty(), states, socket_id }
@@ -136,45 +138,6 @@ fn request(family: u8, proto: Protocol) -> Vec<u8> {
         Protocol::Tcp => inet_request(family, IPPROTO_TCP, StateFlags::LISTEN),
         Protocol::Udp => inet_request(family, IPPROTO_UDP, StateFlags::CLOSE),
     })
-}
-
-/// As [`inet_request`], as bytes, of the sockets with these local ports alone: the kernel filters.
-pub(super) fn port_request(family: u8, protocol: u8, states: StateFlags, ports: &[RangeInclusive<u16>]) -> Vec<u8> {
-    let mut bytes = encode(inet_request(family, protocol, states));
-    let filter = port_filter(ports);
-    let length = u16::try_from(4 + filter.len()).unwrap_or(u16::MAX);
-    bytes.extend(length.to_ne_bytes());
-    bytes.extend(INET_DIAG_REQ_BYTECODE.to_ne_bytes());
-    bytes.extend(filter);
-    let length = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
-    bytes[..4].copy_from_slice(&length.to_ne_bytes());
-    bytes
-}
-
-/// The program of `struct inet_diag_bc_op {u8 code; u8 yes; u16 no;}` that accepts these ports. `yes` and `no` are
-/// jumps in bytes; the end itself accepts, four bytes past it reject. A comparison has its port in a second
-/// operation's `no`.
-fn port_filter(ranges: &[RangeInclusive<u16>]) -> Vec<u8> {
-    // Per range: lower bound (8), upper bound (8), and a jump to the end (4), which the last does without.
-    let end = (ranges.len() * 20).saturating_sub(4);
-    let mut bytes = Vec::with_capacity(end);
-    for (index, range) in ranges.iter().enumerate() {
-        let is_last = index + 1 == ranges.len();
-        for (code, port) in [(INET_DIAG_BC_S_GE, *range.start()), (INET_DIAG_BC_S_LE, *range.end())] {
-            let next_range = if is_last { end + 4 } else { (index + 1) * 20 };
-            let no = u16::try_from(next_range - bytes.len()).unwrap_or(u16::MAX);
-            bytes.extend([code, 8]);
-            bytes.extend(no.to_ne_bytes());
-            bytes.extend([0, 0]);
-            bytes.extend(port.to_ne_bytes());
-        }
-        if !is_last {
-            let no = u16::try_from(end - bytes.len()).unwrap_or(u16::MAX);
-            bytes.extend([INET_DIAG_BC_JMP, 4]);
-            bytes.extend(no.to_ne_bytes());
-        }
-    }
-    bytes
 }
 
 /// MPTCP is protocol 262: it does not fit the request and goes into an attribute. A kernel that does not know the

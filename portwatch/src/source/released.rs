@@ -16,15 +16,15 @@ use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use anyhow::Context;
-use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP, IPPROTO_UDP};
+use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6};
 use netlink_packet_sock_diag::inet::StateFlags;
 use netlink_sys::protocols::NETLINK_SOCK_DIAG;
 use netlink_sys::{Socket as Netlink, SocketAddr as NetlinkAddr};
 use nix::libc;
-use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, socket_with, sockopt};
 
-use super::diag::{Link, port_request, retry_interrupted, socket_of};
+use super::diag::{Link, PortSocket, State, port_request, retry_interrupted, socket_of};
 use super::netns;
+use super::trial::Bind;
 use crate::model::{NetnsId, Protocol, Socket};
 
 /// `enum sknetlink_groups` (linux/sock_diag.h): for TCP and UDP, of IPv4 and IPv6 each.
@@ -40,12 +40,6 @@ const OFFSET_REMOTE_PORT: u32 = 22;
 /// Filters with more ranges than this become one range from the lowest to the highest port: each range costs a few
 /// instructions per socket in the kernel.
 const MAX_RANGES: usize = 64;
-
-/// `TCP_BOUND_INACTIVE` (net/tcp_states.h, since 6.8): bound, and neither listening nor connected. Older kernels show
-/// no such socket and pass over the flag. It is asked for by this state, and answered with TCP_CLOSE.
-const TCP_BOUND_INACTIVE: u8 = 13;
-const TCP_CLOSE: u8 = 7;
-const TCP_LISTEN: u8 = 10;
 
 /// Watches ports of one network namespace.
 pub struct Watch {
@@ -64,53 +58,6 @@ impl fmt::Debug for Watch {
     }
 }
 
-/// A socket on a port that does not listen there: bound, connected, or on its way out.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Remnant {
-    /// 0: no process has it any more, the kernel ends it in its own time.
-    pub inode: u64,
-    pub state: State,
-    pub local: SocketAddr,
-}
-
-/// The state of a TCP socket, as `ss` names it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct State(u8);
-
-impl State {
-    pub const FIN_WAIT2: State = State(5);
-    pub const TIME_WAIT: State = State(6);
-
-    /// Whether it is bound and nothing else.
-    pub fn is_bound(self) -> bool {
-        matches!(self.0, TCP_BOUND_INACTIVE | TCP_CLOSE)
-    }
-
-    pub fn is_time_wait(self) -> bool {
-        self == State::TIME_WAIT
-    }
-}
-
-impl fmt::Display for State {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // `enum` in net/tcp_states.h.
-        f.write_str(match self.0 {
-            1 => "ESTABLISHED",
-            2 => "SYN_SENT",
-            3 | 12 => "SYN_RECV",
-            4 => "FIN_WAIT1",
-            5 => "FIN_WAIT2",
-            6 => "TIME_WAIT",
-            8 => "CLOSE_WAIT",
-            9 => "LAST_ACK",
-            TCP_LISTEN => "LISTEN",
-            11 => "CLOSING",
-            // As `ss` shows those that are bound and nothing else.
-            _ => "UNCONN",
-        })
-    }
-}
-
 impl Watch {
     /// Watches ports of the calling thread's network namespace.
     ///
@@ -119,13 +66,11 @@ impl Watch {
     pub fn open(ports: &BTreeSet<(Protocol, u16)>) -> anyhow::Result<Watch> {
         let netns = netns::own().context("cannot read /proc/thread-self/ns/net; is /proc mounted?")?;
         let mut looks = Vec::new();
-        for (proto, number, states) in
-            [(Protocol::Tcp, IPPROTO_TCP, StateFlags::LISTEN), (Protocol::Udp, IPPROTO_UDP, StateFlags::CLOSE)]
-        {
+        for (proto, states) in [(Protocol::Tcp, StateFlags::LISTEN), (Protocol::Udp, StateFlags::CLOSE)] {
             let ranges = ranges(ports.iter().filter(|(p, _)| *p == proto).map(|&(_, port)| port));
             if !ranges.is_empty() {
                 looks.extend(
-                    [AF_INET, AF_INET6].map(|family| (proto, port_request(family, number, states.clone(), &ranges))),
+                    [AF_INET, AF_INET6].map(|family| (proto, port_request(family, proto, states.clone(), &ranges))),
                 );
             }
         }
@@ -178,36 +123,19 @@ impl Watch {
         Ok(sockets)
     }
 
-    /// Binds a TCP socket as servers do, with `SO_REUSEADDR`, and lets go at once. It never listens.
-    ///
-    /// # Errors
-    /// What bind(2) says: only `AddrInUse` means that the port is taken.
-    pub fn probe(&self, address: SocketAddr, v6only: Option<bool>) -> io::Result<()> {
-        match &self.namespace {
-            None => probe(address, v6only),
-            Some(namespace) => netns::enter(namespace, || Ok(probe(address, v6only)))
-                .unwrap_or_else(|_| Err(io::ErrorKind::PermissionDenied.into())),
-        }
+    /// Whether a TCP server would be told that the address is in use: see [`Bind::is_in_use`].
+    pub fn is_in_use(&self, address: SocketAddr, v6only: Option<bool>) -> bool {
+        Bind::server(address, v6only).is_in_use(self.namespace.as_ref())
     }
 
     /// The TCP sockets that could be why a bind to this address fails; `None`: one that listens is among them.
     ///
     /// # Errors
     /// What netlink says.
-    pub fn remnants(&mut self, address: SocketAddr) -> io::Result<Option<Vec<Remnant>>> {
-        let port = address.port();
-        let states = StateFlags::from_bits_retain(u32::MAX);
-        let mut found = Vec::new();
-        for family in [AF_INET, AF_INET6] {
-            for row in self.link.dump(&port_request(family, IPPROTO_TCP, states.clone(), &[port..=port]))? {
-                let header = row.header;
-                let local = SocketAddr::new(header.socket_id.source_address, header.socket_id.source_port);
-                if overlap(local.ip(), address.ip()) {
-                    found.push(Remnant { inode: header.inode.into(), state: State(header.state), local });
-                }
-            }
-        }
-        Ok((!found.iter().any(|r| r.state.0 == TCP_LISTEN)).then_some(found))
+    pub fn remnants(&mut self, address: SocketAddr) -> io::Result<Option<Vec<PortSocket>>> {
+        let mut found = self.link.sockets(Protocol::Tcp, address.port()..=address.port())?;
+        found.retain(|socket| overlap(socket.local.ip(), address.ip()));
+        Ok((!found.iter().any(|socket| socket.state == State::Listen)).then_some(found))
     }
 }
 
@@ -285,16 +213,6 @@ fn op(code: u32, k: u32, jt: u8, jf: u8) -> libc::sock_filter {
     libc::sock_filter { code: code as u16, jt, jf, k }
 }
 
-fn probe(address: SocketAddr, v6only: Option<bool>) -> io::Result<()> {
-    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
-    let socket = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
-    sockopt::set_socket_reuseaddr(&socket, true)?;
-    if let (Some(v6only), false) = (v6only, address.is_ipv4()) {
-        sockopt::set_ipv6_v6only(&socket, v6only)?;
-    }
-    Ok(bind(&socket, &address)?)
-}
-
 /// Whether two bound addresses can be in each other's way.
 fn overlap(a: IpAddr, b: IpAddr) -> bool {
     a.to_canonical() == b.to_canonical() || a.is_unspecified() || b.is_unspecified()
@@ -302,11 +220,9 @@ fn overlap(a: IpAddr, b: IpAddr) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::net::{TcpListener, TcpStream, UdpSocket};
+    use std::net::{Ipv6Addr, TcpListener, TcpStream, UdpSocket};
 
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
-
-    use std::time::{Duration, Instant};
 
     use super::*;
 
@@ -381,34 +297,21 @@ mod tests {
     }
 
     #[test]
-    fn a_bind_fails_exactly_where_a_server_would() {
-        let taken = |watch: &Watch, address| match watch.probe(address, None) {
-            Ok(()) => false,
-            Err(error) => {
-                assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
-                true
-            }
-        };
-        // Rust's own listeners set SO_REUSEADDR: what they leave behind is in nobody's way.
+    fn what_is_left_on_a_port_is_told_once_nobody_listens() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let mut watch = Watch::open(&ports(&[(Protocol::Tcp, address)])).unwrap();
-        assert!(taken(&watch, address));
+        assert!(watch.is_in_use(address, None));
         assert_eq!(watch.remnants(address).unwrap(), None);
         let client = TcpStream::connect(address).unwrap();
-        let (accepted, _) = listener.accept().unwrap();
-        drop(listener);
-        // Another test's child, forked while it was open, has it until it execs.
-        let until = Instant::now() + Duration::from_secs(10);
-        while taken(&watch, address) {
-            assert!(Instant::now() < until, "{address} stays taken");
-            std::thread::yield_now();
-        }
-        // A client's own port is taken: its socket did not.
+        // A client's own port is taken: its socket did not set SO_REUSEADDR.
         let own = client.local_addr().unwrap();
-        assert!(taken(&watch, own));
-        let remnants = watch.remnants(own).unwrap().unwrap();
-        assert_eq!(remnants.iter().map(|r| r.state.to_string()).collect::<Vec<_>>(), ["ESTABLISHED"]);
-        drop(accepted);
+        assert!(watch.is_in_use(own, None));
+        // All addresses are in everybody's way, another address is not.
+        for (ip, expected) in [(own.ip(), true), ([127, 0, 0, 2].into(), false), (Ipv6Addr::UNSPECIFIED.into(), true)] {
+            let found = watch.remnants(SocketAddr::new(ip, own.port())).unwrap().unwrap();
+            let is_found = found.iter().any(|socket| (socket.state, socket.local) == (State::Established, own));
+            assert_eq!(is_found, expected, "{ip}: {found:?}");
+        }
     }
 }

@@ -1,7 +1,7 @@
 use std::sync::Arc;
 
 use super::*;
-use crate::model::{Holder, Process, ProcessId, Socket, SocketId};
+use crate::model::{Holder, Process, ProcessId, Socket};
 use crate::select::{Filters, builtin_sets, parse_targets};
 
 const SECOND: u64 = 1_000_000_000;
@@ -19,15 +19,8 @@ fn listener(text: &str) -> Listener {
     };
     Listener {
         socket: Socket {
-            id: SocketId { inode: 1, cookie: 1 },
             proto: if proto == "udp" { Protocol::Udp } else { Protocol::Tcp },
-            mptcp: false,
-            address: address.parse().unwrap(),
-            port: port.parse().unwrap(),
-            v6only: None,
-            netns: 1,
-            uid: 1000,
-            backlog: None,
+            ..Socket::example(address, port.parse().unwrap())
         },
         since: Some(20 * SECOND),
         holders: holders.split_whitespace().enumerate().map(holder).collect(),

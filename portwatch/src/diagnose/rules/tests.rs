@@ -18,17 +18,7 @@ fn process(pid: u32, name: &str, uid: u32) -> Process {
 
 fn listener(inode: u64, holders: Vec<Process>) -> Listener {
     Listener {
-        socket: Socket {
-            id: SocketId { inode, cookie: inode },
-            proto: Protocol::Tcp,
-            mptcp: false,
-            address: "127.0.0.1".parse().unwrap(),
-            port: 8000,
-            v6only: None,
-            netns: HERE,
-            uid: 1000,
-            backlog: None,
-        },
+        socket: Socket { id: SocketId { inode, cookie: inode }, netns: HERE, ..Socket::example("127.0.0.1", 8000) },
         since: None,
         holders: holders
             .into_iter()

@@ -192,14 +192,8 @@ fn gone(pid: u32, name: &str) -> Arc<Process> {
 fn listener(port: u16, since: Option<BootNs>, binder: Arc<Process>) -> Listener {
     let socket = Socket {
         id: SocketId { inode: u64::from(port), cookie: u64::from(port) << 20 },
-        proto: Protocol::Tcp,
-        mptcp: false,
-        address: "127.0.0.1".parse().unwrap(),
-        port,
-        v6only: None,
-        netns: 1,
-        uid: 1000,
         backlog: Some(5),
+        ..Socket::example("127.0.0.1", port)
     };
     Listener { socket, since, holders: vec![Holder { process: binder, fds: Vec::new(), binder: true }] }
 }

@@ -43,17 +43,7 @@ fn listener(port: u16, inode: u64, pids: &[u32]) -> Listener {
         process.uid = Some(1000);
         Holder { process: Arc::new(process), fds: vec![3], binder: false }
     };
-    let socket = Socket {
-        id: SocketId { inode, cookie: 0 },
-        proto: Protocol::Tcp,
-        mptcp: false,
-        address: std::net::Ipv4Addr::LOCALHOST.into(),
-        port,
-        v6only: None,
-        netns: 1,
-        uid: 1000,
-        backlog: None,
-    };
+    let socket = Socket { id: SocketId { inode, cookie: 0 }, ..Socket::example("127.0.0.1", port) };
     Listener { socket, since: None, holders: pids.iter().map(holder).collect() }
 }
 

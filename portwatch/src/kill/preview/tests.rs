@@ -29,17 +29,7 @@ fn victim(process: Arc<Process>, inodes: &[u64]) -> Victim {
 }
 
 fn listener(address: &str, port: u16, inode: u64) -> Listener {
-    let socket = Socket {
-        id: SocketId { inode, cookie: 0 },
-        proto: Protocol::Tcp,
-        mptcp: false,
-        address: address.parse().unwrap(),
-        port,
-        v6only: None,
-        netns: 1,
-        uid: 1000,
-        backlog: None,
-    };
+    let socket = Socket { id: SocketId { inode, cookie: 0 }, ..Socket::example(address, port) };
     Listener { socket, since: None, holders: Vec::new() }
 }
 

@@ -4,7 +4,7 @@ use jiff::tz::TimeZone;
 
 use super::*;
 use crate::history::{Requester, clock};
-use crate::model::{Process as Proc, ProcessId, Socket, SocketId};
+use crate::model::{Process as Proc, ProcessId, Socket};
 
 const SECOND: u64 = 1_000_000_000;
 const MINUTE: u64 = 60 * SECOND;
@@ -35,17 +35,7 @@ fn process(pid: u32, command: &[&str]) -> Proc {
 }
 
 fn life(opened: Option<u64>, end: Option<(Ended, u64)>) -> Life {
-    let socket = Socket {
-        id: SocketId { inode: 99, cookie: 7 },
-        proto: Protocol::Tcp,
-        mptcp: false,
-        address: "127.0.0.1".parse().unwrap(),
-        port: 8000,
-        v6only: None,
-        netns: 1,
-        uid: 33,
-        backlog: None,
-    };
+    let socket = Socket { uid: 33, ..Socket::example("127.0.0.1", 8000) };
     let by = Some(Closer { pid: 999, name: "python3".to_owned() });
     let end = end.map(|(how, time)| End { how, at: ago(time), lived: None, by });
     Life {

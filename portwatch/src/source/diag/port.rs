@@ -1,16 +1,17 @@
 //! Sockets of every state that have a local port, and the destruction of one that listens.
 
+use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 
 use anyhow::{Context, anyhow, bail};
 use netlink_packet_core::{NLM_F_ACK, NLM_F_REQUEST};
-use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP, IPPROTO_UDP};
+use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6};
 use netlink_packet_sock_diag::inet::{InetResponse, SocketId as DiagId, StateFlags};
 use nix::libc;
 
-use super::{Link, cookie_of, encode, inet_request, with_attribute};
+use super::{Link, cookie_of, encode, inet_request, protocol_number, with_attribute};
 use crate::model::{Protocol, Socket, SocketId};
 use crate::source::netns;
 
@@ -53,10 +54,12 @@ impl State {
     fn of(number: u8) -> Option<State> {
         State::ALL.get(usize::from(number).checked_sub(1)?).copied()
     }
+}
 
-    /// The kernel's word, without its prefix.
-    pub fn name(self) -> &'static str {
-        match self {
+/// The kernel's word, without its prefix.
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
             State::Established => "ESTABLISHED",
             State::SynSent => "SYN_SENT",
             State::SynRecv => "SYN_RECV",
@@ -70,7 +73,7 @@ impl State {
             State::Closing => "CLOSING",
             State::NewSynRecv => "NEW_SYN_RECV",
             State::BoundInactive => "BOUND_INACTIVE",
-        }
+        })
     }
 }
 
@@ -87,13 +90,11 @@ pub struct PortSocket {
     pub uid: u32,
 }
 
-/// `INET_DIAG_REQ_BYTECODE` (linux/inet_diag.h): a request attribute, the filter.
+/// `INET_DIAG_REQ_BYTECODE` (linux/inet_diag.h): a request attribute, the filter; and its operations.
 const INET_DIAG_REQ_BYTECODE: u16 = 1;
-/// Operations of that filter: the local port is at least, at most.
+const INET_DIAG_BC_JMP: u8 = 1;
 const INET_DIAG_BC_S_GE: u8 = 2;
 const INET_DIAG_BC_S_LE: u8 = 3;
-/// Bit of the pseudo state `TCP_BOUND_INACTIVE` (include/net/tcp_states.h). Older kernels pass over it.
-const BOUND_INACTIVE: u32 = 1 << 13;
 /// `SOCK_DESTROY` (linux/sock_diag.h).
 const SOCK_DESTROY: u16 = 21;
 
@@ -102,66 +103,95 @@ const SOCK_DESTROY: u16 = 21;
 /// # Errors
 /// Where netlink is refused.
 pub fn dump_ports(proto: Protocol, ports: RangeInclusive<u16>) -> io::Result<Vec<PortSocket>> {
-    let mut link = Link::open()?;
-    let mut sockets = Vec::new();
-    for row in rows(&mut link, proto, &ports, StateFlags::from_bits_retain(StateFlags::all().bits() | BOUND_INACTIVE))?
-    {
-        let id = &row.header.socket_id;
-        let state = match State::of(row.header.state) {
-            // What the pseudo state asks for is shown as what it is: closed, and yet it has a port.
-            Some(State::Close) if proto == Protocol::Tcp => State::BoundInactive,
-            Some(state) => state,
-            None => continue,
-        };
-        sockets.push(PortSocket {
-            id: SocketId { inode: row.header.inode.into(), cookie: cookie_of(id.cookie) },
-            proto,
-            state,
-            local: SocketAddr::new(id.source_address, id.source_port),
-            peer: SocketAddr::new(id.destination_address, id.destination_port),
-            uid: row.header.uid,
-        });
-    }
-    Ok(sockets)
+    Link::open()?.sockets(proto, ports)
 }
 
-fn rows(
-    link: &mut Link,
+impl Link {
+    /// As [`dump_ports`], in the namespace of this link.
+    pub(in crate::source) fn sockets(
+        &mut self,
+        proto: Protocol,
+        ports: RangeInclusive<u16>,
+    ) -> io::Result<Vec<PortSocket>> {
+        // All states, the pseudo state `TCP_BOUND_INACTIVE` (bit 13, since 6.8) among them: a kernel passes over the
+        // bits of those that it does not know.
+        let rows = self.rows(proto, ports, StateFlags::from_bits_retain(u32::MAX))?;
+        Ok(rows.iter().filter_map(|row| port_socket(row, proto)).collect())
+    }
+
+    fn rows(
+        &mut self,
+        proto: Protocol,
+        ports: RangeInclusive<u16>,
+        states: StateFlags,
+    ) -> io::Result<Vec<InetResponse>> {
+        let ports = [ports];
+        let mut all = Vec::new();
+        for family in [AF_INET, AF_INET6] {
+            all.extend(self.dump(&port_request(family, proto, states.clone(), &ports))?);
+        }
+        // A dump can show a socket twice while others come and go.
+        let key = |row: &InetResponse| (cookie_of(row.header.socket_id.cookie), row.header.state);
+        all.sort_by_key(key);
+        all.dedup_by_key(|row| key(row));
+        Ok(all)
+    }
+}
+
+/// `None`: in a state that is not known.
+fn port_socket(row: &InetResponse, proto: Protocol) -> Option<PortSocket> {
+    let header = &row.header;
+    let id = &header.socket_id;
+    let state = match State::of(header.state)? {
+        // What the pseudo state asks for is shown as what it is: closed, and yet it has a port.
+        State::Close if proto == Protocol::Tcp => State::BoundInactive,
+        state => state,
+    };
+    Some(PortSocket {
+        id: SocketId { inode: header.inode.into(), cookie: cookie_of(id.cookie) },
+        proto,
+        state,
+        local: SocketAddr::new(id.source_address, id.source_port),
+        peer: SocketAddr::new(id.destination_address, id.destination_port),
+        uid: header.uid,
+    })
+}
+
+/// A dump request, as bytes, for the sockets with these local ports alone: the kernel filters.
+pub(in crate::source) fn port_request(
+    family: u8,
     proto: Protocol,
-    ports: &RangeInclusive<u16>,
     states: StateFlags,
-) -> io::Result<Vec<InetResponse>> {
-    let mut all = Vec::new();
-    for family in [AF_INET, AF_INET6] {
-        let request = encode(inet_request(family, number(proto), states.clone()));
-        all.extend(link.dump(&with_attribute(request, INET_DIAG_REQ_BYTECODE, &filter(ports)))?);
-    }
-    // A dump can show a socket twice while others come and go.
-    let key = |row: &InetResponse| (cookie_of(row.header.socket_id.cookie), row.header.state);
-    all.sort_by_key(key);
-    all.dedup_by_key(|row| key(row));
-    Ok(all)
+    ports: &[RangeInclusive<u16>],
+) -> Vec<u8> {
+    let request = encode(inet_request(family, protocol_number(proto), states));
+    with_attribute(request, INET_DIAG_REQ_BYTECODE, &port_filter(ports))
 }
 
-fn number(proto: Protocol) -> u8 {
-    match proto {
-        Protocol::Tcp => IPPROTO_TCP,
-        Protocol::Udp => IPPROTO_UDP,
+/// The program of `struct inet_diag_bc_op {u8 code; u8 yes; u16 no;}` that accepts these ports. `yes` and `no` are
+/// jumps in bytes; the end itself accepts, four bytes past it reject. A comparison has its port in a second
+/// operation's `no`.
+fn port_filter(ranges: &[RangeInclusive<u16>]) -> Vec<u8> {
+    // Per range: lower bound (8), upper bound (8), and a jump to the end (4), which the last does without.
+    let end = (ranges.len() * 20).saturating_sub(4);
+    let mut bytes = Vec::with_capacity(end);
+    for (index, range) in ranges.iter().enumerate() {
+        let is_last = index + 1 == ranges.len();
+        for (code, port) in [(INET_DIAG_BC_S_GE, *range.start()), (INET_DIAG_BC_S_LE, *range.end())] {
+            let next_range = if is_last { end + 4 } else { (index + 1) * 20 };
+            let no = u16::try_from(next_range - bytes.len()).unwrap_or(u16::MAX);
+            bytes.extend([code, 8]);
+            bytes.extend(no.to_ne_bytes());
+            bytes.extend([0, 0]);
+            bytes.extend(port.to_ne_bytes());
+        }
+        if !is_last {
+            let no = u16::try_from(end - bytes.len()).unwrap_or(u16::MAX);
+            bytes.extend([INET_DIAG_BC_JMP, 4]);
+            bytes.extend(no.to_ne_bytes());
+        }
     }
-}
-
-/// Two tests of two operations each (`struct inet_diag_bc_op`): what to do, how far to jump where it holds, how far
-/// where it does not (past the end: refused); then the port in the place of the second jump.
-fn filter(ports: &RangeInclusive<u16>) -> Vec<u8> {
-    let mut code = Vec::with_capacity(16);
-    for (operation, port, refuse) in [(INET_DIAG_BC_S_GE, *ports.start(), 20u16), (INET_DIAG_BC_S_LE, *ports.end(), 12)]
-    {
-        code.extend([operation, 8]);
-        code.extend(refuse.to_ne_bytes());
-        code.extend([0, 0]);
-        code.extend(port.to_ne_bytes());
-    }
-    code
+    bytes
 }
 
 /// Ends listening on exactly this socket, in its network namespace, without touching a process (`SOCK_DESTROY`). The
@@ -194,8 +224,7 @@ fn destroy_here(socket: &Socket) -> anyhow::Result<()> {
     let gone = || anyhow!("the socket at {endpoint} is gone already");
     let what = || format!("cannot close the socket at {endpoint}");
     let mut link = Link::open().with_context(what)?;
-    let listening =
-        rows(&mut link, socket.proto, &(socket.port..=socket.port), StateFlags::LISTEN).with_context(what)?;
+    let listening = link.rows(socket.proto, socket.port..=socket.port, StateFlags::LISTEN).with_context(what)?;
     // The cookie that a process has of an MPTCP socket is not the one in the table: they share the inode.
     let is_it = |row: &&InetResponse| {
         let (inode, cookie) = (u64::from(row.header.inode), cookie_of(row.header.socket_id.cookie));
@@ -229,7 +258,7 @@ fn destroy_here(socket: &Socket) -> anyhow::Result<()> {
 }
 
 fn destroy_request(family: u8, proto: Protocol, id: &DiagId) -> Vec<u8> {
-    let mut request = inet_request(family, number(proto), StateFlags::empty());
+    let mut request = inet_request(family, protocol_number(proto), StateFlags::empty());
     request.socket_id = id.clone();
     let mut bytes = encode(request);
     bytes[4..6].copy_from_slice(&SOCK_DESTROY.to_ne_bytes());
