@@ -26,10 +26,9 @@ use super::progress::{Progress, Step};
 use super::prove::Blocked;
 use super::report;
 use super::sight::{LOOK_EVERY, Sight};
-use super::stop::Stopper;
+use super::stop::{Stopper, Stopping};
 use super::target::{SignalError, Verdict, prove_by_proc};
 use super::why;
-use crate::engine::EngineError;
 use crate::model::{Listener, NetnsId, Protocol, Socket};
 
 /// How long SIGKILL is waited for in any case. It acts at once, except on a process that is asleep in the kernel.
@@ -74,7 +73,7 @@ pub struct World<'a> {
     /// Whether process `pid` has a descriptor of the socket with this inode now, from `/proc`.
     pub holds: &'a dyn Fn(u32, u64) -> io::Result<bool>,
     pub guards: &'a Guards,
-    /// Stops containers.
+    /// Stops containers and units.
     pub stop: &'a mut Stopper<'a>,
     /// The addresses of this network namespace at which a port that nobody has is to be free.
     pub addresses: &'a dyn Fn(u16) -> Vec<IpAddr>,
@@ -99,7 +98,7 @@ pub fn execute(plan: Plan, options: Options, world: &mut World<'_>) -> anyhow::R
     run.sight = Sight::open(&run.plan);
     if !run.lives.is_empty() || !run.plan.stops.is_empty() {
         run.open_all(world);
-        run.stop_containers(world)?;
+        run.stop_wholes(world)?;
         run.soft(world)?;
         if options.force && !run.is_done() {
             run.forced(world)?;
@@ -124,7 +123,7 @@ pub(super) struct Run {
     /// Why bind() fails on each group although nobody listens.
     pub(super) blocked: Vec<Option<Blocked>>,
     /// What became of each of [`Plan::stops`]; empty before that is tried.
-    pub(super) stopped: Vec<Result<(), EngineError>>,
+    pub(super) stopped: Vec<Stopping>,
     sight: Sight,
     /// Indices into the plan's groups.
     group_of: HashMap<(u16, Protocol, NetnsId), usize>,

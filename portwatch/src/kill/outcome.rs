@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde::{Serialize, Serializer};
 
+use super::stop::Whole;
 use crate::model::{Listener, Protocol};
 use crate::supervisor::Supervisor;
 
@@ -40,7 +41,7 @@ pub struct Outcome {
     /// Pids of those that SIGKILL ended.
     pub forced: Vec<u32>,
     pub failed: Vec<Failure>,
-    /// Containers that were stopped. What published their ports was not signalled, and is not in `killed`.
+    /// Containers and units that were stopped. Their processes were not signalled, and are not in `killed`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub stopped: Vec<Stopped>,
     /// Pids of holders that had ended before anything was sent to them.
@@ -57,17 +58,45 @@ pub struct Outcome {
     /// Names of the processes mentioned, for people. Hostile text.
     #[serde(skip)]
     pub names: Vec<(u32, String)>,
-    /// In a dry run, the containers that would be stopped, and the holders that go with them.
+    /// In a dry run, what would be stopped, and the holders that go with it.
     #[serde(skip)]
     pub stopping: Vec<(Stopped, Vec<u32>)>,
 }
 
-/// A container that was stopped.
+/// Something that was stopped.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Stopped {
-    /// The first 12 digits of its id.
-    pub container: String,
-    pub name: String,
+#[serde(untagged)]
+pub enum Stopped {
+    Container {
+        /// The first 12 digits of its id.
+        container: String,
+        name: String,
+    },
+    Unit {
+        /// Its full name. Hostile text.
+        unit: String,
+        /// The uid of the user whose systemd runs it; `None`: the system's.
+        user_manager: Option<u32>,
+    },
+}
+
+impl Stopped {
+    pub(super) fn of(what: &Whole) -> Stopped {
+        match what {
+            Whole::Container(container) => {
+                Stopped::Container { container: container.short_id().to_owned(), name: container.name.clone() }
+            }
+            Whole::Unit { name, manager } => Stopped::Unit { unit: name.clone(), user_manager: manager.uid() },
+        }
+    }
+
+    /// What it is and its name: `("container", "web")`. Hostile text.
+    pub(super) fn describe(&self) -> (&'static str, &str) {
+        match self {
+            Stopped::Container { name, .. } => ("container", name),
+            Stopped::Unit { unit, .. } => ("unit", unit),
+        }
+    }
 }
 
 /// A holder that was not ended.
@@ -167,9 +196,13 @@ mod tests {
     fn json_is_as_promised() {
         let expected = r#"{"port":8000,"proto":"tcp","status":"cleaned","killed":[7],"forced":[],"failed":[{"pid":9,"reason":"no"}],"ghost":[5],"still_listening":false,"remaining_pids":[],"elapsed_ms":12,"diagnostics":null}"#;
         assert_eq!(serde_json::to_string(&outcome(Status::Cleaned)).unwrap(), expected);
-        let stopped = vec![Stopped { container: "5eed81bcd920".into(), name: "web".into() }];
+        let stopped = vec![
+            Stopped::Container { container: "5eed81bcd920".into(), name: "web".into() },
+            Stopped::Unit { unit: "web.service".into(), user_manager: None },
+        ];
         let json = serde_json::to_string(&Outcome { stopped, ..outcome(Status::Cleaned) }).unwrap();
-        assert!(json.contains(r#""stopped":[{"container":"5eed81bcd920","name":"web"}],"ghost""#), "{json}");
+        let expected = r#""stopped":[{"container":"5eed81bcd920","name":"web"},{"unit":"web.service","user_manager":null}],"ghost""#;
+        assert!(json.contains(expected), "{json}");
     }
 
     #[test]

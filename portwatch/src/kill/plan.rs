@@ -21,7 +21,7 @@ use std::sync::Arc;
 
 use super::guards::{Guards, Verdict};
 use super::kin::{self, Kin, Reach, Relation};
-use crate::engine::Container;
+use super::stop::Whole;
 use crate::model::{BootNs, Listener, NetnsId, Process, ProcessId, Protocol, Socket, SocketId};
 use crate::source::stat::{self, Stat};
 use crate::supervisor::Supervisor;
@@ -32,7 +32,7 @@ pub struct Plan {
     /// By port, protocol and namespace.
     pub groups: Vec<Group>,
     pub victims: Vec<Victim>,
-    /// Containers to be stopped, whose processes are not signalled.
+    /// Containers and units to be stopped, whose processes are not signalled.
     pub stops: Vec<Stop>,
     pub refused: Vec<Refused>,
     /// Relatives of holders that are not signalled; they are not in the way of any port.
@@ -71,13 +71,13 @@ pub struct Victim {
     pub supervisor: Option<Supervisor>,
 }
 
-/// A container to be stopped.
+/// A container or unit to be stopped.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stop {
-    pub container: Container,
+    pub what: Whole,
     /// Indices into [`Plan::groups`].
     pub groups: Vec<usize>,
-    /// The holders that go with it: what publishes its ports, and who runs in it.
+    /// The holders that let go with it: what publishes its ports, who runs in it, the systemd that listens for it.
     pub processes: Vec<Arc<Process>>,
 }
 
@@ -139,10 +139,10 @@ impl Plan {
                 let process = &holder.process;
                 match guards.judge(process, &listener.socket, stat) {
                     Verdict::Signal => {}
-                    Verdict::Stop(container) => {
-                        let known = stops.iter().position(|stop| stop.container.id == container.id);
+                    Verdict::Stop(what) => {
+                        let known = stops.iter().position(|stop| stop.what.is_same(&what));
                         let known = known.unwrap_or_else(|| {
-                            stops.push(Stop { container, groups: Vec::new(), processes: Vec::new() });
+                            stops.push(Stop { what, groups: Vec::new(), processes: Vec::new() });
                             stops.len() - 1
                         });
                         stops[known].add(process, index);
@@ -250,7 +250,7 @@ impl Plan {
 }
 
 impl Stop {
-    /// Adds a holder that goes with the container.
+    /// Adds a holder that goes with it.
     pub(super) fn add(&mut self, process: &Arc<Process>, group: usize) {
         push_new(&mut self.groups, group);
         if !self.processes.iter().any(|known| known.id.is_same(process.id)) {

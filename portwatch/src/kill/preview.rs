@@ -55,13 +55,13 @@ fn addresses(plan: &Plan, victim: &Victim) -> String {
     }
 }
 
-/// The containers that the plan stops, a line each.
+/// The containers and units that the plan stops, a line each.
 pub fn stops(plan: &Plan) -> String {
     let mut out = String::new();
     for stop in &plan.stops {
         let processes: Vec<String> =
             stop.processes.iter().map(|p| format!("{} ({})", escape(&p.name), p.id.pid)).collect();
-        let _ = writeln!(out, "to stop: container {}, in place of {}", stop.container, processes.join(", "));
+        let _ = writeln!(out, "to stop: {}, in place of {}", stop.what, processes.join(", "));
     }
     out
 }
@@ -113,6 +113,7 @@ pub fn question(concerns: &[Concern], view: &View<'_>) -> String {
             Concern::OthersProcesses { uid, count } => format!("{count} processes of {}", view.user(*uid)),
             Concern::Service(name) => format!("{}, a system service", escape(name)),
             Concern::Container(name) => format!("container {}", escape(name)),
+            Concern::Unit(name) => format!("unit {}, with everything in it", escape(name)),
         })
         .collect();
     format!("this would end {}; go on?", parts.join("; "))

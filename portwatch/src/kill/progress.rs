@@ -31,6 +31,8 @@ pub enum Step {
     Gone,
     /// It closed its ports and goes on, maybe to end later.
     LetGo { after: Duration },
+    /// What it runs in, or holds the port for, is being stopped instead.
+    Stopping { what: String },
     /// It could not be signalled.
     Failed { reason: String },
 }
@@ -58,6 +60,7 @@ impl fmt::Display for Step {
             Step::Ended { after } => write!(f, "ended in {}", span(*after)),
             Step::Gone => f.write_str("ended by itself before"),
             Step::LetGo { after } => write!(f, "let go of the port in {}", span(*after)),
+            Step::Stopping { what } => write!(f, "stopping {what}"),
             Step::Failed { reason } => write!(f, "not signalled: {}", escape(reason)),
         }
     }
@@ -85,6 +88,7 @@ mod tests {
             (Step::Ended { after: second }, "ended in 1.2s"),
             (Step::Gone, "ended by itself before"),
             (Step::LetGo { after: second }, "let go of the port in 1.2s"),
+            (Step::Stopping { what: "unit web.service".into() }, "stopping unit web.service"),
             (Step::Failed { reason: "no".into() }, "not signalled: no"),
         ] {
             assert_eq!(step.to_string(), expected);

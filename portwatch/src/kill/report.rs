@@ -11,8 +11,8 @@ use super::outcome::{Diagnostics, Failure, Outcome, Owner, Status, Stopped};
 use super::plan::{Group, Refused, Stop, push_new};
 use super::prove::Blocked;
 use super::signal::SignalName;
+use super::stop::{StopError, Stopping};
 use super::why;
-use crate::engine::EngineError;
 use crate::model::{Listener, Process};
 use crate::source::stat;
 use crate::supervisor::Supervisor;
@@ -136,15 +136,15 @@ impl<'a> End<'a> {
         run.plan.refused.iter().filter(|r| r.groups.contains(&self.index))
     }
 
-    /// The containers to be stopped for this port, and what became of that if it was tried.
-    fn stops<'b>(&self, run: &'b Run) -> impl Iterator<Item = (&'b Stop, Option<&'b Result<(), EngineError>>)> {
+    /// What is to be stopped for this port, and what became of that if it was tried.
+    fn stops<'b>(&self, run: &'b Run) -> impl Iterator<Item = (&'b Stop, Option<&'b Stopping>)> {
         let results = run.stopped.iter().map(Some).chain(std::iter::repeat(None));
         let index = self.index;
         run.plan.stops.iter().zip(results).filter(move |(stop, _)| stop.groups.contains(&index))
     }
 
     fn stopped<'b>(&self, run: &'b Run) -> impl Iterator<Item = &'b Stop> {
-        self.stops(run).filter(|(_, result)| matches!(result, Some(Ok(())))).map(|(stop, _)| stop)
+        self.stops(run).filter(|(_, result)| matches!(result, Some(Ok(_)))).map(|(stop, _)| stop)
     }
 
     /// The other user whose processes must hold what has no visible holder: an ordinary user does not see them.
@@ -176,17 +176,29 @@ impl<'a> End<'a> {
         left.chain(self.unstopped(run)).collect()
     }
 
-    /// The holders that stay because their container does.
+    /// The holders that stay because what they belong to does.
     fn unstopped<'b>(&self, run: &'b Run) -> impl Iterator<Item = Failure> + use<'_, 'b> {
         self.stops(run).filter_map(|(stop, result)| Some((stop, result?))).flat_map(|(stop, result)| {
             let there = stop.processes.iter().filter(|p| self.old.iter().any(|l| l.holds(p.id)));
             there.map(move |process| {
                 let reason = match result {
-                    Ok(()) => format!("still there after container {} has stopped", stop.container),
-                    Err(error) => format!("cannot stop container {}: {error}", stop.container),
+                    Ok(_) => format!("still there after {} has stopped", stop.what),
+                    Err(StopError { message, .. }) => message.clone(),
                 };
                 Failure { pid: process.id.pid, reason, refused: true }
             })
+        })
+    }
+
+    /// What starts again what was stopped.
+    fn triggers<'b>(&self, run: &'b Run) -> impl Iterator<Item = String> + use<'b> {
+        let stopped: Vec<(&Stop, &Vec<String>)> =
+            self.stops(run).filter_map(|(stop, result)| Some((stop, result?.as_ref().ok()?))).collect();
+        let triggered = stopped.into_iter().filter(|(_, triggers)| !triggers.is_empty());
+        triggered.map(|(stop, triggers)| {
+            let is_active =
+                if triggers.len() == 1 { "is active still and starts" } else { "are active still and start" };
+            format!("{} {is_active} {} again", triggers.join(", "), stop.what)
         })
     }
 
@@ -234,6 +246,9 @@ impl<'a> End<'a> {
             Status::Stuck if !self.old.is_empty() && self.old.iter().all(|l| l.is_ghost()) => {
                 format!("every visible holder is gone, and {port} is still taken")
             }
+            Status::Partial | Status::Stuck if self.triggers(run).next().is_some() => {
+                self.triggers(run).collect::<Vec<_>>().join("; ")
+            }
             Status::Partial if run.options.signal != Signal::KILL && !run.options.force => {
                 format!("--no-force left those that outlived {}", SignalName(run.options.signal))
             }
@@ -245,6 +260,7 @@ impl<'a> End<'a> {
                 if !names.is_empty() {
                     notes.push(format!("{} let go of the port and did not end yet", names.join(", ")));
                 }
+                notes.extend(self.triggers(run));
                 if notes.is_empty() {
                     return None;
                 }
@@ -269,10 +285,7 @@ impl<'a> End<'a> {
         remaining_pids.extend(self.blocked.into_iter().flat_map(Blocked::pids));
         remaining_pids.sort_unstable();
         remaining_pids.dedup();
-        let stopped = |stop: &Stop| Stopped {
-            container: stop.container.short_id().to_owned(),
-            name: stop.container.name.clone(),
-        };
+        let stopped = |stop: &Stop| Stopped::of(&stop.what);
         let pids_of = |stop: &Stop| stop.processes.iter().map(|p| p.id.pid).collect();
         let victims = self.lives.iter().map(|l| &l.victim.process);
         let refused = run.plan.refused.iter().map(|r| &r.process);

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::outcome::{Outcome, Status};
+use super::outcome::{Outcome, Status, Stopped};
 use crate::render::{escape, span};
 
 /// One line on one port, without the line's end.
@@ -25,7 +25,7 @@ pub fn outcome(outcome: &Outcome) -> String {
                 let would: Vec<u32> =
                     outcome.remaining_pids.iter().copied().filter(|p| !refused(p) && !goes(p)).collect();
                 let mut parts: Vec<String> =
-                    outcome.stopping.iter().map(|(stop, _)| format!("stop container {}", stop.name)).collect();
+                    outcome.stopping.iter().map(|(stop, _)| format!("stop {}", whole(stop))).collect();
                 if !would.is_empty() {
                     parts.push(format!("terminate {}", list(outcome, &would)));
                 }
@@ -102,8 +102,8 @@ fn deeds(outcome: &Outcome) -> String {
     let gentle: Vec<u32> = outcome.killed.iter().copied().filter(|p| !outcome.forced.contains(p)).collect();
     let mut parts = Vec::new();
     if !outcome.stopped.is_empty() {
-        let names: Vec<&str> = outcome.stopped.iter().map(|stopped| stopped.name.as_str()).collect();
-        parts.push(format!("stopped container {}", names.join(", ")));
+        let names: Vec<String> = outcome.stopped.iter().map(whole).collect();
+        parts.push(format!("stopped {}", names.join(", ")));
     }
     if !gentle.is_empty() {
         parts.push(format!("terminated {}", list(outcome, &gentle)));
@@ -112,6 +112,12 @@ fn deeds(outcome: &Outcome) -> String {
         parts.push(format!("killed by force {}", list(outcome, &outcome.forced)));
     }
     parts.join("; ")
+}
+
+/// `container web`, `unit web.service`.
+fn whole(stopped: &Stopped) -> String {
+    let (what, name) = stopped.describe();
+    format!("{what} {}", escape(name))
 }
 
 fn failures(outcome: &Outcome) -> String {
@@ -133,7 +139,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::kill::outcome::{Diagnostics, Failure, Stopped};
+    use crate::kill::outcome::{Diagnostics, Failure};
     use crate::model::Protocol;
 
     fn check(change: impl FnOnce(&mut Outcome), expected: &str) {
@@ -231,8 +237,12 @@ mod tests {
             },
             "8000/tcp would stay: terminate python3 (7); init (1): no",
         );
-        let web = || Stopped { container: "5eed81bcd920".into(), name: "web".into() };
-        check(|o| o.stopped = vec![web()], "8000/tcp freed: stopped container web in 120ms");
+        let web = || Stopped::Container { container: "5eed81bcd920".into(), name: "web".into() };
+        let unit = || Stopped::Unit { unit: "w\u{7}.service".into(), user_manager: Some(1000) };
+        check(
+            |o| o.stopped = vec![web(), unit()],
+            "8000/tcp freed: stopped container web, unit w\\x07.service in 120ms",
+        );
         check(
             |o| {
                 o.status = Status::Planned;

@@ -152,6 +152,17 @@ pub fn stop_unit(unit: &str, manager: Manager, timeout: Duration) -> Result<Stop
     })
 }
 
+/// Whether there may be a bus by which this manager can be reached: a host without systemd has none.
+pub fn is_there(manager: Manager) -> bool {
+    addresses(manager).iter().any(|address| match address {
+        Address::Bus(address) => address.strip_prefix("unix:path=").is_none_or(|path| {
+            let path = path.split([',', ';']).next().unwrap_or(path);
+            std::path::Path::new(path).exists()
+        }),
+        Address::OfUser(_, path) => std::path::Path::new(path).exists(),
+    })
+}
+
 /// Whether the manager may start the service again when its process ends (any `Restart=` but `no`: which of them
 /// applies depends on how the process takes a signal), or when somebody connects (socket activation).
 pub fn restarts(unit: &str, manager: Manager) -> Result<bool, Error> {
