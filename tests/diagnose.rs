@@ -359,6 +359,20 @@ fn ghosts() -> Vec<Test> {
                 );
                 assert_eq!(after.split_once(" there\n").map(|(_, next)| next), Some("    → kill TAKER\n"), "{text}");
             }
+            // A kill that finds nobody to signal says the same.
+            let target = format!("{}/tcp", scene.port);
+            let text = scene.inside(|| portwatch(&["kill", &target])).expect(1).text();
+            let text = scene.named(&text, &[("TAKER", &taker)], &[]);
+            assert_eq!(
+                text,
+                "PORT/tcp has no visible holder: no visible process holds PORT/tcp: the kernel itself, another pid \
+                 namespace or a descriptor in flight may; portwatch who PORT/tcp shows what is known\n  127.0.0.1:PORT is \
+                 in flight: its descriptor waits to be received by taker (TAKER)\n    → kill TAKER\n"
+            );
+            let outcome = scene.inside(|| portwatch(&["kill", &target, "--json"])).expect(1).json()[0].take();
+            let found = &outcome["diagnostics"]["findings"][0];
+            let expected = (&json!("ghost"), &json!("ghost"), &json!(format!("kill {}", taker.pid)));
+            assert_eq!((&outcome["status"], &found["kind"], &found["next"]), expected, "{outcome}");
             // Looking left it where it was.
             let received = taker.receive_fd();
             let link = fs::read_link(format!("/proc/{}/fd/{received}", taker.pid)).expect("the descriptor");

@@ -72,6 +72,8 @@ fn check_respawn(outcome: &Value, next: &Puppet, supervisor: Value, started_by: 
     let message = format!("{name} ({}) took the port again, started by {started_by}", next.pid);
     assert_eq!(diagnostics["message"], message);
     assert_eq!(diagnostics["supervisor"], supervisor);
+    let finding = diagnostics["findings"][0]["message"].as_str().unwrap_or_default();
+    assert!(finding.starts_with(&format!("{name} ({}) listens on ", next.pid)), "{diagnostics}");
 }
 
 /// A systemd that manages a user's services, in a cgroup of its own and a mount namespace in which systemd believes the

@@ -1,5 +1,6 @@
 //! `portwatch kill`: frees ports by ending the processes that hold them.
 
+mod aftermath;
 mod pick;
 
 use std::collections::BTreeSet;
@@ -177,6 +178,7 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
     )?;
     display.close();
     outcomes.iter_mut().for_each(|outcome| outcome.correct(&choice.left_out));
+    aftermath::explain(&mut outcomes, globals.probe);
     report(args, &outcomes)
 }
 
@@ -376,6 +378,7 @@ fn report(args: &KillArgs, outcomes: &[Outcome]) -> anyhow::Result<ExitCode> {
             if !args.quiet {
                 text += &line;
                 text.push('\n');
+                text += &text::findings(outcome);
             } else if !outcome.is_done() {
                 note(&line);
             }

@@ -5,7 +5,8 @@ use std::time::Duration;
 use serde::{Serialize, Serializer};
 
 use super::stop::Whole;
-use crate::model::{Listener, Protocol};
+use crate::diagnose::Finding;
+use crate::model::{Listener, NetnsId, Protocol};
 use crate::supervisor::Supervisor;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -35,6 +36,9 @@ pub enum Status {
 pub struct Outcome {
     pub port: u16,
     pub proto: Protocol,
+    /// 0 where the port was named and nobody had it.
+    #[serde(skip)]
+    pub netns: NetnsId,
     pub status: Status,
     /// Pids of holders that ended after the first signal, those in `forced` among them.
     pub killed: Vec<u32>,
@@ -110,11 +114,15 @@ pub struct Failure {
 }
 
 /// What a person should know of an outcome that is not plain.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Diagnostics {
+    /// Empty where [`Outcome::failed`] says it all.
     pub message: String,
     pub new_owners: Vec<Owner>,
     pub supervisor: Option<Supervisor>,
+    /// What was found on the port afterwards, where it is not free.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub findings: Vec<Finding>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -146,8 +154,7 @@ impl Outcome {
         self.remaining_pids = listener.holders.iter().map(|holder| holder.process.id.pid).collect();
         self.diagnostics = Some(Diagnostics {
             message: format!("held by {who}, which the selectors leave out"),
-            new_owners: Vec::new(),
-            supervisor: None,
+            ..Diagnostics::default()
         });
     }
 }
@@ -176,6 +183,7 @@ mod tests {
         Outcome {
             port: 8000,
             proto: Protocol::Tcp,
+            netns: 0,
             status,
             killed: vec![7],
             forced: Vec::new(),

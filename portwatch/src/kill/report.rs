@@ -268,7 +268,7 @@ impl<'a> End<'a> {
             }
             _ => return None,
         };
-        Some(Diagnostics { message, new_owners, supervisor })
+        Some(Diagnostics { message, new_owners, supervisor, findings: Vec::new() })
     }
 
     fn outcome(
@@ -299,6 +299,7 @@ impl<'a> End<'a> {
         Outcome {
             port: self.group.port,
             proto: self.group.proto,
+            netns: self.group.netns,
             status,
             killed: self.killed().map(pid).collect(),
             forced: self.killed().filter(|l| l.stage == Stage::Forced).map(pid).collect(),

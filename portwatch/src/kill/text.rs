@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::outcome::{Outcome, Status, Stopped};
+use crate::diagnose::Kind;
 use crate::render::{escape, span};
 
 /// One line on one port, without the line's end.
@@ -50,6 +51,30 @@ pub fn outcome(outcome: &Outcome) -> String {
             if parts.is_empty() { format!("{port} {what}") } else { format!("{port} {what}: {}", parts.join("; ")) }
         }
     }
+}
+
+/// What was found on a port that is not free, and the outcome's line does not say: indented lines, each with its end.
+/// Of what that line says, only the command to go on with.
+pub fn findings(outcome: &Outcome) -> String {
+    let mut out = String::new();
+    let is_blocked = outcome.status == Status::Stuck && !outcome.still_listening;
+    for finding in outcome.diagnostics.iter().flat_map(|d| &d.findings) {
+        let (is_told, indent) = match finding.kind {
+            // Who listens is named in the line; their connections matter once nobody does.
+            Kind::Held => continue,
+            Kind::Bound | Kind::TimeWait | Kind::Connections if !is_blocked => continue,
+            Kind::Bound | Kind::TimeWait | Kind::Connections => (true, "  "),
+            kind if kind.is_obstacle() => (false, "    "),
+            _ => continue,
+        };
+        if !is_told {
+            out += &format!("  {}\n", escape(&finding.message));
+        }
+        if let Some(next) = &finding.next {
+            out += &format!("{indent}→ {}\n", escape(next));
+        }
+    }
+    out
 }
 
 /// All outcomes in one line, without the line's end; `None` where that says no more than the one outcome does.
@@ -139,6 +164,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::diagnose::Finding;
     use crate::kill::outcome::{Diagnostics, Failure};
     use crate::model::Protocol;
 
@@ -152,6 +178,7 @@ mod tests {
         Outcome {
             port: 8000,
             proto: Protocol::Tcp,
+            netns: 0,
             status: Status::Cleaned,
             killed: Vec::new(),
             forced: Vec::new(),
@@ -204,6 +231,25 @@ mod tests {
     }
 
     #[test]
+    fn findings_add_what_the_line_does_not_say() {
+        let finding = |kind, next: Option<&str>| Finding {
+            kind,
+            message: "e\u{1b}vil (7) has it".to_owned(),
+            evidence: "fd 3".to_owned(),
+            next: next.map(str::to_owned),
+        };
+        let check = |status, still_listening, findings: Vec<Finding>, expected: &str| {
+            let diagnostics = Some(Diagnostics { findings, ..Diagnostics::default() });
+            assert_eq!(super::findings(&Outcome { status, still_listening, diagnostics, ..sample() }), expected);
+        };
+        let ghost = || vec![finding(Kind::Ghost, Some("kill\t7")), finding(Kind::Ephemeral, Some("sysctl"))];
+        check(Status::Ghost, true, ghost(), "  e\\x1bvil (7) has it\n    → kill\\t7\n");
+        check(Status::Stuck, false, vec![finding(Kind::TimeWait, Some("ss -K"))], "  → ss -K\n");
+        check(Status::Respawned, true, vec![finding(Kind::Held, Some("x")), finding(Kind::TimeWait, Some("y"))], "");
+        assert_eq!(super::findings(&sample()), "");
+    }
+
+    #[test]
     fn each_outcome_is_one_line() {
         check(|o| o.status = Status::Free, "8000/tcp is free already");
         check(|o| o.killed = vec![7], "8000/tcp freed: terminated python3 (7) in 120ms");
@@ -225,7 +271,7 @@ mod tests {
             |o| {
                 o.status = Status::Respawned;
                 let message = "x\x07 (9) took the port again".to_owned();
-                o.diagnostics = Some(Diagnostics { message, new_owners: Vec::new(), supervisor: None });
+                o.diagnostics = Some(Diagnostics { message, ..Diagnostics::default() });
             },
             "8000/tcp is taken again; x\\x07 (9) took the port again",
         );
