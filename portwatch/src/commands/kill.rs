@@ -91,6 +91,10 @@ pub(crate) struct KillArgs {
     /// systemd itself holds the port is stopped as well. How long it may take is the unit's own setting
     #[arg(long, conflicts_with = "no_force")]
     pub(crate) stop_unit: bool,
+    /// Close the listening sockets in the kernel, without a signal to anybody: their holders live on. For sockets that no
+    /// process holds above all. Needs root, and a kernel with CONFIG_INET_DIAG_DESTROY; TCP alone
+    #[arg(long, conflicts_with_all = ["tree", "group", "signal", "force", "no_force", "stop_container", "stop_unit"])]
+    pub(crate) close_socket: bool,
     /// One JSON array
     #[arg(long)]
     pub(crate) json: bool,
@@ -152,10 +156,12 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
         }
         return report(args, &kill::planned(plan));
     }
-    if !concerns.is_empty() && !is_confirmed(&concerns)? {
+    if !concerns.is_empty() && !is_confirmed(&plan, &concerns)? {
         return nothing_signalled();
     }
-    ask_managers(&mut plan);
+    if !plan.closes {
+        ask_managers(&mut plan);
+    }
     let ports: BTreeSet<(u16, Protocol)> = plan.groups.iter().map(|group| (group.port, group.proto)).collect();
     let is_of_interest =
         |socket: &Socket| ports.contains(&(socket.port, socket.proto)) && selector.matches_socket(socket);
@@ -264,6 +270,11 @@ fn prepare(
     named: &[(u16, Option<Protocol>)],
 ) -> anyhow::Result<Prepared> {
     let others: Vec<Socket> = left_out.iter().map(|listener| listener.socket.clone()).collect();
+    if args.close_socket {
+        let guards = Guards::open();
+        let plan = Plan::new(selected, &others, named, &guards, &stat_of).closing();
+        return Ok(Prepared { plan, guards, engine: None });
+    }
     let units = Units::ask(&selected, args.stop_unit);
     let mut guards = Guards::current(args.force_self).with_units(units).with_named(&args.selectors.pids);
     let mut engine = None;
@@ -336,6 +347,9 @@ fn stat_of(pid: u32) -> Option<Stat> {
 
 /// Who would be hit, and who would not although it holds the port.
 fn summary(plan: &Plan, view: &View<'_>) -> String {
+    if plan.closes {
+        return preview::closures(plan);
+    }
     preview::victims(plan, view) + &preview::inside(plan) + &preview::stops(plan) + &preview::refusals(plan)
 }
 
@@ -352,11 +366,11 @@ fn is_conversation() -> bool {
     io::stdin().is_terminal() && io::stderr().is_terminal()
 }
 
-fn is_confirmed(concerns: &[Concern]) -> anyhow::Result<bool> {
+fn is_confirmed(plan: &Plan, concerns: &[Concern]) -> anyhow::Result<bool> {
     let users = Users::default();
     let name = |uid| users.name(uid);
     let mut stderr = io::stderr();
-    let question = preview::question(concerns, &view_on(&stderr, &name)?);
+    let question = preview::question(plan, concerns, &view_on(&stderr, &name)?);
     write!(stderr, "{question} [y/N] ").and_then(|()| stderr.flush()).context("cannot write to standard error")?;
     let mut answer = String::new();
     io::stdin().read_line(&mut answer).context("cannot read the answer")?;

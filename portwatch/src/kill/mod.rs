@@ -7,9 +7,10 @@
 //!
 //! This module owns who is signalled ([`plan`], [`kin`]) and who never ([`guards`]), what a person should know before
 //! ([`preview`], [`concern`]), how it is made sure that nobody else is hit ([`target`]), the containers and units that are
-//! stopped instead ([`stop`]), the waiting ([`execute`]) and what is said of it ([`outcome`], [`text`]). It does not scan:
+//! stopped instead ([`stop`]), the sockets that are closed without their holders ([`close`]), the waiting ([`execute`]) and what is said of it ([`outcome`], [`text`]). It does not scan:
 //! its callers hand it what was scanned, and a way to scan again.
 
+mod close;
 pub mod concern;
 pub mod execute;
 mod guards;

@@ -48,6 +48,12 @@ pub struct Outcome {
     /// Containers and units that were stopped. Their processes were not signalled, and are not in `killed`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub stopped: Vec<Stopped>,
+    /// Inodes of the sockets that were closed in the kernel.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub closed: Vec<u64>,
+    /// Where sockets are closed and nobody is signalled: the pids of their holders.
+    #[serde(skip)]
+    pub closes: Option<Vec<u32>>,
     /// Pids of holders that had ended before anything was sent to them.
     #[serde(skip)]
     pub gone: Vec<u32>,
@@ -189,6 +195,8 @@ mod tests {
             forced: Vec::new(),
             failed: vec![Failure { pid: 9, reason: "no".into(), refused: true }],
             stopped: Vec::new(),
+            closed: Vec::new(),
+            closes: None,
             gone: Vec::new(),
             ghost: vec![5],
             still_listening: false,

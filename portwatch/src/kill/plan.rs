@@ -41,6 +41,8 @@ pub struct Plan {
     pub listeners: Vec<Listener>,
     /// Who is meant besides the holders.
     pub reach: Reach,
+    /// Whether the sockets are closed in the kernel, and the victims, who hold them, live on.
+    pub closes: bool,
 }
 
 /// One port of one protocol in one network namespace: what an outcome reports on.
@@ -183,6 +185,11 @@ impl Plan {
         };
         plan.order(stat);
         plan
+    }
+
+    /// The same sockets to be closed, without a signal to anybody. To be made with [`Guards::open`].
+    pub fn closing(self) -> Plan {
+        Plan { closes: true, ..self }
     }
 
     /// Takes in the relatives of those who are to be signalled. `all` is every process as read after the moment `seen`;

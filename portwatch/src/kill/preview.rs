@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use super::concern::Concern;
 use super::kin::Relation;
 use super::plan::{Plan, Spared, Victim};
-use crate::model::Protocol;
+use crate::model::{Listener, Protocol};
 use crate::render::table::{lay_out, left, right};
 use crate::render::{View, age, command_line, escape};
 
@@ -66,6 +66,22 @@ pub fn stops(plan: &Plan) -> String {
     out
 }
 
+/// The sockets that the plan closes, a line each.
+pub fn closures(plan: &Plan) -> String {
+    let mut out = String::new();
+    for Listener { socket, holders, .. } in plan.listeners.iter().filter(|_| plan.closes) {
+        let at = format!("{}/{}", socket.endpoint(), socket.proto);
+        let names: Vec<String> =
+            holders.iter().map(|h| format!("{} ({})", escape(&h.process.name), h.process.id.pid)).collect();
+        let _ = match names.len() {
+            0 => writeln!(out, "to close: the socket {at}, which no visible process holds"),
+            1 => writeln!(out, "to close: the socket {at} of {}, which lives on", names.join(", ")),
+            _ => writeln!(out, "to close: the socket {at} of {}, which live on", names.join(", ")),
+        };
+    }
+    out
+}
+
 /// The victims that run in containers, which may start them again, a line each.
 pub fn inside(plan: &Plan) -> String {
     let mut out = String::new();
@@ -104,7 +120,7 @@ pub fn refusals(plan: &Plan) -> String {
 }
 
 /// The question that the concerns make necessary, without an answer to choose.
-pub fn question(concerns: &[Concern], view: &View<'_>) -> String {
+pub fn question(plan: &Plan, concerns: &[Concern], view: &View<'_>) -> String {
     let parts: Vec<String> = concerns
         .iter()
         .map(|concern| match concern {
@@ -116,7 +132,8 @@ pub fn question(concerns: &[Concern], view: &View<'_>) -> String {
             Concern::Unit(name) => format!("unit {}, with everything in it", escape(name)),
         })
         .collect();
-    format!("this would end {}; go on?", parts.join("; "))
+    let deed = if plan.closes { "close sockets of" } else { "end" };
+    format!("this would {deed} {}; go on?", parts.join("; "))
 }
 
 #[cfg(test)]

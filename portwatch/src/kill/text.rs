@@ -18,6 +18,14 @@ pub fn outcome(outcome: &Outcome) -> String {
     let deeds = deeds(outcome);
     match outcome.status {
         Status::Free => format!("{port} is free already"),
+        Status::Planned if outcome.closes.is_some() => match outcome.remaining_pids.len() {
+            0 => format!("{port}: would close the socket, which no visible process holds"),
+            count => {
+                let live = if count == 1 { "lives" } else { "live" };
+                let holders = list(outcome, &outcome.remaining_pids);
+                format!("{port}: would close the socket of {holders}, which {live} on")
+            }
+        },
         Status::Planned => match outcome.remaining_pids.len() {
             0 => format!("{port} has no visible holder: nothing would be signalled"),
             _ => {
@@ -130,6 +138,13 @@ fn deeds(outcome: &Outcome) -> String {
         let names: Vec<String> = outcome.stopped.iter().map(whole).collect();
         parts.push(format!("stopped {}", names.join(", ")));
     }
+    if let Some(holders) = outcome.closes.as_deref().filter(|_| !outcome.closed.is_empty()) {
+        let sockets = if outcome.closed.len() == 1 { "socket" } else { "sockets" };
+        parts.push(match holders.is_empty() {
+            true => format!("closed the {sockets}, which no visible process holds,"),
+            false => format!("closed the {sockets} of {}", list(outcome, holders)),
+        });
+    }
     if !gentle.is_empty() {
         parts.push(format!("terminated {}", list(outcome, &gentle)));
     }
@@ -184,6 +199,8 @@ mod tests {
             forced: Vec::new(),
             failed: Vec::new(),
             stopped: Vec::new(),
+            closed: Vec::new(),
+            closes: None,
             gone: Vec::new(),
             ghost: Vec::new(),
             still_listening: false,
