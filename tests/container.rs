@@ -236,6 +236,44 @@ pub fn trials() -> Vec<Test> {
             assert!(is_kept || run.text() == "8123/tcp is free already\n", "{run:?}");
             assert!(web.is_running());
         }),
+        test("container::a_published_port_is_diagnosed_with_its_container", || {
+            let Some(daemon) = dockerd::shared() else { return };
+            let web = Container::serving(&daemon, &["-p", PUBLISHED], 80);
+            let row = only(daemon.portwatch(&["list", "8123", "--json"]));
+            let (proxy, inode) = (&row["holders"][0]["pid"], &row["inode"]);
+            let told = daemon.portwatch(&["diagnose", "8123", "--tcp", "--json"]).expect(1).json()[0].take();
+            let expected = json!([{
+                "kind": "published", "message": format!("docker container {} answers on 127.0.0.1:8123", web.name),
+                "evidence": format!(
+                    "docker-proxy ({proxy}) holds socket:[{inode}]; it is published to {}:80", web.address()
+                ),
+                "next": "portwatch kill 8123/tcp --stop-container",
+            }]);
+            assert_eq!(told["findings"], expected, "{told}");
+            let text = daemon.portwatch_alone(&["diagnose", "8123", "--tcp"]).expect(1).text();
+            let message = format!("  published: docker-proxy ({proxy}) holds 127.0.0.1:8123 for the container at ");
+            assert!(text.contains(&message) && text.contains("    → docker ps\n"), "{text}");
+        }),
+        test("container::a_port_that_only_rules_answer_is_diagnosed_with_its_container", || {
+            let Some(daemon) = dockerd::with(&["--userland-proxy=false"]) else { return };
+            let web = Container::serving(&daemon, &["-p", PUBLISHED], 80);
+            let listens = daemon.portwatch(&["list", "8123", "--json"]).expect(0).json()[0].is_object();
+            let told = daemon.portwatch(&["diagnose", "8123", "--tcp", "--json"]).expect(1).json()[0].take();
+            let finding = &told["findings"][0];
+            let (on, next) = match listens {
+                // Newer ones keep the port bound.
+                true => ("127.0.0.1:8123", "portwatch kill 8123/tcp --stop-container".to_owned()),
+                false => ("8123/tcp", format!("docker stop {}", web.name)),
+            };
+            let message = format!("docker container {} answers on {on}", web.name);
+            assert_eq!(
+                (&finding["kind"], &finding["message"], &finding["next"]),
+                (&json!("published"), &json!(message), &json!(next)),
+                "{told}"
+            );
+            let kinds = || told["findings"].as_array().expect("findings").iter().map(|finding| &finding["kind"]);
+            assert!(!kinds().any(|kind| *kind == "dnat" || *kind == "held"), "its rules are told with it: {told}");
+        }),
         test("container::the_daemon_ends_and_leaves_nothing_behind", || {
             // Which its end makes sure of.
             if !dockerd::end() {
