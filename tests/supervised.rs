@@ -416,6 +416,24 @@ fn no_manager_to_ask() {
     assert!(server.is_alive());
 }
 
+fn another_units_name() {
+    let stage = Stage::new();
+    let units = ["web.service", "db.service"].map(|name| (name, UserManager::service(&stage, "Delegate=yes")));
+    let Some((manager, server)) = UserManager::start(&stage, &units) else { return };
+    let other = stage.admit();
+    let cgroup = |puppet: &Puppet| process::read(puppet.pid).and_then(|process| process.cgroup).expect("its cgroup");
+    let (server, other) = if cgroup(&server).ends_with("/web.service") { (server, other) } else { (other, server) };
+    // As a service may do whose cgroup is delegated to it.
+    let inner = cgroup2().expect("cgroup v2").join(&cgroup(&server)[1..]).join("db.service");
+    fs::create_dir(&inner).expect("a cgroup");
+    fs::write(inner.join("cgroup.procs"), server.pid.to_string()).expect("a move");
+    let target = format!("{}/tcp", server.serve().port());
+    let outcome = manager.run(&["kill", &target, "--stop-unit", "--json"]).expect(1).json()[0].clone();
+    let reason = "its cgroup names user unit db.service, and systemd says that it belongs to web.service: not stopped";
+    assert_eq!(outcome["failed"], json!([{"pid": server.pid, "reason": reason}]), "{outcome}");
+    assert!(server.is_alive() && other.is_alive());
+}
+
 fn socket_unit_in_the_way() {
     let stage = Stage::new();
     let reservation = stage.puppet();
@@ -525,6 +543,7 @@ pub fn trials() -> Vec<Test> {
         test("supervised::a_unit_is_stopped_over_dbus", stopped_over_dbus),
         test("supervised::a_socket_unit_is_named_and_stopped", activated_by_socket),
         test("supervised::a_unit_is_stopped_in_place_of_its_processes", stopped_instead_of_signalled),
+        test("supervised::a_unit_of_which_only_a_cgroup_has_the_name_is_not_stopped", another_units_name),
         test("supervised::a_unit_whose_manager_is_not_reached_stays", no_manager_to_ask),
         test("supervised::a_socket_unit_is_named_and_stopped_with_its_service", socket_unit_in_the_way),
         test("supervised::a_unit_that_is_not_restarted_is_not_waited_for", nothing_to_settle_for),

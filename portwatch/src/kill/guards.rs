@@ -1,11 +1,14 @@
 //! Whom portwatch does not signal, whatever was selected, and what is done instead. Pure: it is handed what was read.
 
+use std::collections::BTreeMap;
+
 use super::plan::same_socket;
 use super::stop::{StopError, Whole};
 use crate::cgroup::{Manager, Unit};
 use crate::engine::Roster;
 use crate::engine::roster::Role;
 use crate::model::{Listener, Process, Socket, SocketId};
+use crate::render::escape;
 use crate::source::stat::{self, Stat};
 use crate::supervisor::{self, Managing, Supervisor, is_manager, systemd, systemd_of};
 
@@ -35,19 +38,29 @@ pub struct Units {
     own: Option<(String, Manager)>,
     /// The `.socket` units for which a systemd holds these sockets; `None`: it knows of none.
     sockets: Vec<(SocketId, Result<Option<String>, StopError>)>,
+    /// To which unit the processes of a cgroup belong, as its manager says; by the cgroup's path.
+    members: BTreeMap<String, Result<Option<String>, StopError>>,
 }
 
 impl Units {
-    /// Asks each systemd that holds one of the listeners, for which unit it does. Blocks for milliseconds as a rule;
-    /// where no systemd holds any, it asks nobody.
+    /// Asks each systemd that holds one of the listeners for which unit it does, and, where units are to `stop`, whether
+    /// the holders are in those that their cgroups name. Blocks for milliseconds as a rule, and asks nobody where there
+    /// is nothing to ask.
     pub fn ask(listeners: &[Listener], stop: bool) -> Units {
         let lines = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
         let own = lines.lines().find_map(Unit::of).map(|unit| (unit.name.to_owned(), unit.manager));
-        let mut units = Units { stop, own, sockets: Vec::new() };
+        let mut units = Units { stop, own, ..Units::default() };
         for Listener { socket, holders, .. } in listeners {
             if let Some(manager) = holders.iter().find_map(|holder| systemd_of(&holder.process)) {
                 let unit = systemd::socket_unit(socket.endpoint(), socket.proto, manager);
                 units.sockets.push((socket.id, unit.map_err(StopError::from)));
+            }
+            for process in holders.iter().map(|holder| &holder.process).filter(|_| stop) {
+                let Some(path) = &process.cgroup else { continue };
+                if let (Some(unit), false) = (Unit::of(path), units.members.contains_key(path)) {
+                    let member = systemd::unit_of(process.id.pid, unit.manager).map_err(StopError::from);
+                    units.members.insert(path.clone(), member);
+                }
             }
         }
         units
@@ -162,7 +175,17 @@ impl Guards {
             let reason = format!("runs in {unit}, in which portwatch itself runs: it is never stopped");
             return Verdict::Refuse { reason, denied: false };
         }
-        Verdict::Stop(unit)
+        let member = process.cgroup.as_ref().and_then(|path| self.units.members.get(path));
+        let (reason, denied) = match (member, &unit) {
+            (Some(Ok(Some(member))), Whole::Unit { name, .. }) if member == name => return Verdict::Stop(unit),
+            (Some(Err(error)), _) => (error.message.clone(), error.denied),
+            (Some(Ok(member)), _) => {
+                let whose = member.as_ref().map_or("none".into(), |member| escape(member));
+                (format!("its cgroup names {unit}, and systemd says that it belongs to {whose}: not stopped"), false)
+            }
+            (None, _) => (format!("it came meanwhile, with {unit}; try again"), false),
+        };
+        Verdict::Refuse { reason, denied }
     }
 
     /// The name of the container that the process runs in, where an engine told it.
