@@ -102,8 +102,11 @@ pub fn trials() -> Vec<Test> {
             };
             // Its own API is no published port.
             let text = portwatch(&["kill", "2375", "--dry-run"]).expect(0).text();
-            let last = format!("2375/tcp would be freed: terminate dockerd ({})\n", daemon.pid());
-            assert!(text.ends_with(&last) && text.lines().count() == 3, "{text}");
+            let stays = format!("2375/tcp would stay: dockerd ({}): it runs containers, and ending it", daemon.pid());
+            assert!(text.contains(&stays), "{text}");
+            let pid = daemon.pid().to_string();
+            let text = portwatch(&["kill", "2375", "--pid", &pid, "--dry-run"]).expect(0).text();
+            assert!(text.ends_with(&format!("\n2375/tcp would be freed: terminate dockerd ({pid})\n")), "{text}");
             let stopped = outcome(portwatch(&["kill", "8123", "--stop-container", "--json"]), 0);
             assert_eq!(stopped["stopped"], json!([{"container": web.short_id(), "name": web.name}]), "{stopped}");
             assert!(!web.is_running());
@@ -233,6 +236,44 @@ pub fn trials() -> Vec<Test> {
             let is_kept = run.code == Some(1) && run.text().contains(&holder);
             assert!(is_kept || run.text() == "8123/tcp is free already\n", "{run:?}");
             assert!(web.is_running());
+        }),
+        test("container::a_published_port_is_diagnosed_with_its_container", || {
+            let Some(daemon) = dockerd::shared() else { return };
+            let web = Container::serving(&daemon, &["-p", PUBLISHED], 80);
+            let row = only(daemon.portwatch(&["list", "8123", "--json"]));
+            let (proxy, inode) = (&row["holders"][0]["pid"], &row["inode"]);
+            let told = daemon.portwatch(&["diagnose", "8123", "--tcp", "--json"]).expect(1).json()[0].take();
+            let expected = json!([{
+                "kind": "published", "message": format!("docker container {} answers on 127.0.0.1:8123", web.name),
+                "evidence": format!(
+                    "docker-proxy ({proxy}) holds socket:[{inode}]; it is published to {}:80", web.address()
+                ),
+                "next": "portwatch kill 8123/tcp --stop-container",
+            }]);
+            assert_eq!(told["findings"], expected, "{told}");
+            let text = daemon.portwatch_alone(&["diagnose", "8123", "--tcp"]).expect(1).text();
+            let message = format!("  published: docker-proxy ({proxy}) holds 127.0.0.1:8123 for the container at ");
+            assert!(text.contains(&message) && text.contains("    → docker ps\n"), "{text}");
+        }),
+        test("container::a_port_that_only_rules_answer_is_diagnosed_with_its_container", || {
+            let Some(daemon) = dockerd::with(&["--userland-proxy=false"]) else { return };
+            let web = Container::serving(&daemon, &["-p", PUBLISHED], 80);
+            let listens = daemon.portwatch(&["list", "8123", "--json"]).expect(0).json()[0].is_object();
+            let told = daemon.portwatch(&["diagnose", "8123", "--tcp", "--json"]).expect(1).json()[0].take();
+            let finding = &told["findings"][0];
+            let (on, next) = match listens {
+                // Newer ones keep the port bound.
+                true => ("127.0.0.1:8123", "portwatch kill 8123/tcp --stop-container".to_owned()),
+                false => ("8123/tcp", format!("docker stop {}", web.name)),
+            };
+            let message = format!("docker container {} answers on {on}", web.name);
+            assert_eq!(
+                (&finding["kind"], &finding["message"], &finding["next"]),
+                (&json!("published"), &json!(message), &json!(next)),
+                "{told}"
+            );
+            let kinds = || told["findings"].as_array().expect("findings").iter().map(|finding| &finding["kind"]);
+            assert!(!kinds().any(|kind| *kind == "dnat" || *kind == "held"), "its rules are told with it: {told}");
         }),
         test("container::the_daemon_ends_and_leaves_nothing_behind", || {
             // Which its end makes sure of.

@@ -60,17 +60,34 @@ impl Scene {
         self.inside(|| fs::write(format!("/proc/sys/net/ipv4/{name}"), value)).expect("a sysctl of the namespace");
     }
 
+    fn kill(&self, arguments: &[&str]) -> Run {
+        let target = format!("{}/tcp", self.port);
+        self.inside(|| portwatch(&[&["kill", &target], arguments].concat()))
+    }
+
+    /// The one outcome of a `kill --json`, without how long it took.
+    #[track_caller]
+    fn outcome(&self, arguments: &[&str], code: i32) -> Value {
+        let mut outcome = self.kill(&[arguments, &["--json"]].concat()).expect(code).json()[0].take();
+        outcome.as_object_mut().expect("an object").remove("elapsed_ms").expect("elapsed_ms");
+        outcome
+    }
+
     fn diagnose(&self, arguments: &[&str]) -> Run {
         let arguments = [&["diagnose"], arguments].concat();
         self.inside(|| portwatch(&arguments))
     }
 
-    /// As nobody, by a copy of the binary that everybody may run.
     fn diagnose_as_nobody(&self, arguments: &[&str]) -> Run {
+        self.as_nobody(&[&["diagnose"], arguments].concat())
+    }
+
+    /// As nobody, by a copy of the binary that everybody may run.
+    fn as_nobody(&self, arguments: &[&str]) -> Run {
         let copy = self.stage.path("portwatch");
         fs::copy(binary(), &copy).expect("copying the binary");
         fs::set_permissions(&copy, fs::Permissions::from_mode(0o755)).expect("chmod");
-        let mut command = plain_command(&copy, &[&["diagnose"], arguments].concat());
+        let mut command = plain_command(&copy, arguments);
         command.uid(NOBODY).gid(NOBODY).current_dir("/");
         self.inside(|| finish(command.spawn().expect("portwatch as nobody")))
     }
@@ -171,6 +188,7 @@ const FREE: &str = "nothing stands in the way of PORT/tcp: bind() to 0.0.0.0, 12
 pub fn trials() -> Vec<Test> {
     let mut trials = sockets();
     trials.extend(ghosts());
+    trials.extend(closed());
     trials.extend(settings());
     trials.extend(usage());
     trials
@@ -350,6 +368,18 @@ fn ghosts() -> Vec<Test> {
                 );
                 assert_eq!(after.split_once(" there\n").map(|(_, next)| next), Some("    → kill TAKER\n"), "{text}");
             }
+            // A kill that finds nobody to signal says the same.
+            let text = scene.named(&scene.kill(&[]).expect(1).text(), &[("TAKER", &taker)], &[]);
+            assert_eq!(
+                text,
+                "PORT/tcp has no visible holder: no visible process holds PORT/tcp: the kernel itself, another pid \
+                 namespace or a descriptor in flight may; portwatch who PORT/tcp shows what is known\n  127.0.0.1:PORT is \
+                 in flight: its descriptor waits to be received by taker (TAKER)\n    → kill TAKER\n"
+            );
+            let outcome = scene.outcome(&[], 1);
+            let found = &outcome["diagnostics"]["findings"][0];
+            let expected = (&json!("ghost"), &json!("ghost"), &json!(format!("kill {}", taker.pid)));
+            assert_eq!((&outcome["status"], &found["kind"], &found["next"]), expected, "{outcome}");
             // Looking left it where it was.
             let received = taker.receive_fd();
             let link = fs::read_link(format!("/proc/{}/fd/{received}", taker.pid)).expect("the descriptor");
@@ -412,6 +442,119 @@ fn ghosts() -> Vec<Test> {
                 )
             );
             assert_eq!(run.errors(), "portwatch: firewall rules were not looked at: that takes root; try sudo\n");
+        }),
+    ]
+}
+
+/// Whether this kernel closes sockets on demand; says so loudly where it does not.
+fn closes(outcome: &Value) -> bool {
+    let is_unable = outcome.to_string().contains("CONFIG_INET_DIAG_DESTROY");
+    if is_unable {
+        skip("destroy", "the kernel was built without CONFIG_INET_DIAG_DESTROY");
+    }
+    !is_unable
+}
+
+/// `kill --close-socket`.
+fn closed() -> Vec<Test> {
+    vec![
+        test("diagnose::a_socket_is_closed_and_its_holder_lives_on", || {
+            let Some(scene) = Scene::new() else { return };
+            scene.server.set_name(b"server");
+            let sock = scene.server.tcp(&scene.address(), "reuseaddr");
+            let named = |text: &str| scene.named(text, &[("SERVER", &scene.server)], &[]);
+            let text = named(&scene.kill(&["--close-socket", "--dry-run"]).expect(0).text());
+            assert_eq!(
+                text,
+                "to close: the socket 127.0.0.1:PORT/tcp of server (SERVER), which lives on\n\
+                 PORT/tcp: would close the socket of server (SERVER), which lives on\n"
+            );
+            let outcome = scene.outcome(&["--close-socket"], 0);
+            if !closes(&outcome) {
+                return;
+            }
+            let note =
+                format!("bind() may need SO_REUSEADDR as long as server ({}) keeps its descriptor", scene.server.pid);
+            let expected = json!({
+                "port": scene.port, "proto": "tcp", "status": "cleaned", "killed": [], "forced": [], "failed": [],
+                "closed": [sock.inode], "ghost": [], "still_listening": false, "remaining_pids": [],
+                "diagnostics": {"message": note, "new_owners": [], "supervisor": null},
+            });
+            assert_eq!(outcome, expected);
+            assert!(scene.server.is_alive());
+            // As the next server would.
+            scene.another().tcp(&scene.address(), "reuseaddr");
+        }),
+        test("diagnose::a_port_that_was_bound_by_number_without_reuseaddr_stays_bound", || {
+            let Some(scene) = Scene::new() else { return };
+            scene.server.set_name(b"server");
+            scene.server.tcp(&scene.address(), "");
+            let run = scene.kill(&["--close-socket"]);
+            if run.text().contains("CONFIG_INET_DIAG_DESTROY") {
+                return skip("destroy", "the kernel was built without CONFIG_INET_DIAG_DESTROY");
+            }
+            let run = run.expect(1);
+            let text = scene.named(&run.text(), &[("SERVER", &scene.server)], &[]);
+            let cause = "PORT/tcp cannot be bound yet: closed the socket of server (SERVER); nobody listens, but bind() \
+                         fails with EADDRINUSE: ";
+            let end = "; a port that was bound by number stays bound until the process closes its descriptor: others can \
+                       bind it only if both sides set SO_REUSEADDR\n";
+            assert!(text.starts_with(cause) && text.contains(end), "{text}");
+            let errors = scene.named(&run.errors(), &[("SERVER", &scene.server)], &[]);
+            assert_eq!(
+                errors,
+                "to close: the socket 127.0.0.1:PORT/tcp of server (SERVER), which lives on\n\
+                 server (SERVER): its socket was closed, it lives on\n"
+            );
+            assert!(scene.server.is_alive());
+        }),
+        test("diagnose::a_ghost_is_closed", || {
+            let Some(scene) = Scene::new() else { return };
+            let taker = scene.another();
+            taker.open_mailbox();
+            let sock = scene.server.tcp(&scene.address(), "reuseaddr");
+            scene.server.send_fd(sock.fd, &taker);
+            scene.server.close(sock.fd);
+            let outcome = scene.outcome(&["--close-socket"], 0);
+            if closes(&outcome) {
+                assert_eq!(
+                    (&outcome["status"], &outcome["closed"]),
+                    (&json!("cleaned"), &json!([sock.inode])),
+                    "{outcome}"
+                );
+                scene.server.tcp(&scene.address(), "reuseaddr");
+            }
+        }),
+        test("diagnose::a_socket_that_cannot_be_closed_stays_and_the_reason_is_told", || {
+            let Some(scene) = Scene::new() else { return };
+            let udp = scene.server.udp(&scene.address(), "");
+            let target = format!("{}/udp", scene.port);
+            let run = scene.inside(|| portwatch(&["kill", &target, "--close-socket", "--json"])).expect(1);
+            let outcome = run.json()[0].clone();
+            let reason = "a UDP socket does not close so: its port would stay taken; end its holder instead";
+            assert_eq!(
+                (&outcome["status"], &outcome["failed"]),
+                (&json!("partial"), &json!([{"pid": scene.server.pid, "reason": reason}])),
+                "{outcome}"
+            );
+            scene.server.close(udp.fd);
+
+            let server = scene.another();
+            server.become_user(NOBODY);
+            server.tcp(&scene.address(), "");
+            let run = scene.as_nobody(&["kill", &format!("{}/tcp", scene.port), "--close-socket", "--json"]);
+            let outcome = run.expect(3).json()[0].clone();
+            assert_eq!(outcome["status"], "denied", "{outcome}");
+            let sentence =
+                format!("cannot close the socket at {}: that takes root (CAP_NET_ADMIN); try sudo", scene.address());
+            assert!(outcome.to_string().contains(&sentence), "{outcome}");
+            assert!(outcome["still_listening"] == true && outcome.get("closed").is_none(), "{outcome}");
+        }),
+        test("diagnose::closing_a_socket_goes_with_no_signal", || {
+            for other in ["--tree", "--group", "-9", "--stop-container", "--stop-unit", "--signal=INT"] {
+                let errors = portwatch(&["kill", "1", "--close-socket", other]).expect(2).errors();
+                assert!(errors.contains("cannot be used with"), "{other}: {errors}");
+            }
         }),
     ]
 }

@@ -220,6 +220,7 @@ fn resisting() -> Vec<Test> {
             disk.await_request();
             let outcome = kill(sock.address, &["--grace", "100ms"], 1);
             check_status(&outcome, "stuck", &[], &[]);
+            assert_eq!(outcome["diagnostics"]["findings"][0]["kind"], "held", "{outcome}");
             let reason = outcome["failed"][0]["reason"].as_str().expect("a reason");
             assert!(
                 reason.starts_with("still there after SIGKILL: it is in uninterruptible sleep (state D, in ")
@@ -332,17 +333,21 @@ fn in_the_way() -> Vec<Test> {
             client.connect(sock.address);
             server.accept(sock.fd);
             let (out, err) = kill_text(sock.address, &[], 1, &[(&server, "NAME")]);
+            let sudo = if rustix::process::geteuid().is_root() { "" } else { "sudo " };
             assert_eq!(
                 out,
-                "PORT/tcp cannot be bound yet: terminated NAME; nobody listens, but bind() fails with EADDRINUSE: \
-                 1 connection in FIN_WAIT2 of the old server, made without SO_REUSEADDR: the kernel ends it within \
-                 two minutes\n"
+                format!(
+                    "PORT/tcp cannot be bound yet: terminated NAME; nobody listens, but bind() fails with EADDRINUSE: \
+                     1 connection in FIN_WAIT2 of the old server, made without SO_REUSEADDR: the kernel ends it within \
+                     two minutes\n  → {sudo}ss -Kt 'sport = :PORT'\n"
+                )
             );
             assert_eq!(err, "NAME: SIGTERM sent\nNAME: ended in TIME\n");
             // The client closes second: the server's end has to wait.
             client.exit();
             let outcome = kill(sock.address, &[], 1);
             check_status(&outcome, "stuck", &[], &[]);
+            assert_eq!(outcome["diagnostics"]["findings"][0]["kind"], "time_wait", "{outcome}");
             assert_eq!(outcome["still_listening"], false, "{outcome}");
             assert_eq!(
                 message(&outcome),

@@ -67,6 +67,8 @@ fn check_respawn(outcome: &Value, next: &Puppet, supervisor: Value, started_by: 
     let message = format!("{name} ({}) took the port again, started by {started_by}", next.pid);
     assert_eq!(diagnostics["message"], message);
     assert_eq!(diagnostics["supervisor"], supervisor);
+    let finding = diagnostics["findings"][0]["message"].as_str().unwrap_or_default();
+    assert!(finding.starts_with(&format!("{name} ({}) listens on ", next.pid)), "{diagnostics}");
 }
 
 /// A systemd that manages a user's services, in a cgroup of its own and a mount namespace in which systemd believes the
@@ -353,6 +355,123 @@ fn activated_by_socket() {
     assert!(!manager.as_user(|| systemd::restarts("web.service", owner)).expect("an answer"));
 }
 
+fn stopped_instead_of_signalled() {
+    let stage = Stage::new();
+    let units = [("web.service", UserManager::service(&stage, "Restart=always\nRestartSec=0"))];
+    let Some((manager, server)) = UserManager::start(&stage, &units) else { return };
+    let sock = server.serve();
+    let target = format!("{}/tcp", sock.port());
+    let name = process::read(server.pid).expect("the server").name;
+    let dry = manager.run(&["kill", &target, "--stop-unit", "--dry-run"]).expect(0);
+    let preview = format!("to stop: user unit web.service, in place of {name} ({})\n", server.pid);
+    assert_eq!(dry.text(), format!("{preview}{target} would be freed: stop unit web.service\n"));
+    assert!(server.is_alive());
+
+    let run = manager.run(&["kill", &target, "--stop-unit", "--stop-container"]).expect(0);
+    let text = run.text();
+    let said = text.rsplit_once(" in ").map(|(said, _)| said);
+    assert_eq!(said, Some(&*format!("{target} freed: stopped unit web.service")), "{text}");
+    let errors = run.errors();
+    let progress = format!("{preview}{name} ({}): stopping user unit web.service\n{name} ({0}): ended in ", server.pid);
+    assert!(errors.starts_with(&progress) && errors.lines().count() == 3, "{errors}");
+    assert!(!server.is_alive());
+
+    manager.shell("systemctl --user start web.service");
+    let next = stage.admit();
+    let sock = next.serve();
+    let target = format!("{}/tcp", sock.port());
+    let mut outcome = manager.run(&["kill", &target, "--stop-unit", "--json"]).expect(0).json()[0].take();
+    outcome.as_object_mut().expect("an object").remove("elapsed_ms");
+    let expected = json!({
+        "port": sock.port(), "proto": "tcp", "status": "cleaned", "killed": [], "forced": [], "failed": [],
+        "stopped": [{"unit": "web.service", "user_manager": 0}], "ghost": [], "still_listening": false,
+        "remaining_pids": [], "diagnostics": null,
+    });
+    assert_eq!(outcome, expected);
+    next.wait();
+}
+
+fn no_manager_to_ask() {
+    let stage = Stage::new();
+    let units = [("web.service", UserManager::service(&stage, ""))];
+    let Some((manager, server)) = UserManager::start(&stage, &units) else { return };
+    let sock = server.serve();
+    let mut command = manager.portwatch();
+    // As for somebody else's shell: the bus is not where it is looked for.
+    command.env("XDG_RUNTIME_DIR", stage.path("nowhere")).env("DBUS_SESSION_BUS_ADDRESS", "unix:path=/nonexistent/bus");
+    command.args(["kill", &format!("{}/tcp", sock.port()), "--stop-unit", "--json"]);
+    let outcome = finish(command.spawn().expect("portwatch")).expect(1).json()[0].clone();
+    let reason = outcome["failed"][0]["reason"].as_str().expect("a reason");
+    assert!(reason.starts_with("cannot reach the systemd of uid 0: "), "{outcome}");
+    assert_eq!(
+        (&outcome["status"], &outcome["failed"][0]["pid"]),
+        (&json!("partial"), &json!(server.pid)),
+        "{outcome}"
+    );
+    assert!(server.is_alive());
+}
+
+fn another_units_name() {
+    let stage = Stage::new();
+    let units = ["web.service", "db.service"].map(|name| (name, UserManager::service(&stage, "Delegate=yes")));
+    let Some((manager, server)) = UserManager::start(&stage, &units) else { return };
+    let other = stage.admit();
+    let cgroup = |puppet: &Puppet| process::read(puppet.pid).and_then(|process| process.cgroup).expect("its cgroup");
+    let (server, other) = if cgroup(&server).ends_with("/web.service") { (server, other) } else { (other, server) };
+    // As a service may do whose cgroup is delegated to it.
+    let inner = cgroup2().expect("cgroup v2").join(&cgroup(&server)[1..]).join("db.service");
+    fs::create_dir(&inner).expect("a cgroup");
+    fs::write(inner.join("cgroup.procs"), server.pid.to_string()).expect("a move");
+    let target = format!("{}/tcp", server.serve().port());
+    let outcome = manager.run(&["kill", &target, "--stop-unit", "--json"]).expect(1).json()[0].clone();
+    let reason = "its cgroup names user unit db.service, and systemd says that it belongs to web.service: not stopped";
+    assert_eq!(outcome["failed"], json!([{"pid": server.pid, "reason": reason}]), "{outcome}");
+    assert!(server.is_alive() && other.is_alive());
+}
+
+fn socket_unit_in_the_way() {
+    let stage = Stage::new();
+    let reservation = stage.puppet();
+    let sock = reservation.bind("127.0.0.1:0", "reuseport");
+    let socket = format!("[Unit]\nDefaultDependencies=no\n[Socket]\nListenStream={}\nReusePort=yes\n", sock.address);
+    let units = [("web.socket", socket), ("web.service", UserManager::service(&stage, "Restart=no"))];
+    let Some((manager, server)) = UserManager::start(&stage, &units) else { return };
+    reservation.close(sock.fd);
+    let target = format!("{}/tcp", sock.port());
+    let systemd = manager.process.0.id();
+    let reason = "systemd holds it for user unit web.socket; stop it with: systemctl --user stop web.socket \
+                  (or --stop-unit)";
+    let dry = manager.run(&["kill", &target, "--dry-run"]).expect(0).text();
+    assert!(dry.contains(&format!("systemd ({systemd}): {reason}")), "{dry}");
+    let dry = manager.run(&["kill", &target, "--stop-unit", "--dry-run"]).expect(0);
+    assert!(
+        dry.text().contains(&format!("to stop: user unit web.socket, in place of systemd ({systemd})\n")),
+        "{dry:?}"
+    );
+
+    let outcome = manager.run(&["kill", &target, "--stop-unit", "--json"]).expect(0).json()[0].clone();
+    // What it listens for goes first, so that nobody starts the service again meanwhile.
+    let stopped: Vec<&Value> = outcome["stopped"].as_array().expect("stopped").iter().map(|s| &s["unit"]).collect();
+    assert_eq!(
+        (&outcome["status"], stopped),
+        (&json!("cleaned"), vec![&json!("web.socket"), &json!("web.service")]),
+        "{outcome}"
+    );
+    server.wait();
+}
+
+fn nothing_to_settle_for() {
+    let stage = Stage::new();
+    let units = [("web.service", UserManager::service(&stage, "Restart=no"))];
+    let Some((manager, server)) = UserManager::start(&stage, &units) else { return };
+    let target = format!("{}/tcp", server.serve().port());
+    let began = std::time::Instant::now();
+    let settle = format!("{}s", 2 * PATIENCE.as_secs());
+    let outcome = manager.run(&["kill", &target, "--settle", &settle, "--json"]).expect(0).json()[0].clone();
+    assert_eq!((&outcome["status"], &outcome["killed"]), (&json!("cleaned"), &json!([server.pid])), "{outcome}");
+    assert!(began.elapsed() < PATIENCE, "it looked out for a unit that nothing starts again");
+}
+
 fn looping_shell() {
     let stage = Stage::new();
     let (program, variable) = stage.recipe();
@@ -418,6 +537,11 @@ pub fn trials() -> Vec<Test> {
         test("supervised::listeners_are_selected_by_unit_and_who_tells_its_manager", selected_by_unit),
         test("supervised::a_unit_is_stopped_over_dbus", stopped_over_dbus),
         test("supervised::a_socket_unit_is_named_and_stopped", activated_by_socket),
+        test("supervised::a_unit_is_stopped_in_place_of_its_processes", stopped_instead_of_signalled),
+        test("supervised::a_unit_of_which_only_a_cgroup_has_the_name_is_not_stopped", another_units_name),
+        test("supervised::a_unit_whose_manager_is_not_reached_stays", no_manager_to_ask),
+        test("supervised::a_socket_unit_is_named_and_stopped_with_its_service", socket_unit_in_the_way),
+        test("supervised::a_unit_that_is_not_restarted_is_not_waited_for", nothing_to_settle_for),
         test("supervised::a_loop_of_a_shell_is_named", looping_shell),
         test("supervised::a_service_of_runit_is_named_with_the_command_that_stops_it", supervised_by_runit),
     ]

@@ -1,10 +1,12 @@
 //! `portwatch diagnose`: why a port is or stays taken, and the next command.
 
+use std::net::SocketAddr;
 use std::process::ExitCode;
 
 use clap::Args;
-use portwatch::diagnose::{self, Diagnosis, Extent, Facts, Question};
-use portwatch::model::Protocol;
+use portwatch::diagnose::{self, Diagnosis, Extent, Facts, Published, Question};
+use portwatch::engine;
+use portwatch::model::{Listener, Protocol};
 use portwatch::render::{diagnosis, json};
 use portwatch::select::{Target, builtin_sets, parse_targets};
 use portwatch::source::{Scanner, netns};
@@ -54,12 +56,18 @@ pub(crate) fn run(args: &DiagnoseArgs, globals: &Globals) -> anyhow::Result<Exit
         }
         diagnose::read(&questions, &mut scanner, Extent::Whole)
     };
-    let facts: Facts = match args.netns {
+    let is_own = match args.netns {
+        Netns::Own => true,
+        Netns::Id(id) => netns::own().is_ok_and(|own| own == id),
+        Netns::All => false,
+    };
+    let mut facts: Facts = match args.netns {
         Netns::Own => look()?,
-        Netns::Id(id) if netns::own().is_ok_and(|own| own == id) => look()?,
+        Netns::Id(_) if is_own => look()?,
         Netns::Id(id) => netns::enter(&netns::open(id)?, look)?,
         Netns::All => return Err(Usage("diagnose looks in one network namespace; give its number".to_owned()).into()),
     };
+    ask_engine(&mut facts, &questions, is_own);
     let mut diagnoses: Vec<Diagnosis> = Vec::new();
     for Asked { question, is_implied } in asked {
         let diagnosis = facts.diagnose(question);
@@ -80,6 +88,55 @@ pub(crate) fn run(args: &DiagnoseArgs, globals: &Globals) -> anyhow::Result<Exit
         note(&portwatch::render::escape(unseen));
     }
     Ok(if diagnoses.iter().all(Diagnosis::is_free) { ExitCode::SUCCESS } else { ExitCode::from(NO) })
+}
+
+/// Asks the container engine who publishes the ports that a proxy holds, or nobody: packet filter rules lead into
+/// containers without any listener. Those rules are of the engine's network namespace, taken to be our own.
+///
+/// Costs nothing where no engine has a socket, else milliseconds; a hung engine is given up.
+fn ask_engine(facts: &mut Facts, questions: &[Question], is_own: bool) {
+    let is_on = |listener: &&Listener, question: &Question| {
+        let socket = &listener.socket;
+        (socket.netns, socket.port, socket.proto) == (facts.netns, question.port, question.proto)
+    };
+    let is_unclear = |question: &&Question| {
+        let there = facts.listeners.iter().filter(|listener| is_on(listener, question));
+        let there: Vec<Listener> = there.cloned().collect();
+        if there.is_empty() { is_own } else { engine::is_involved_in(&there) }
+    };
+    let unclear: Vec<Question> = questions.iter().filter(is_unclear).copied().collect();
+    if unclear.is_empty() {
+        return;
+    }
+    let (engine, roster) = engine::ask();
+    if let Some(error) = roster.error().filter(|error| error.denied || is_proxied(facts)) {
+        facts.unseen.push(format!("published ports were not looked at: {error}"));
+    }
+    let program = match engine.map(|engine| engine.endpoint()) {
+        Some(endpoint) if endpoint.contains("podman") => "podman",
+        _ => "docker",
+    };
+    for Question { port, proto, .. } in unclear {
+        let Some(engine::Published { container, port: published }) = roster.publishing(port, proto) else { continue };
+        let to = match container.addresses.first() {
+            Some(address) => SocketAddr::new(*address, published.container_port).to_string(),
+            None => format!("port {}", published.container_port),
+        };
+        facts.published.push(Published {
+            port,
+            proto,
+            next: format!("{program} stop {}", container.name),
+            container: container.name,
+            engine: program.to_owned(),
+            to,
+        });
+    }
+}
+
+/// Whether some listener here is only what publishes a container's port.
+fn is_proxied(facts: &Facts) -> bool {
+    let here: Vec<Listener> = facts.listeners.iter().filter(|l| l.socket.netns == facts.netns).cloned().collect();
+    engine::is_involved_in(&here)
 }
 
 struct Asked {

@@ -1,5 +1,6 @@
 //! `portwatch kill`: frees ports by ending the processes that hold them.
 
+mod aftermath;
 mod pick;
 
 use std::collections::BTreeSet;
@@ -10,21 +11,29 @@ use std::time::Duration;
 use anyhow::Context as _;
 use clap::Args;
 use nix::unistd::Uid;
-use portwatch::engine::{self, Container, Engine, EngineError};
+use portwatch::cgroup::Manager;
+use portwatch::engine::{self, Container, Engine};
 use portwatch::kill::signal::SignalName;
-use portwatch::kill::{self, Concern, Guards, Options, Outcome, Plan, Reach, World, concern, preview, text};
+use portwatch::kill::{
+    self, Concern, Guards, Options, Outcome, Plan, Reach, StopError, Stopping, Units, Whole, World, concern, preview,
+    text,
+};
 use portwatch::model::{Listener, Protocol, Socket};
 use portwatch::render::table::Detail;
 use portwatch::render::{self, View, json};
 use portwatch::select::{Filters, Selector};
 use portwatch::source::stat::{self, Stat};
 use portwatch::source::{Scanner, process, procfs};
+use portwatch::supervisor::systemd;
 use rustix::process::Signal;
 
 use super::progress::Display;
 use super::{Users, explain, note, print, selection, selector, view, view_on};
 use crate::cli::{Globals, Netns, Selectors, TARGETS, duration};
 use crate::exit_codes::{self, NO, USAGE, Usage};
+
+/// How long systemd may take to stop a unit: `DefaultTimeoutStopSec=` of 90 s, after which it sends SIGKILL, and a margin.
+const STOP_UNIT: Duration = Duration::from_secs(100);
 
 #[derive(Debug, Args)]
 #[command(after_help = format!("\
@@ -34,6 +43,7 @@ Examples:
   portwatch kill 8000 -s INT --grace 30s --no-force
   portwatch kill --cwd '/home/al/project*' -y
   portwatch kill -i --user al         pick from a list
+  portwatch kill 80 --stop-unit       stop the service that would start it again
 
 {TARGETS}"))]
 pub(crate) struct KillArgs {
@@ -77,6 +87,14 @@ pub(crate) struct KillArgs {
     /// stop signal, and SIGKILL after the grace. Without this, what publishes a container's port is left alone
     #[arg(long, conflicts_with = "no_force")]
     pub(crate) stop_container: bool,
+    /// Stop the systemd unit that a holder runs in, over D-Bus, so that it is not started again. A .socket unit for which
+    /// systemd itself holds the port is stopped as well. How long it may take is the unit's own setting
+    #[arg(long, conflicts_with = "no_force")]
+    pub(crate) stop_unit: bool,
+    /// Close the listening sockets in the kernel, without a signal to anybody: their holders live on. For sockets that no
+    /// process holds above all. Needs root, and a kernel with CONFIG_INET_DIAG_DESTROY; TCP alone
+    #[arg(long, conflicts_with_all = ["tree", "group", "signal", "force", "no_force", "stop_container", "stop_unit"])]
+    pub(crate) close_socket: bool,
     /// One JSON array
     #[arg(long)]
     pub(crate) json: bool,
@@ -120,7 +138,7 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
         // What was not picked is nobody's question.
         named.clear();
     }
-    let Prepared { plan, guards, engine } = prepare(args, choice.selected, &choice.left_out, &named)?;
+    let Prepared { mut plan, guards, engine } = prepare(args, choice.selected, &choice.left_out, &named)?;
     let concerns = match is_conversation() && !args.yes && !args.dry_run {
         true => concern::concerns(&plan, Uid::effective().as_raw(), args.interactive, &stat_of),
         false => Vec::new(),
@@ -138,8 +156,11 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
         }
         return report(args, &kill::planned(plan));
     }
-    if !concerns.is_empty() && !is_confirmed(&concerns)? {
+    if !concerns.is_empty() && !is_confirmed(&plan, &concerns)? {
         return nothing_signalled();
+    }
+    if !plan.closes {
+        ask_managers(&mut plan);
     }
     let ports: BTreeSet<(u16, Protocol)> = plan.groups.iter().map(|group| (group.port, group.proto)).collect();
     let is_of_interest =
@@ -152,7 +173,7 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
             rescan: &mut || Ok(scanner.scan(all_netns, &is_of_interest)?.listeners),
             holds: &procfs::holds,
             guards: &guards,
-            stop: &mut |containers, grace| stop(engine.as_ref(), containers, grace),
+            stop: &mut |wholes, grace| stop(engine.as_ref(), wholes, grace),
             // Of a namespace where nobody has the port, there may be nothing to go by.
             addresses: &|port| match args.selectors.netns {
                 Netns::Id(_) => Vec::new(),
@@ -163,6 +184,7 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
     )?;
     display.close();
     outcomes.iter_mut().for_each(|outcome| outcome.correct(&choice.left_out));
+    aftermath::explain(&mut outcomes, globals.probe);
     report(args, &outcomes)
 }
 
@@ -248,7 +270,13 @@ fn prepare(
     named: &[(u16, Option<Protocol>)],
 ) -> anyhow::Result<Prepared> {
     let others: Vec<Socket> = left_out.iter().map(|listener| listener.socket.clone()).collect();
-    let mut guards = Guards::current(args.force_self);
+    if args.close_socket {
+        let guards = Guards::open();
+        let plan = Plan::new(selected, &others, named, &guards, &stat_of).closing();
+        return Ok(Prepared { plan, guards, engine: None });
+    }
+    let units = Units::ask(&selected, args.stop_unit);
+    let mut guards = Guards::current(args.force_self).with_units(units).with_named(&args.selectors.pids);
     let mut engine = None;
     // A plain port costs no question.
     if engine::is_involved_in(&selected) {
@@ -266,12 +294,50 @@ fn prepare(
     Ok(Prepared { plan, guards, engine })
 }
 
-fn stop(engine: Option<&Engine>, containers: &[&Container], grace: Duration) -> Vec<Result<(), EngineError>> {
+/// Containers all at once, then the units one after the other, in the order given.
+fn stop(engine: Option<&Engine>, wholes: &[&Whole], grace: Duration) -> Vec<Stopping> {
+    let containers: Vec<&Container> = wholes
+        .iter()
+        .filter_map(|whole| match whole {
+            Whole::Container(container) => Some(container),
+            Whole::Unit { .. } => None,
+        })
+        .collect();
     let ids: Vec<&str> = containers.iter().map(|container| container.id.as_str()).collect();
-    match engine {
-        Some(engine) => engine.stop(&ids, grace),
-        // Who plans to stop a container was told of it by an engine.
-        None => Vec::new(),
+    // Who plans to stop a container was told of it by an engine.
+    let mut stopped = engine.map(|engine| engine.stop(&ids, grace)).unwrap_or_default().into_iter();
+    let each = wholes.iter().map(|whole| match whole {
+        Whole::Container(container) => match stopped.next() {
+            Some(Err(error)) => Err(StopError::of_container(container, &error)),
+            _ => Ok(Vec::new()),
+        },
+        Whole::Unit { name, manager } => {
+            systemd::stop_unit(name, *manager, STOP_UNIT).map(|stopped| stopped.triggered_by).map_err(StopError::from)
+        }
+    });
+    each.collect()
+}
+
+/// Learns which units start their processes again: where none does, nobody has to look out for that. A manager that does
+/// not answer is asked once.
+fn ask_managers(plan: &mut Plan) {
+    let mut silent: Vec<Manager> = Vec::new();
+    let mut known: Vec<(String, Manager, Option<bool>)> = Vec::new();
+    for supervisor in plan.victims.iter_mut().filter_map(|victim| victim.supervisor.as_mut()) {
+        let manager = supervisor.user_manager.map_or(Manager::System, Manager::User);
+        let Some(unit) = supervisor.unit.clone().filter(|_| supervisor.restarts.is_none()) else { continue };
+        if let Some((.., restarts)) = known.iter().find(|(name, of, _)| *name == unit && *of == manager) {
+            supervisor.restarts = *restarts;
+            continue;
+        }
+        if silent.contains(&manager) || !systemd::is_there(manager) {
+            continue;
+        }
+        supervisor.ask();
+        match supervisor.restarts {
+            Some(_) => known.push((unit, manager, supervisor.restarts)),
+            None => silent.push(manager),
+        }
     }
 }
 
@@ -281,6 +347,9 @@ fn stat_of(pid: u32) -> Option<Stat> {
 
 /// Who would be hit, and who would not although it holds the port.
 fn summary(plan: &Plan, view: &View<'_>) -> String {
+    if plan.closes {
+        return preview::closures(plan);
+    }
     preview::victims(plan, view) + &preview::inside(plan) + &preview::stops(plan) + &preview::refusals(plan)
 }
 
@@ -297,11 +366,11 @@ fn is_conversation() -> bool {
     io::stdin().is_terminal() && io::stderr().is_terminal()
 }
 
-fn is_confirmed(concerns: &[Concern]) -> anyhow::Result<bool> {
+fn is_confirmed(plan: &Plan, concerns: &[Concern]) -> anyhow::Result<bool> {
     let users = Users::default();
     let name = |uid| users.name(uid);
     let mut stderr = io::stderr();
-    let question = preview::question(concerns, &view_on(&stderr, &name)?);
+    let question = preview::question(plan, concerns, &view_on(&stderr, &name)?);
     write!(stderr, "{question} [y/N] ").and_then(|()| stderr.flush()).context("cannot write to standard error")?;
     let mut answer = String::new();
     io::stdin().read_line(&mut answer).context("cannot read the answer")?;
@@ -323,6 +392,7 @@ fn report(args: &KillArgs, outcomes: &[Outcome]) -> anyhow::Result<ExitCode> {
             if !args.quiet {
                 text += &line;
                 text.push('\n');
+                text += &text::findings(outcome);
             } else if !outcome.is_done() {
                 note(&line);
             }

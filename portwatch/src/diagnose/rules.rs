@@ -7,13 +7,17 @@ use std::sync::Arc;
 use nix::errno::Errno;
 
 use super::firewall::quote;
-use super::{Attached, Diagnosis, Facts, Finding, Kind, Place, Question, Stash, Trial, kernel};
+use super::{Attached, Diagnosis, Facts, Finding, Kind, Place, Published, Question, Stash, Trial, kernel};
 use crate::cgroup;
+use crate::engine::proxy::{Forward, Proxy};
 use crate::model::{Listener, Process, Protocol};
 use crate::source::diag::State;
 
 /// Peers and processes that a sentence names.
 const NAMED: usize = 3;
+
+/// Digits of a container's id that engines show.
+const SHORT_ID: usize = 12;
 
 /// How long a connection stays in TIME_WAIT: `TCP_TIMEWAIT_LEN` (include/net/tcp.h), in seconds.
 const TIME_WAIT_SECONDS: u32 = 60;
@@ -48,7 +52,7 @@ struct Case<'a> {
     findings: Vec<Finding>,
 }
 
-impl Case<'_> {
+impl<'a> Case<'a> {
     fn add(&mut self, kind: Kind, message: String, evidence: String, next: Option<String>) {
         self.findings.push(Finding { kind, message, evidence, next });
     }
@@ -83,7 +87,11 @@ impl Case<'_> {
         let (here, there): (Vec<&Listener>, Vec<&Listener>) = on_port().partition(|l| l.socket.netns == facts.netns);
         let taken = if self.bindable == Some(true) { &[][..] } else { &here[..] };
         for listener in taken {
-            if listener.is_ghost() { self.ghost(listener) } else { self.held(listener) }
+            match proxy(listener) {
+                _ if listener.is_ghost() => self.ghost(listener),
+                Some((process, proxy)) => self.proxied(listener, process, &proxy),
+                None => self.held(listener),
+            }
         }
         if here.is_empty() {
             there.into_iter().for_each(|listener| self.other_namespace(listener));
@@ -116,6 +124,41 @@ impl Case<'_> {
         let processes = listener.holders.iter().map(|holder| &*holder.process);
         let next = self.against(processes, format_args!("portwatch kill {}", self.target()));
         self.add(Kind::Held, message, evidence, Some(next));
+    }
+
+    /// Of a listener that only passes on to a container: to end its holder would leave that with a dead port.
+    fn proxied(&mut self, listener: &Listener, process: &Process, proxy: &Proxy) {
+        let endpoint = listener.socket.endpoint();
+        let published = self.published().next();
+        let (message, next) = match published {
+            Some(container) => (
+                format!("{} container {} answers on {endpoint}", container.engine, container.container),
+                self.sudo(format_args!("portwatch kill {} --stop-container", self.target())),
+            ),
+            None => {
+                let what = match proxy {
+                    Proxy::Port(Forward { container_ip, container_port, .. }) => {
+                        format!("the container at {}", SocketAddr::new(*container_ip, *container_port))
+                    }
+                    Proxy::Container { id } => format!("container {}", id.get(..SHORT_ID).unwrap_or(id)),
+                    Proxy::Network { .. } => "a container".to_owned(),
+                };
+                (
+                    format!("{} holds {endpoint} for {what}", named(process)),
+                    self.sudo(format_args!("{} ps", proxy.command())),
+                )
+            }
+        };
+        let to = published.map_or_else(String::new, |container| format!("; it is published to {}", container.to));
+        let evidence = format!("{} holds socket:[{}]{to}", named(process), listener.socket.id.inode);
+        self.add(Kind::Published, message, evidence, Some(next));
+    }
+
+    /// The containers that have published the port.
+    fn published(&self) -> impl Iterator<Item = &'a Published> + use<'a> {
+        let Question { port, proto, .. } = self.question;
+        let facts = self.facts;
+        facts.published.iter().filter(move |p| (p.port, p.proto) == (port, proto))
     }
 
     fn ghost(&mut self, listener: &Listener) {
@@ -319,8 +362,10 @@ impl Case<'_> {
         let facts = self.facts;
         let Question { port, proto, .. } = self.question;
         let target = self.target();
-        let published: Vec<_> = facts.published.iter().filter(|p| (p.port, p.proto) == (port, proto)).collect();
-        for container in &published {
+        let published: Vec<&Published> = self.published().collect();
+        // Its proxy was told already.
+        let is_told = self.findings.iter().any(|finding| finding.kind == Kind::Published);
+        for container in published.iter().filter(|_| !is_told) {
             let message = format!("{} container {} answers on {target}", container.engine, container.container);
             let evidence = format!("{target} is published to {}", container.to);
             self.add(Kind::Published, message, evidence, Some(self.sudo(&container.next)));
@@ -386,6 +431,15 @@ impl Case<'_> {
             self.add(Kind::Ephemeral, message, evidence, Some(next));
         }
     }
+}
+
+/// The holder that passes on to a container, and what it stands for. Who runs in a container serves by itself.
+fn proxy(listener: &Listener) -> Option<(&Process, Proxy)> {
+    let of = |process: &Process| match process.cgroup.as_deref().and_then(cgroup::container) {
+        Some(_) => None,
+        None => Proxy::of(process, &listener.socket),
+    };
+    listener.holders.iter().find_map(|holder| Some((&*holder.process, of(&holder.process)?)))
 }
 
 /// `bind() to 0.0.0.0:80 fails with EACCES`.

@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 
 use super::kin::Relation;
 use super::plan::{Plan, Victim};
+use super::stop::Whole;
 use crate::cgroup;
 use crate::model::Process;
 use crate::source::stat::{self, Stat};
@@ -71,6 +72,8 @@ pub enum Concern {
     Service(String),
     /// A container that would be stopped, with everything in it, by its name.
     Container(String),
+    /// A unit of systemd that would be stopped, with everything in it, by its name, which is hostile text.
+    Unit(String),
 }
 
 /// The reasons to ask about this plan, if `own_uid` is who would carry it out. Who is unrelated is no concern where each was chosen by
@@ -89,7 +92,10 @@ pub fn concerns(plan: &Plan, own_uid: u32, chosen: bool, stat: &dyn Fn(u32) -> O
     let services = plan.victims.iter().map(|victim| &*victim.process).filter(|process| is_service(process));
     let names: BTreeSet<&str> = services.map(|process| process.name.as_str()).collect();
     concerns.extend(names.into_iter().map(|name| Concern::Service(name.to_owned())));
-    concerns.extend(plan.stops.iter().map(|stop| Concern::Container(stop.container.name.clone())));
+    concerns.extend(plan.stops.iter().map(|stop| match &stop.what {
+        Whole::Container(container) => Concern::Container(container.name.clone()),
+        Whole::Unit { name, .. } => Concern::Unit(name.clone()),
+    }));
     concerns
 }
 

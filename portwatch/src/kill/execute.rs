@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use rustix::process::Signal;
 
+use super::close::Unclosed;
 use super::guards::Guards;
 use super::life::{Grip, Life, Stage, is_silent, spare_descriptors};
 use super::outcome::Outcome;
@@ -26,11 +27,10 @@ use super::progress::{Progress, Step};
 use super::prove::Blocked;
 use super::report;
 use super::sight::{LOOK_EVERY, Sight};
-use super::stop::Stopper;
+use super::stop::{Stopper, Stopping};
 use super::target::{SignalError, Verdict, prove_by_proc};
 use super::why;
-use crate::engine::EngineError;
-use crate::model::{Listener, NetnsId, Protocol, Socket};
+use crate::model::{Listener, NetnsId, Protocol, Socket, SocketId};
 
 /// How long SIGKILL is waited for in any case. It acts at once, except on a process that is asleep in the kernel.
 pub(super) const FORCE_WAIT: Duration = Duration::from_secs(2);
@@ -74,7 +74,7 @@ pub struct World<'a> {
     /// Whether process `pid` has a descriptor of the socket with this inode now, from `/proc`.
     pub holds: &'a dyn Fn(u32, u64) -> io::Result<bool>,
     pub guards: &'a Guards,
-    /// Stops containers.
+    /// Stops containers and units.
     pub stop: &'a mut Stopper<'a>,
     /// The addresses of this network namespace at which a port that nobody has is to be free.
     pub addresses: &'a dyn Fn(u16) -> Vec<IpAddr>,
@@ -93,13 +93,16 @@ pub fn planned(plan: Plan) -> Vec<Outcome> {
     report::planned(&Run::new(plan, Options::default()))
 }
 
-/// Frees the ports of the plan. Signals may have been sent when it fails: it fails only if the host cannot be scanned.
+/// Frees the ports of the plan. Signals may have been sent, or sockets closed, when it fails: it fails
+/// only if the host cannot be scanned.
 pub fn execute(plan: Plan, options: Options, world: &mut World<'_>) -> anyhow::Result<Vec<Outcome>> {
     let mut run = Run::new(plan, options);
     run.sight = Sight::open(&run.plan);
-    if !run.lives.is_empty() || !run.plan.stops.is_empty() {
+    if run.plan.closes {
+        run.close_sockets(world)?;
+    } else if !run.lives.is_empty() || !run.plan.stops.is_empty() {
         run.open_all(world);
-        run.stop_containers(world)?;
+        run.stop_wholes(world)?;
         run.soft(world)?;
         if options.force && !run.is_done() {
             run.forced(world)?;
@@ -124,7 +127,10 @@ pub(super) struct Run {
     /// Why bind() fails on each group although nobody listens.
     pub(super) blocked: Vec<Option<Blocked>>,
     /// What became of each of [`Plan::stops`]; empty before that is tried.
-    pub(super) stopped: Vec<Result<(), EngineError>>,
+    pub(super) stopped: Vec<Stopping>,
+    /// The sockets that were closed in the kernel, and those that were not.
+    pub(super) closed: Vec<SocketId>,
+    pub(super) unclosed: Vec<Unclosed>,
     sight: Sight,
     /// Indices into the plan's groups.
     group_of: HashMap<(u16, Protocol, NetnsId), usize>,
@@ -147,7 +153,8 @@ pub(super) struct Run {
 
 impl Run {
     fn new(plan: Plan, options: Options) -> Run {
-        let lives = plan.victims.iter().cloned().map(Life::new).collect();
+        let victims = plan.victims.iter().filter(|_| !plan.closes);
+        let lives = victims.cloned().map(Life::new).collect();
         let group_of = plan.groups.iter().enumerate().map(|(i, g)| ((g.port, g.proto, g.netns), i)).collect();
         let now = Instant::now();
         Run {
@@ -157,6 +164,8 @@ impl Run {
             freed: vec![None; plan.groups.len()],
             blocked: vec![None; plan.groups.len()],
             stopped: Vec::new(),
+            closed: Vec::new(),
+            unclosed: Vec::new(),
             sight: Sight::default(),
             group_of,
             spare: 0,
@@ -418,6 +427,9 @@ impl Run {
             .retain(|l| self.group_of.get(&key(&l.socket)).is_some_and(|&g| self.plan.groups[g].covers(&l.socket)));
         self.current = listeners;
         self.note_freed();
+        if self.plan.closes {
+            return Ok(());
+        }
         // Relatives first: who is one and holds the port as well is meant even once it lets go of that.
         self.adopt_kin(world)?;
         self.adopt(world);

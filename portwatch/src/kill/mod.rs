@@ -6,11 +6,11 @@
 //! ```
 //!
 //! This module owns who is signalled ([`plan`], [`kin`]) and who never ([`guards`]), what a person should know before
-//! ([`preview`], [`concern`]), how it is made sure that nobody else is hit ([`target`]), the containers that are stopped
-//! instead ([`stop`]), the waiting ([`execute`]) and what is said of it ([`outcome`], [`text`]). It does not scan: its
-//! callers hand it what was scanned, and a
-//! way to scan again.
+//! ([`preview`], [`concern`]), how it is made sure that nobody else is hit ([`target`]), the containers and units that are
+//! stopped instead ([`stop`]), the sockets that are closed without their holders ([`close`]), the waiting ([`execute`]) and what is said of it ([`outcome`], [`text`]). It does not scan:
+//! its callers hand it what was scanned, and a way to scan again.
 
+mod close;
 pub mod concern;
 pub mod execute;
 mod guards;
@@ -31,12 +31,12 @@ mod why;
 
 pub use concern::Concern;
 pub use execute::{Options, World, execute, planned};
-pub use guards::Guards;
+pub use guards::{Guards, Units};
 pub use kin::Reach;
 pub use outcome::{Outcome, Status, exit_code};
 pub use plan::Plan;
 pub use progress::{Progress, Step};
-pub use stop::Stopper;
+pub use stop::{StopError, Stopper, Stopping, Whole};
 
 #[cfg(test)]
 mod testing;

@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use serde::{Serialize, Serializer};
 
-use crate::model::{Listener, Protocol};
+use super::stop::Whole;
+use crate::diagnose::Finding;
+use crate::model::{Listener, NetnsId, Protocol};
 use crate::supervisor::Supervisor;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -34,15 +36,24 @@ pub enum Status {
 pub struct Outcome {
     pub port: u16,
     pub proto: Protocol,
+    /// 0 where the port was named and nobody had it.
+    #[serde(skip)]
+    pub netns: NetnsId,
     pub status: Status,
     /// Pids of holders that ended after the first signal, those in `forced` among them.
     pub killed: Vec<u32>,
     /// Pids of those that SIGKILL ended.
     pub forced: Vec<u32>,
     pub failed: Vec<Failure>,
-    /// Containers that were stopped. What published their ports was not signalled, and is not in `killed`.
+    /// Containers and units that were stopped. Their processes were not signalled, and are not in `killed`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub stopped: Vec<Stopped>,
+    /// Inodes of the sockets that were closed in the kernel.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub closed: Vec<u64>,
+    /// Where sockets are closed and nobody is signalled: the pids of their holders.
+    #[serde(skip)]
+    pub closes: Option<Vec<u32>>,
     /// Pids of holders that had ended before anything was sent to them.
     #[serde(skip)]
     pub gone: Vec<u32>,
@@ -57,17 +68,45 @@ pub struct Outcome {
     /// Names of the processes mentioned, for people. Hostile text.
     #[serde(skip)]
     pub names: Vec<(u32, String)>,
-    /// In a dry run, the containers that would be stopped, and the holders that go with them.
+    /// In a dry run, what would be stopped, and the holders that go with it.
     #[serde(skip)]
     pub stopping: Vec<(Stopped, Vec<u32>)>,
 }
 
-/// A container that was stopped.
+/// Something that was stopped.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Stopped {
-    /// The first 12 digits of its id.
-    pub container: String,
-    pub name: String,
+#[serde(untagged)]
+pub enum Stopped {
+    Container {
+        /// The first 12 digits of its id.
+        container: String,
+        name: String,
+    },
+    Unit {
+        /// Its full name. Hostile text.
+        unit: String,
+        /// The uid of the user whose systemd runs it; `None`: the system's.
+        user_manager: Option<u32>,
+    },
+}
+
+impl Stopped {
+    pub(super) fn of(what: &Whole) -> Stopped {
+        match what {
+            Whole::Container(container) => {
+                Stopped::Container { container: container.short_id().to_owned(), name: container.name.clone() }
+            }
+            Whole::Unit { name, manager } => Stopped::Unit { unit: name.clone(), user_manager: manager.uid() },
+        }
+    }
+
+    /// What it is and its name: `("container", "web")`. Hostile text.
+    pub(super) fn describe(&self) -> (&'static str, &str) {
+        match self {
+            Stopped::Container { name, .. } => ("container", name),
+            Stopped::Unit { unit, .. } => ("unit", unit),
+        }
+    }
 }
 
 /// A holder that was not ended.
@@ -81,11 +120,15 @@ pub struct Failure {
 }
 
 /// What a person should know of an outcome that is not plain.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Diagnostics {
+    /// Empty where [`Outcome::failed`] says it all.
     pub message: String,
     pub new_owners: Vec<Owner>,
     pub supervisor: Option<Supervisor>,
+    /// What was found on the port afterwards, where it is not free.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub findings: Vec<Finding>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -117,8 +160,7 @@ impl Outcome {
         self.remaining_pids = listener.holders.iter().map(|holder| holder.process.id.pid).collect();
         self.diagnostics = Some(Diagnostics {
             message: format!("held by {who}, which the selectors leave out"),
-            new_owners: Vec::new(),
-            supervisor: None,
+            ..Diagnostics::default()
         });
     }
 }
@@ -147,11 +189,14 @@ mod tests {
         Outcome {
             port: 8000,
             proto: Protocol::Tcp,
+            netns: 0,
             status,
             killed: vec![7],
             forced: Vec::new(),
             failed: vec![Failure { pid: 9, reason: "no".into(), refused: true }],
             stopped: Vec::new(),
+            closed: Vec::new(),
+            closes: None,
             gone: Vec::new(),
             ghost: vec![5],
             still_listening: false,
@@ -167,9 +212,13 @@ mod tests {
     fn json_is_as_promised() {
         let expected = r#"{"port":8000,"proto":"tcp","status":"cleaned","killed":[7],"forced":[],"failed":[{"pid":9,"reason":"no"}],"ghost":[5],"still_listening":false,"remaining_pids":[],"elapsed_ms":12,"diagnostics":null}"#;
         assert_eq!(serde_json::to_string(&outcome(Status::Cleaned)).unwrap(), expected);
-        let stopped = vec![Stopped { container: "5eed81bcd920".into(), name: "web".into() }];
+        let stopped = vec![
+            Stopped::Container { container: "5eed81bcd920".into(), name: "web".into() },
+            Stopped::Unit { unit: "web.service".into(), user_manager: None },
+        ];
         let json = serde_json::to_string(&Outcome { stopped, ..outcome(Status::Cleaned) }).unwrap();
-        assert!(json.contains(r#""stopped":[{"container":"5eed81bcd920","name":"web"}],"ghost""#), "{json}");
+        let expected = r#""stopped":[{"container":"5eed81bcd920","name":"web"},{"unit":"web.service","user_manager":null}],"ghost""#;
+        assert!(json.contains(expected), "{json}");
     }
 
     #[test]

@@ -21,7 +21,7 @@ use std::sync::Arc;
 
 use super::guards::{Guards, Verdict};
 use super::kin::{self, Kin, Reach, Relation};
-use crate::engine::Container;
+use super::stop::Whole;
 use crate::model::{BootNs, Listener, NetnsId, Process, ProcessId, Protocol, Socket, SocketId};
 use crate::source::stat::{self, Stat};
 use crate::supervisor::Supervisor;
@@ -32,7 +32,7 @@ pub struct Plan {
     /// By port, protocol and namespace.
     pub groups: Vec<Group>,
     pub victims: Vec<Victim>,
-    /// Containers to be stopped, whose processes are not signalled.
+    /// Containers and units to be stopped, whose processes are not signalled.
     pub stops: Vec<Stop>,
     pub refused: Vec<Refused>,
     /// Relatives of holders that are not signalled; they are not in the way of any port.
@@ -41,6 +41,8 @@ pub struct Plan {
     pub listeners: Vec<Listener>,
     /// Who is meant besides the holders.
     pub reach: Reach,
+    /// Whether the sockets are closed in the kernel, and the victims, who hold them, live on.
+    pub closes: bool,
 }
 
 /// One port of one protocol in one network namespace: what an outcome reports on.
@@ -71,13 +73,13 @@ pub struct Victim {
     pub supervisor: Option<Supervisor>,
 }
 
-/// A container to be stopped.
+/// A container or unit to be stopped.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stop {
-    pub container: Container,
+    pub what: Whole,
     /// Indices into [`Plan::groups`].
     pub groups: Vec<usize>,
-    /// The holders that go with it: what publishes its ports, and who runs in it.
+    /// The holders that let go with it: what publishes its ports, who runs in it, the systemd that listens for it.
     pub processes: Vec<Arc<Process>>,
 }
 
@@ -139,10 +141,10 @@ impl Plan {
                 let process = &holder.process;
                 match guards.judge(process, &listener.socket, stat) {
                     Verdict::Signal => {}
-                    Verdict::Stop(container) => {
-                        let known = stops.iter().position(|stop| stop.container.id == container.id);
+                    Verdict::Stop(what) => {
+                        let known = stops.iter().position(|stop| stop.what.is_same(&what));
                         let known = known.unwrap_or_else(|| {
-                            stops.push(Stop { container, groups: Vec::new(), processes: Vec::new() });
+                            stops.push(Stop { what, groups: Vec::new(), processes: Vec::new() });
                             stops.len() - 1
                         });
                         stops[known].add(process, index);
@@ -183,6 +185,11 @@ impl Plan {
         };
         plan.order(stat);
         plan
+    }
+
+    /// The same sockets to be closed, without a signal to anybody. To be made with [`Guards::open`].
+    pub fn closing(self) -> Plan {
+        Plan { closes: true, ..self }
     }
 
     /// Takes in the relatives of those who are to be signalled. `all` is every process as read after the moment `seen`;
@@ -250,7 +257,7 @@ impl Plan {
 }
 
 impl Stop {
-    /// Adds a holder that goes with the container.
+    /// Adds a holder that goes with it.
     pub(super) fn add(&mut self, process: &Arc<Process>, group: usize) {
         push_new(&mut self.groups, group);
         if !self.processes.iter().any(|known| known.id.is_same(process.id)) {

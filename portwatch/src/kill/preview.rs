@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use super::concern::Concern;
 use super::kin::Relation;
 use super::plan::{Plan, Spared, Victim};
-use crate::model::Protocol;
+use crate::model::{Listener, Protocol};
 use crate::render::table::{lay_out, left, right};
 use crate::render::{View, age, command_line, escape};
 
@@ -55,13 +55,29 @@ fn addresses(plan: &Plan, victim: &Victim) -> String {
     }
 }
 
-/// The containers that the plan stops, a line each.
+/// The containers and units that the plan stops, a line each.
 pub fn stops(plan: &Plan) -> String {
     let mut out = String::new();
     for stop in &plan.stops {
         let processes: Vec<String> =
             stop.processes.iter().map(|p| format!("{} ({})", escape(&p.name), p.id.pid)).collect();
-        let _ = writeln!(out, "to stop: container {}, in place of {}", stop.container, processes.join(", "));
+        let _ = writeln!(out, "to stop: {}, in place of {}", stop.what, processes.join(", "));
+    }
+    out
+}
+
+/// The sockets that the plan closes, a line each.
+pub fn closures(plan: &Plan) -> String {
+    let mut out = String::new();
+    for Listener { socket, holders, .. } in plan.listeners.iter().filter(|_| plan.closes) {
+        let at = format!("{}/{}", socket.endpoint(), socket.proto);
+        let names: Vec<String> =
+            holders.iter().map(|h| format!("{} ({})", escape(&h.process.name), h.process.id.pid)).collect();
+        let _ = match names.len() {
+            0 => writeln!(out, "to close: the socket {at}, which no visible process holds"),
+            1 => writeln!(out, "to close: the socket {at} of {}, which lives on", names.join(", ")),
+            _ => writeln!(out, "to close: the socket {at} of {}, which live on", names.join(", ")),
+        };
     }
     out
 }
@@ -104,7 +120,7 @@ pub fn refusals(plan: &Plan) -> String {
 }
 
 /// The question that the concerns make necessary, without an answer to choose.
-pub fn question(concerns: &[Concern], view: &View<'_>) -> String {
+pub fn question(plan: &Plan, concerns: &[Concern], view: &View<'_>) -> String {
     let parts: Vec<String> = concerns
         .iter()
         .map(|concern| match concern {
@@ -113,9 +129,11 @@ pub fn question(concerns: &[Concern], view: &View<'_>) -> String {
             Concern::OthersProcesses { uid, count } => format!("{count} processes of {}", view.user(*uid)),
             Concern::Service(name) => format!("{}, a system service", escape(name)),
             Concern::Container(name) => format!("container {}", escape(name)),
+            Concern::Unit(name) => format!("unit {}, with everything in it", escape(name)),
         })
         .collect();
-    format!("this would end {}; go on?", parts.join("; "))
+    let deed = if plan.closes { "close sockets of" } else { "end" };
+    format!("this would {deed} {}; go on?", parts.join("; "))
 }
 
 #[cfg(test)]

@@ -31,6 +31,10 @@ pub enum Step {
     Gone,
     /// It closed its ports and goes on, maybe to end later.
     LetGo { after: Duration },
+    /// What it runs in, or holds the port for, is being stopped instead.
+    Stopping { what: String },
+    /// A socket of its was closed; nothing was sent to it.
+    Closed,
     /// It could not be signalled.
     Failed { reason: String },
 }
@@ -38,7 +42,7 @@ pub enum Step {
 impl Step {
     /// Whether nothing more will be said of the process.
     pub fn is_last(&self) -> bool {
-        matches!(self, Step::Ended { .. } | Step::Gone | Step::Failed { .. })
+        matches!(self, Step::Ended { .. } | Step::Gone | Step::Closed | Step::Failed { .. })
     }
 }
 
@@ -58,6 +62,8 @@ impl fmt::Display for Step {
             Step::Ended { after } => write!(f, "ended in {}", span(*after)),
             Step::Gone => f.write_str("ended by itself before"),
             Step::LetGo { after } => write!(f, "let go of the port in {}", span(*after)),
+            Step::Stopping { what } => write!(f, "stopping {what}"),
+            Step::Closed => f.write_str("its socket was closed, it lives on"),
             Step::Failed { reason } => write!(f, "not signalled: {}", escape(reason)),
         }
     }
@@ -85,6 +91,8 @@ mod tests {
             (Step::Ended { after: second }, "ended in 1.2s"),
             (Step::Gone, "ended by itself before"),
             (Step::LetGo { after: second }, "let go of the port in 1.2s"),
+            (Step::Stopping { what: "unit web.service".into() }, "stopping unit web.service"),
+            (Step::Closed, "its socket was closed, it lives on"),
             (Step::Failed { reason: "no".into() }, "not signalled: no"),
         ] {
             assert_eq!(step.to_string(), expected);

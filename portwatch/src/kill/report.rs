@@ -5,14 +5,15 @@ use std::time::Duration;
 use nix::unistd::{Uid, User};
 use rustix::process::Signal;
 
+use super::close::{STAYS_BOUND, Unclosed};
 use super::execute::Run;
 use super::life::{Life, Stage};
 use super::outcome::{Diagnostics, Failure, Outcome, Owner, Status, Stopped};
-use super::plan::{Group, Refused, Stop, push_new};
+use super::plan::{Group, Refused, Stop, push_new, same_socket};
 use super::prove::Blocked;
 use super::signal::SignalName;
+use super::stop::{StopError, Stopping};
 use super::why;
-use crate::engine::EngineError;
 use crate::model::{Listener, Process};
 use crate::source::stat;
 use crate::supervisor::Supervisor;
@@ -73,6 +74,21 @@ impl<'a> End<'a> {
         }
     }
 
+    fn unclosed<'b>(&self, run: &'b Run, listener: &Listener) -> Option<&'b Unclosed> {
+        run.unclosed.iter().find(|unclosed| same_socket(unclosed.id, listener.socket.id))
+    }
+
+    /// Why sockets that were to be closed are there still, and whose they are.
+    fn unclosed_here<'b>(&'b self, run: &'b Run) -> impl Iterator<Item = (&'b Listener, String)> {
+        self.old.iter().filter(|_| run.plan.closes).map(|listener| {
+            let reason = match self.unclosed(run, listener) {
+                Some(unclosed) => unclosed.reason.clone(),
+                None => format!("the socket at {} was closed, and listens again", listener.socket.endpoint()),
+            };
+            (*listener, reason)
+        })
+    }
+
     fn killed(&self) -> impl Iterator<Item = &'a Life> {
         self.lives.iter().copied().filter(|l| l.ended)
     }
@@ -85,6 +101,10 @@ impl<'a> End<'a> {
     fn status(&self, run: &Run) -> Status {
         if self.blocked.is_some() {
             return Status::Stuck;
+        }
+        if run.plan.closes && !self.old.is_empty() {
+            let is_denied = |l: &&Listener| self.unclosed(run, l).is_some_and(|unclosed| unclosed.denied);
+            return if self.old.iter().all(is_denied) { Status::Denied } else { Status::Partial };
         }
         if self.group.sockets.is_empty() {
             return Status::Free;
@@ -136,15 +156,15 @@ impl<'a> End<'a> {
         run.plan.refused.iter().filter(|r| r.groups.contains(&self.index))
     }
 
-    /// The containers to be stopped for this port, and what became of that if it was tried.
-    fn stops<'b>(&self, run: &'b Run) -> impl Iterator<Item = (&'b Stop, Option<&'b Result<(), EngineError>>)> {
+    /// What is to be stopped for this port, and what became of that if it was tried.
+    fn stops<'b>(&self, run: &'b Run) -> impl Iterator<Item = (&'b Stop, Option<&'b Stopping>)> {
         let results = run.stopped.iter().map(Some).chain(std::iter::repeat(None));
         let index = self.index;
         run.plan.stops.iter().zip(results).filter(move |(stop, _)| stop.groups.contains(&index))
     }
 
     fn stopped<'b>(&self, run: &'b Run) -> impl Iterator<Item = &'b Stop> {
-        self.stops(run).filter(|(_, result)| matches!(result, Some(Ok(())))).map(|(stop, _)| stop)
+        self.stops(run).filter(|(_, result)| matches!(result, Some(Ok(_)))).map(|(stop, _)| stop)
     }
 
     /// The other user whose processes must hold what has no visible holder: an ordinary user does not see them.
@@ -173,20 +193,36 @@ impl<'a> End<'a> {
         };
         let left = self.lives.iter().filter(|l| self.still_holds(l) || l.is_kin_left());
         let left = left.map(|l| Failure { pid: l.pid(), reason: reason(l), refused: l.stage == Stage::Unsignalled });
-        left.chain(self.unstopped(run)).collect()
+        let unclosed = self.unclosed_here(run).flat_map(|(listener, reason)| {
+            let pids = listener.holders.iter().map(|holder| holder.process.id.pid);
+            pids.map(move |pid| Failure { pid, reason: reason.clone(), refused: true })
+        });
+        left.chain(self.unstopped(run)).chain(unclosed).collect()
     }
 
-    /// The holders that stay because their container does.
+    /// The holders that stay because what they belong to does.
     fn unstopped<'b>(&self, run: &'b Run) -> impl Iterator<Item = Failure> + use<'_, 'b> {
         self.stops(run).filter_map(|(stop, result)| Some((stop, result?))).flat_map(|(stop, result)| {
             let there = stop.processes.iter().filter(|p| self.old.iter().any(|l| l.holds(p.id)));
             there.map(move |process| {
                 let reason = match result {
-                    Ok(()) => format!("still there after container {} has stopped", stop.container),
-                    Err(error) => format!("cannot stop container {}: {error}", stop.container),
+                    Ok(_) => format!("still there after {} has stopped", stop.what),
+                    Err(StopError { message, .. }) => message.clone(),
                 };
                 Failure { pid: process.id.pid, reason, refused: true }
             })
+        })
+    }
+
+    /// What starts again what was stopped.
+    fn triggers<'b>(&self, run: &'b Run) -> impl Iterator<Item = String> + use<'b> {
+        let stopped: Vec<(&Stop, &Vec<String>)> =
+            self.stops(run).filter_map(|(stop, result)| Some((stop, result?.as_ref().ok()?))).collect();
+        let triggered = stopped.into_iter().filter(|(_, triggers)| !triggers.is_empty());
+        triggered.map(|(stop, triggers)| {
+            let is_active =
+                if triggers.len() == 1 { "is active still and starts" } else { "are active still and start" };
+            format!("{} {is_active} {} again", triggers.join(", "), stop.what)
         })
     }
 
@@ -220,6 +256,23 @@ impl<'a> End<'a> {
                     None => format!("{owner} took the port again"),
                 }
             }
+            Status::Denied | Status::Partial if run.plan.closes => {
+                // Those with holders are told with them.
+                let ghosts = self.unclosed_here(run).filter(|(listener, _)| listener.is_ghost());
+                let reasons: Vec<String> = ghosts.map(|(_, reason)| reason).collect();
+                if reasons.is_empty() {
+                    return None;
+                }
+                reasons.join("; ")
+            }
+            Status::Stuck if self.blocked.is_some() && run.plan.closes => {
+                let message = self.blocked.map(|blocked| blocked.message(false)).unwrap_or_default();
+                format!("{message}; {STAYS_BOUND}")
+            }
+            Status::Cleaned if run.plan.closes && self.holders(run).next().is_some() => {
+                let names: Vec<String> = self.holders(run).map(named).collect();
+                format!("bind() may need SO_REUSEADDR as long as {} keeps its descriptor", names.join(", "))
+            }
             Status::Denied => match self.hidden_owner() {
                 Some(uid) => format!("held by {}, whose processes are not visible; try sudo", user(uid)),
                 None => return None,
@@ -234,6 +287,9 @@ impl<'a> End<'a> {
             Status::Stuck if !self.old.is_empty() && self.old.iter().all(|l| l.is_ghost()) => {
                 format!("every visible holder is gone, and {port} is still taken")
             }
+            Status::Partial | Status::Stuck if self.triggers(run).next().is_some() => {
+                self.triggers(run).collect::<Vec<_>>().join("; ")
+            }
             Status::Partial if run.options.signal != Signal::KILL && !run.options.force => {
                 format!("--no-force left those that outlived {}", SignalName(run.options.signal))
             }
@@ -245,6 +301,7 @@ impl<'a> End<'a> {
                 if !names.is_empty() {
                     notes.push(format!("{} let go of the port and did not end yet", names.join(", ")));
                 }
+                notes.extend(self.triggers(run));
                 if notes.is_empty() {
                     return None;
                 }
@@ -252,7 +309,13 @@ impl<'a> End<'a> {
             }
             _ => return None,
         };
-        Some(Diagnostics { message, new_owners, supervisor })
+        Some(Diagnostics { message, new_owners, supervisor, findings: Vec::new() })
+    }
+
+    /// Who held the sockets in the beginning, each once.
+    fn holders<'b>(&'b self, run: &'b Run) -> impl Iterator<Item = &'b Process> {
+        let of_group = run.plan.victims.iter().filter(|victim| victim.groups.contains(&self.index));
+        of_group.map(|victim| &*victim.process)
     }
 
     fn outcome(
@@ -269,14 +332,11 @@ impl<'a> End<'a> {
         remaining_pids.extend(self.blocked.into_iter().flat_map(Blocked::pids));
         remaining_pids.sort_unstable();
         remaining_pids.dedup();
-        let stopped = |stop: &Stop| Stopped {
-            container: stop.container.short_id().to_owned(),
-            name: stop.container.name.clone(),
-        };
+        let stopped = |stop: &Stop| Stopped::of(&stop.what);
         let pids_of = |stop: &Stop| stop.processes.iter().map(|p| p.id.pid).collect();
-        let victims = self.lives.iter().map(|l| &l.victim.process);
-        let refused = run.plan.refused.iter().map(|r| &r.process);
-        let holders = there().flat_map(|l| &l.holders).map(|h| &h.process);
+        let victims = self.lives.iter().map(|l| &*l.victim.process).chain(self.holders(run));
+        let refused = run.plan.refused.iter().map(|r| &*r.process);
+        let holders = there().flat_map(|l| &l.holders).map(|h| &*h.process);
         let mut names: Vec<(u32, String)> =
             victims.chain(refused).chain(holders).map(|p| (p.id.pid, p.name.clone())).collect();
         names.extend(self.blocked.into_iter().flat_map(Blocked::owners).map(|o| (o.pid, o.name.clone())));
@@ -286,11 +346,14 @@ impl<'a> End<'a> {
         Outcome {
             port: self.group.port,
             proto: self.group.proto,
+            netns: self.group.netns,
             status,
             killed: self.killed().map(pid).collect(),
             forced: self.killed().filter(|l| l.stage == Stage::Forced).map(pid).collect(),
             failed,
             stopped: self.stopped(run).map(stopped).collect(),
+            closed: run.closed.iter().filter(|id| self.group.wants(**id)).map(|id| id.inode).collect(),
+            closes: run.plan.closes.then(|| self.holders(run).map(|process| process.id.pid).collect()),
             gone: self.lives.iter().filter(|l| l.gone).map(|l| pid(l)).collect(),
             ghost: self.old.iter().filter(|l| l.is_ghost()).map(|l| l.socket.id.inode).collect(),
             still_listening: there().next().is_some(),

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, fcntl};
 
-use crate::engine::{Container, EngineError};
+use crate::kill::{Stopping, Whole};
 use crate::model::{Holder, Listener, Process, ProcessId, Protocol, Socket, SocketId};
 use crate::source::stat;
 
@@ -214,9 +214,9 @@ fn holders(inode: u64) -> Vec<Holder> {
     holders
 }
 
-/// Stops nothing: for plans without containers.
-pub(super) fn no_containers(_: &[&Container], _: Duration) -> Vec<Result<(), EngineError>> {
-    panic!("no container is to be stopped");
+/// Stops nothing: for plans without containers and units.
+pub(super) fn nothing(_: &[&Whole], _: Duration) -> Vec<Stopping> {
+    panic!("nothing is to be stopped");
 }
 
 /// Stats by PID, for plans of processes that do not exist.

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use super::outcome::{Outcome, Status};
+use super::outcome::{Outcome, Status, Stopped};
+use crate::diagnose::Kind;
 use crate::render::{escape, span};
 
 /// One line on one port, without the line's end.
@@ -17,6 +18,14 @@ pub fn outcome(outcome: &Outcome) -> String {
     let deeds = deeds(outcome);
     match outcome.status {
         Status::Free => format!("{port} is free already"),
+        Status::Planned if outcome.closes.is_some() => match outcome.remaining_pids.len() {
+            0 => format!("{port}: would close the socket, which no visible process holds"),
+            count => {
+                let live = if count == 1 { "lives" } else { "live" };
+                let holders = list(outcome, &outcome.remaining_pids);
+                format!("{port}: would close the socket of {holders}, which {live} on")
+            }
+        },
         Status::Planned => match outcome.remaining_pids.len() {
             0 => format!("{port} has no visible holder: nothing would be signalled"),
             _ => {
@@ -25,7 +34,7 @@ pub fn outcome(outcome: &Outcome) -> String {
                 let would: Vec<u32> =
                     outcome.remaining_pids.iter().copied().filter(|p| !refused(p) && !goes(p)).collect();
                 let mut parts: Vec<String> =
-                    outcome.stopping.iter().map(|(stop, _)| format!("stop container {}", stop.name)).collect();
+                    outcome.stopping.iter().map(|(stop, _)| format!("stop {}", whole(stop))).collect();
                 if !would.is_empty() {
                     parts.push(format!("terminate {}", list(outcome, &would)));
                 }
@@ -50,6 +59,30 @@ pub fn outcome(outcome: &Outcome) -> String {
             if parts.is_empty() { format!("{port} {what}") } else { format!("{port} {what}: {}", parts.join("; ")) }
         }
     }
+}
+
+/// What was found on a port that is not free, and the outcome's line does not say: indented lines, each with its end.
+/// Of what that line says, only the command to go on with.
+pub fn findings(outcome: &Outcome) -> String {
+    let mut out = String::new();
+    let is_blocked = outcome.status == Status::Stuck && !outcome.still_listening;
+    for finding in outcome.diagnostics.iter().flat_map(|d| &d.findings) {
+        let (is_told, indent) = match finding.kind {
+            // Who listens is named in the line; their connections matter once nobody does.
+            Kind::Held => continue,
+            Kind::Bound | Kind::TimeWait | Kind::Connections if !is_blocked => continue,
+            Kind::Bound | Kind::TimeWait | Kind::Connections => (true, "  "),
+            kind if kind.is_obstacle() => (false, "    "),
+            _ => continue,
+        };
+        if !is_told {
+            out += &format!("  {}\n", escape(&finding.message));
+        }
+        if let Some(next) = &finding.next {
+            out += &format!("{indent}→ {}\n", escape(next));
+        }
+    }
+    out
 }
 
 /// All outcomes in one line, without the line's end; `None` where that says no more than the one outcome does.
@@ -102,8 +135,15 @@ fn deeds(outcome: &Outcome) -> String {
     let gentle: Vec<u32> = outcome.killed.iter().copied().filter(|p| !outcome.forced.contains(p)).collect();
     let mut parts = Vec::new();
     if !outcome.stopped.is_empty() {
-        let names: Vec<&str> = outcome.stopped.iter().map(|stopped| stopped.name.as_str()).collect();
-        parts.push(format!("stopped container {}", names.join(", ")));
+        let names: Vec<String> = outcome.stopped.iter().map(whole).collect();
+        parts.push(format!("stopped {}", names.join(", ")));
+    }
+    if let Some(holders) = outcome.closes.as_deref().filter(|_| !outcome.closed.is_empty()) {
+        let sockets = if outcome.closed.len() == 1 { "socket" } else { "sockets" };
+        parts.push(match holders.is_empty() {
+            true => format!("closed the {sockets}, which no visible process holds,"),
+            false => format!("closed the {sockets} of {}", list(outcome, holders)),
+        });
     }
     if !gentle.is_empty() {
         parts.push(format!("terminated {}", list(outcome, &gentle)));
@@ -112,6 +152,12 @@ fn deeds(outcome: &Outcome) -> String {
         parts.push(format!("killed by force {}", list(outcome, &outcome.forced)));
     }
     parts.join("; ")
+}
+
+/// `container web`, `unit web.service`.
+fn whole(stopped: &Stopped) -> String {
+    let (what, name) = stopped.describe();
+    format!("{what} {}", escape(name))
 }
 
 fn failures(outcome: &Outcome) -> String {
@@ -133,7 +179,8 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::kill::outcome::{Diagnostics, Failure, Stopped};
+    use crate::diagnose::Finding;
+    use crate::kill::outcome::{Diagnostics, Failure};
     use crate::model::Protocol;
 
     fn check(change: impl FnOnce(&mut Outcome), expected: &str) {
@@ -146,11 +193,14 @@ mod tests {
         Outcome {
             port: 8000,
             proto: Protocol::Tcp,
+            netns: 0,
             status: Status::Cleaned,
             killed: Vec::new(),
             forced: Vec::new(),
             failed: Vec::new(),
             stopped: Vec::new(),
+            closed: Vec::new(),
+            closes: None,
             gone: Vec::new(),
             ghost: Vec::new(),
             still_listening: false,
@@ -198,6 +248,25 @@ mod tests {
     }
 
     #[test]
+    fn findings_add_what_the_line_does_not_say() {
+        let finding = |kind, next: Option<&str>| Finding {
+            kind,
+            message: "e\u{1b}vil (7) has it".to_owned(),
+            evidence: "fd 3".to_owned(),
+            next: next.map(str::to_owned),
+        };
+        let check = |status, still_listening, findings: Vec<Finding>, expected: &str| {
+            let diagnostics = Some(Diagnostics { findings, ..Diagnostics::default() });
+            assert_eq!(super::findings(&Outcome { status, still_listening, diagnostics, ..sample() }), expected);
+        };
+        let ghost = || vec![finding(Kind::Ghost, Some("kill\t7")), finding(Kind::Ephemeral, Some("sysctl"))];
+        check(Status::Ghost, true, ghost(), "  e\\x1bvil (7) has it\n    → kill\\t7\n");
+        check(Status::Stuck, false, vec![finding(Kind::TimeWait, Some("ss -K"))], "  → ss -K\n");
+        check(Status::Respawned, true, vec![finding(Kind::Held, Some("x")), finding(Kind::TimeWait, Some("y"))], "");
+        assert_eq!(super::findings(&sample()), "");
+    }
+
+    #[test]
     fn each_outcome_is_one_line() {
         check(|o| o.status = Status::Free, "8000/tcp is free already");
         check(|o| o.killed = vec![7], "8000/tcp freed: terminated python3 (7) in 120ms");
@@ -219,7 +288,7 @@ mod tests {
             |o| {
                 o.status = Status::Respawned;
                 let message = "x\x07 (9) took the port again".to_owned();
-                o.diagnostics = Some(Diagnostics { message, new_owners: Vec::new(), supervisor: None });
+                o.diagnostics = Some(Diagnostics { message, ..Diagnostics::default() });
             },
             "8000/tcp is taken again; x\\x07 (9) took the port again",
         );
@@ -231,8 +300,12 @@ mod tests {
             },
             "8000/tcp would stay: terminate python3 (7); init (1): no",
         );
-        let web = || Stopped { container: "5eed81bcd920".into(), name: "web".into() };
-        check(|o| o.stopped = vec![web()], "8000/tcp freed: stopped container web in 120ms");
+        let web = || Stopped::Container { container: "5eed81bcd920".into(), name: "web".into() };
+        let unit = || Stopped::Unit { unit: "w\u{7}.service".into(), user_manager: Some(1000) };
+        check(
+            |o| o.stopped = vec![web(), unit()],
+            "8000/tcp freed: stopped container web, unit w\\x07.service in 120ms",
+        );
         check(
             |o| {
                 o.status = Status::Planned;

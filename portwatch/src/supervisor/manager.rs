@@ -1,7 +1,8 @@
 //! Processes that hold sockets or run services for others: to signal one of them for one port ends more than was meant.
-//! Pure.
+//! Those that hold ports for containers alone are known to [`crate::engine::proxy`]. Pure.
 
 use super::parent::is_called;
+use crate::cgroup::Manager;
 use crate::model::Process;
 
 /// Why a process is not to be ended for one port, and what to do instead. Both are fixed text, safe to print.
@@ -43,13 +44,6 @@ const MANAGERS: &[(&[&str], Managing)] = &[
         },
     ),
     (
-        &["conmon", "rootlessport", "rootlessport-child", "slirp4netns", "pasta", "rootlesskit"],
-        Managing {
-            reason: "it holds the port for a container, which would run on without it",
-            instead: "podman ps, then podman stop NAME",
-        },
-    ),
-    (
         &["kubelet", "kube-proxy", "k3s", "k3s-server", "k3s-agent", "kube-apiserver"],
         Managing {
             reason: "it is part of Kubernetes on this node",
@@ -75,6 +69,15 @@ const USER_SOCKET: Managing = Managing {
     instead: "systemctl --user list-sockets, then systemctl --user stop NAME.socket",
 };
 
+/// Whose systemd this process is, if it is one that has socket units: the system's or a user's.
+pub fn systemd_of(process: &Process) -> Option<Manager> {
+    match is_manager(process)? {
+        it if it == SYSTEM_SOCKET => Some(Manager::System),
+        it if it == USER_SOCKET => process.uid.map(Manager::User),
+        _ => None,
+    }
+}
+
 /// Why this holder is not to be ended for the sake of one port, if so. [`super::systemd::socket_unit`] can name the
 /// socket unit of a systemd.
 pub fn is_manager(process: &Process) -> Option<Managing> {
@@ -99,8 +102,8 @@ mod tests {
             (9, "PM2 v7.0.4: God", "PM2 v7.0.4: God Daemon (/home/al/.pm2)", Some(MANAGERS[0].1.reason)),
             (9, "supervisord", "/usr/bin/python3 /usr/bin/supervisord", Some(MANAGERS[1].1.reason)),
             (9, "python3", "python3 -m supervisor.supervisord", None),
-            (9, "rootlessport", "rootlessport", Some(MANAGERS[4].1.reason)),
-            (9, "tmux: server", "tmux new -d", Some(MANAGERS[6].1.reason)),
+            (9, "dockerd", "dockerd -H tcp://127.0.0.1:2375", Some(MANAGERS[3].1.reason)),
+            (9, "tmux: server", "tmux new -d", Some(MANAGERS[5].1.reason)),
             (9, "node", "node server.js", None),
             (9, "nginx", "nginx: master process nginx", None),
         ] {

@@ -13,7 +13,7 @@ use std::borrow::Cow;
 use nix::unistd::{Uid, User};
 use serde::Serialize;
 
-pub use self::manager::{Managing, is_manager};
+pub use self::manager::{Managing, is_manager, systemd_of};
 use crate::cgroup::{Container, Engine, Manager, Unit};
 use crate::model::{Process, ProcessId};
 use crate::source::process;
@@ -238,6 +238,11 @@ fn systemctl(manager: Manager, euid: u32, user: &dyn Fn(u32) -> Option<String>) 
             format!("systemctl --user -M {}", quote(&format!("{user}@")))
         }
     }
+}
+
+/// The command that stops a unit, quoted for a shell.
+pub fn stop_command(unit: &str, manager: Manager) -> String {
+    format!("{} stop {}", systemctl(manager, Uid::effective().as_raw(), &user_name), operand(unit))
 }
 
 fn user_name(uid: u32) -> Option<String> {

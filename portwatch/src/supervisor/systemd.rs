@@ -152,6 +152,17 @@ pub fn stop_unit(unit: &str, manager: Manager, timeout: Duration) -> Result<Stop
     })
 }
 
+/// Whether there may be a bus by which this manager can be reached: a host without systemd has none.
+pub fn is_there(manager: Manager) -> bool {
+    addresses(manager).iter().any(|address| match address {
+        Address::Bus(address) => address.strip_prefix("unix:path=").is_none_or(|path| {
+            let path = path.split([',', ';']).next().unwrap_or(path);
+            std::path::Path::new(path).exists()
+        }),
+        Address::OfUser(_, path) => std::path::Path::new(path).exists(),
+    })
+}
+
 /// Whether the manager may start the service again when its process ends (any `Restart=` but `no`: which of them
 /// applies depends on how the process takes a signal), or when somebody connects (socket activation).
 pub fn restarts(unit: &str, manager: Manager) -> Result<bool, Error> {
@@ -164,6 +175,24 @@ pub fn restarts(unit: &str, manager: Manager) -> Result<bool, Error> {
         }
         let triggers = bus.active_triggers(unit).await.map_err(|error| other(&what, error))?;
         Ok(!triggers.is_empty())
+    })
+}
+
+/// The unit that the manager itself counts this process to. A cgroup's path may name another one: of a systemd inside a
+/// container, or whatever a service that was delegated its cgroup made up.
+pub fn unit_of(pid: u32, manager: Manager) -> Result<Option<String>, Error> {
+    let what = format!("ask for the unit of process {pid}");
+    run(ANSWER, &what, async {
+        let bus = Bus::connect(manager).await?;
+        let path: OwnedObjectPath = match bus.manage("GetUnitByPID", &pid).await {
+            Ok(reply) => reply.body().deserialize().map_err(|error| other(&what, error))?,
+            Err(zbus::Error::MethodError(name, ..)) if name.as_str() == "org.freedesktop.systemd1.NoUnitForPID" => {
+                return Ok(None);
+            }
+            Err(error) => return Err(other(&what, error)),
+        };
+        let id: String = bus.property_at(path, "Unit", "Id").await.map_err(|error| other(&what, error))?;
+        Ok(Some(id))
     })
 }
 
@@ -309,6 +338,14 @@ impl Bus {
         T::Error: Into<zbus::Error>,
     {
         let path: OwnedObjectPath = self.manage("LoadUnit", &unit).await?.body().deserialize()?;
+        self.property_at(path, interface, name).await
+    }
+
+    async fn property_at<T>(&self, path: OwnedObjectPath, interface: &str, name: &str) -> zbus::Result<T>
+    where
+        T: TryFrom<OwnedVariant>,
+        T::Error: Into<zbus::Error>,
+    {
         let interface = format!("{SERVICE}.{interface}");
         let reply =
             self.0.call_method(Some(SERVICE), path, Some(PROPERTIES), "Get", &(interface.as_str(), name)).await?;

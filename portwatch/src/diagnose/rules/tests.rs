@@ -301,6 +301,33 @@ fn time_wait_is_judged_by_what_bind_said() {
 }
 
 #[test]
+fn a_listener_that_passes_on_to_a_container_is_no_holder_to_kill() {
+    let line = "docker-proxy -proto tcp -host-ip 127.0.0.1 -host-port 8000 -container-ip 172.17.0.2 -container-port 80";
+    let proxy = || Process { command: line.split(' ').map(str::to_owned).collect(), ..process(7, "docker-proxy", 0) };
+    let facts = |published| Facts { listeners: vec![listener(99, vec![proxy()])], published, euid: 0, ..refused() };
+    let published = Published {
+        port: 8000,
+        proto: Protocol::Tcp,
+        container: "web".to_owned(),
+        engine: "docker".to_owned(),
+        to: "172.17.0.2:80".to_owned(),
+        next: "docker stop web".to_owned(),
+    };
+    check(
+        &facts(vec![published]),
+        &["published: docker container web answers on 127.0.0.1:8000 | docker-proxy (7) holds socket:[99]; it is \
+           published to 172.17.0.2:80 | portwatch kill 8000/tcp --stop-container"],
+    );
+    check(
+        &facts(Vec::new()),
+        &[
+            "published: docker-proxy (7) holds 127.0.0.1:8000 for the container at 172.17.0.2:80 | docker-proxy (7) holds \
+           socket:[99] | docker ps",
+        ],
+    );
+}
+
+#[test]
 fn what_answers_elsewhere_is_told_once() {
     let rule = |to: &str| firewall::Rule {
         proto: None,

@@ -26,8 +26,8 @@ impl Run {
                     push_new(&mut refused.groups, group);
                     continue;
                 }
-                let of_container = |stop: &&mut Stop| stop.processes.iter().any(|process| process.id.is_same(id));
-                if let Some(stop) = self.plan.stops.iter_mut().find(of_container) {
+                let goes_along = |stop: &&mut Stop| stop.processes.iter().any(|process| process.id.is_same(id));
+                if let Some(stop) = self.plan.stops.iter_mut().find(goes_along) {
                     push_new(&mut stop.groups, group);
                     continue;
                 }
@@ -39,13 +39,13 @@ impl Run {
                 }
                 let refused = match world.guards.judge(&holder.process, &listener.socket, &stat_of) {
                     Verdict::Signal => None,
-                    Verdict::Stop(container) => {
-                        // Its containers are stopped once, before everything else.
-                        if let Some(stop) = self.plan.stops.iter_mut().find(|stop| stop.container.id == container.id) {
+                    Verdict::Stop(what) => {
+                        // All that is stopped is stopped once, before everything else.
+                        if let Some(stop) = self.plan.stops.iter_mut().find(|stop| stop.what.is_same(&what)) {
                             stop.add(&holder.process, group);
                             continue;
                         }
-                        Some((format!("holds the port for container {container}, which came meanwhile"), false))
+                        Some((format!("it came meanwhile, with {what}; try again"), false))
                     }
                     Verdict::Refuse { reason, denied } => Some((reason, denied)),
                 };

@@ -7,6 +7,7 @@ use crate::kill::outcome::Status;
 use crate::kill::plan::Stop;
 use crate::kill::target::Target;
 use crate::kill::testing::*;
+use crate::kill::{StopError, Whole};
 
 /// A plan for a port as it is now, by the guards of this process.
 fn plan(port: &Port) -> Plan {
@@ -24,7 +25,7 @@ fn run_with(plan: Plan, port: u16, options: Options, holds: &dyn Fn(u32, u64) ->
         rescan: &mut || Ok(scan(port)),
         holds,
         guards: &guards,
-        stop: &mut no_containers,
+        stop: &mut nothing,
         addresses: &|_| Vec::new(),
         progress: &mut |_| {},
     };
@@ -119,7 +120,7 @@ fn no_worker_is_signalled_while_its_master_shuts_down() {
         rescan: &mut || Ok(scan(port.port)),
         holds: &holds,
         guards: &guards,
-        stop: &mut no_containers,
+        stop: &mut nothing,
         addresses: &|_| Vec::new(),
         progress: &mut |progress| match progress.step {
             Step::Sent { .. } => signalled.push(progress.process.id.pid),
@@ -163,7 +164,7 @@ fn where_sockets_cannot_be_watched_full_scans_serve() {
             rescan: &mut || Ok(scan_elsewhere(port.port)),
             holds: &holds,
             guards: &guards,
-            stop: &mut no_containers,
+            stop: &mut nothing,
             addresses: &|_| Vec::new(),
             progress: &mut |_| {},
         };
@@ -184,7 +185,7 @@ fn what_happens_is_told_in_order() {
         rescan: &mut || Ok(scan(port.port)),
         holds: &holds,
         guards: &guards,
-        stop: &mut no_containers,
+        stop: &mut nothing,
         addresses: &|_| Vec::new(),
         progress: &mut |progress| {
             assert_eq!(progress.process.id.pid, server.pid());
@@ -238,7 +239,7 @@ fn a_new_owner_is_reported_with_who_started_it() {
         rescan: &mut || Ok(scan(port.port)),
         holds: &holds,
         guards: &guards,
-        stop: &mut no_containers,
+        stop: &mut nothing,
         addresses: &|_| Vec::new(),
         progress: &mut |progress| {
             // The test process, parent of the server, is the supervisor: it starts another once the port is free.
@@ -295,13 +296,13 @@ fn run_stopping(port: &Port, stop: &mut crate::kill::Stopper<'_>) -> Outcome {
         addresses: Vec::new(),
     };
     let processes = plan.victims.drain(..).map(|victim| victim.process).collect();
-    plan.stops.push(Stop { container, groups: vec![0], processes });
+    plan.stops.push(Stop { what: Whole::Container(container), groups: vec![0], processes });
     let guards = Guards::current(false);
     let mut world = World {
         rescan: &mut || Ok(scan(port.port)),
         holds: &holds,
         guards: &guards,
-        stop: &mut |containers, grace| stop(containers, grace),
+        stop: &mut |wholes, grace| stop(wholes, grace),
         addresses: &|_| Vec::new(),
         progress: &mut |_| {},
     };
@@ -316,7 +317,7 @@ fn a_container_is_stopped_and_its_processes_are_not_signalled() {
         assert_eq!((containers.len(), grace), (1, quick().grace));
         // As the engine would.
         server.take().unwrap().end();
-        vec![Ok(())]
+        vec![Ok(Vec::new())]
     });
     assert_eq!((outcome.status, outcome.stopped.len()), (Status::Cleaned, 1), "{outcome:?}");
     assert!(outcome.killed.is_empty() && outcome.failed.is_empty(), "{outcome:?}");
@@ -326,12 +327,13 @@ fn a_container_is_stopped_and_its_processes_are_not_signalled() {
 fn a_container_that_does_not_stop_keeps_its_port_and_its_processes() {
     let (mut server, port) = serve(POLITE);
     for (denied, status) in [(true, Status::Denied), (false, Status::Partial)] {
-        let outcome = run_stopping(&port, &mut |_, _| vec![Err(EngineError { message: "no".to_owned(), denied })]);
+        let outcome =
+            run_stopping(&port, &mut |_, _| vec![Err(StopError { message: "cannot stop it".to_owned(), denied })]);
         assert_eq!((outcome.status, outcome.still_listening), (status, true), "{outcome:?}");
-        assert_eq!(outcome.failed[0].reason, "cannot stop container web (5eed5eed5eed): no");
+        assert_eq!(outcome.failed[0].reason, "cannot stop it");
         assert!(outcome.stopped.is_empty() && outcome.killed.is_empty() && server.is_alive(), "{outcome:?}");
     }
-    let outcome = run_stopping(&port, &mut |_, _| vec![Ok(())]);
+    let outcome = run_stopping(&port, &mut |_, _| vec![Ok(Vec::new())]);
     assert_eq!((outcome.status, outcome.stopped.len()), (Status::Partial, 1), "{outcome:?}");
     assert_eq!(outcome.failed[0].reason, "still there after container web (5eed5eed5eed) has stopped");
     assert!(server.is_alive());
@@ -370,7 +372,7 @@ fn anothers_process_is_denied_and_lives() {
                 rescan: &mut || Ok(found.clone()),
                 holds: &holds,
                 guards: &guards,
-                stop: &mut no_containers,
+                stop: &mut nothing,
                 addresses: &|_| Vec::new(),
                 progress: &mut |_| {},
             };

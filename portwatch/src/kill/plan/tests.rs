@@ -1,6 +1,6 @@
 use super::*;
 use crate::engine::Roster;
-use crate::engine::{EngineError, PublishedPort};
+use crate::engine::{Container, EngineError, PublishedPort};
 use crate::kill::concern::{Concern, concerns};
 use crate::kill::testing::family;
 use crate::model::Holder;
@@ -127,12 +127,14 @@ fn a_container_is_stopped_once_for_all_its_ports_and_its_processes_are_not_signa
     let roster = Roster::new("/run/docker.sock".to_owned(), vec![web().0], None);
     let plan = plan_with(roster, true);
     assert!(plan.victims.is_empty() && plan.refused.is_empty(), "{plan:?}");
-    let name = plan.stops[0].container.name.clone();
-    assert_eq!(concerns(&plan, 1000, false, &host()), [Concern::Container(name)]);
+    assert_eq!(concerns(&plan, 1000, false, &host()), [Concern::Container("web".into())]);
     let [stop] = &plan.stops[..] else { panic!("{plan:?}") };
     let pids: Vec<u32> = stop.processes.iter().map(|process| process.id.pid).collect();
     let ports: Vec<u16> = stop.groups.iter().map(|&group| plan.groups[group].port).collect();
-    assert_eq!((stop.container.name.as_str(), pids, ports), ("web", vec![401, 12], vec![8123, 80]));
+    assert_eq!(
+        (stop.what.to_string().as_str(), pids, ports),
+        ("container web (5eed5eed5eed)", vec![401, 12], vec![8123, 80])
+    );
 }
 
 #[test]
@@ -148,6 +150,30 @@ fn a_container_that_cannot_be_stopped_keeps_its_processes() {
     let roster = Roster::new("/run/docker.sock".to_owned(), vec![web().0], Some("5eed5eed5eed".to_owned()));
     let plan = plan_with(roster, true);
     assert!(plan.victims.is_empty() && plan.stops.is_empty() && plan.refused.len() == 2, "{plan:?}");
+}
+
+#[test]
+fn who_runs_things_for_others_is_spared_unless_named_by_pid() {
+    let stat = host();
+    let named = |name: &str, pid| {
+        let mut listener = listener(80, 5, &[pid]);
+        let process = Process { name: name.into(), ..Process::clone(&listener.holders[0].process) };
+        listener.holders[0].process = Arc::new(process);
+        listener
+    };
+    let plan = |listener, pids: &[u32]| {
+        Plan::new(vec![listener], &[], &[], &Guards::new(OWN, false, &stat).with_named(pids), &stat)
+    };
+    let spared = plan(named("supervisord", 300), &[]);
+    let reason = "supervisord runs other services, and ending it ends them all; see: supervisorctl status, then \
+                  supervisorctl stop NAME; or supervisorctl shutdown; or, to end it all the same: --pid 300";
+    assert_eq!((spared.refused[0].reason.as_str(), spared.refused[0].denied, spared.victims.len()), (reason, false, 0));
+    assert_eq!(victims(&plan(named("supervisord", 300), &[300])), [(300, true)]);
+    assert!(plan(named("supervisord", 300), &[301]).victims.is_empty());
+    // Which nothing overrides.
+    assert_eq!(plan(named("systemd", 1), &[1]).refused[0].reason, "init is never signalled");
+    let reason = "systemd holds it for a .socket unit; see: systemctl list-sockets, then systemctl stop NAME.socket";
+    assert_eq!(plan(named("systemd", 1), &[]).refused[0].reason, reason);
 }
 
 #[test]

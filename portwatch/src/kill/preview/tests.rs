@@ -7,7 +7,7 @@ use jiff::tz::TimeZone;
 use super::*;
 use crate::kill::kin::Kin;
 use crate::kill::plan::Refused;
-use crate::model::{Listener, Process, ProcessId, Socket, SocketId};
+use crate::model::{Holder, Listener, Process, ProcessId, Socket, SocketId};
 use crate::render::{Clock, width};
 
 const NOW: u64 = 100_000_000_000_000;
@@ -117,6 +117,22 @@ not signalling process group 77 but for the holders: portwatch is in it
 }
 
 #[test]
+fn sockets_to_be_closed_are_told_with_those_who_live_on() {
+    let held = |inode, pids: &[u32]| {
+        let holder = |&pid: &u32| Holder { process: process(pid, "e\u{7}vil", 0, &[]), fds: Vec::new(), binder: false };
+        Listener { holders: pids.iter().map(holder).collect(), ..listener("::1", 80, inode) }
+    };
+    let plan = Plan { listeners: vec![held(1, &[]), held(2, &[5]), held(3, &[5, 6])], ..Plan::default() };
+    assert_eq!(closures(&plan), "");
+    let expected = "\
+to close: the socket [::1]:80/tcp, which no visible process holds
+to close: the socket [::1]:80/tcp of e\\x07vil (5), which lives on
+to close: the socket [::1]:80/tcp of e\\x07vil (5), e\\x07vil (6), which live on
+";
+    assert_eq!(closures(&plan.closing()), expected);
+}
+
+#[test]
 fn the_question_names_every_reason() {
     for (concerns, expected) in [
         (vec![Concern::Unrelated(2)], "this would end 2 unrelated processes; go on?"),
@@ -130,6 +146,9 @@ fn the_question_names_every_reason() {
             "this would end 3 unrelated processes; 2 processes of 33; ss\\x1bhd, a system service; go on?",
         ),
     ] {
-        assert_eq!(question(&concerns, &view(None)), expected);
+        assert_eq!(question(&Plan::default(), &concerns, &view(None)), expected);
     }
+    let closing = Plan::default().closing();
+    let expected = "this would close sockets of 2 unrelated processes; go on?";
+    assert_eq!(question(&closing, &[Concern::Unrelated(2)], &view(None)), expected);
 }
