@@ -27,6 +27,9 @@ fn outcome(port: u16, status: Status, killed: &[u32]) -> Outcome {
         diagnostics: None,
         names: Vec::new(),
         stopping: Vec::new(),
+        closed: Vec::new(),
+        closes: None,
+        netns: 0,
     }
 }
 
