@@ -143,6 +143,18 @@ impl Client {
     }
 }
 
+/// Whether an answer has the fields that are written, with the same values but where they depend on the host: a
+/// message may go on where `…` is written.
+fn is_like(answer: &Value, written: &Value) -> bool {
+    let fields = written.as_object().expect("an object");
+    let same = |name: &str, value: &Value| match (name, value.as_str().and_then(|text| text.strip_suffix('…'))) {
+        ("pid" | "tier" | "program", _) => answer[name].is_string() == value.is_string(),
+        (_, Some(begins)) => answer[name].as_str().is_some_and(|text| text.starts_with(begins)),
+        _ => answer[name] == *value,
+    };
+    fields.iter().all(|(name, value)| same(name, value))
+}
+
 /// Without what depends on the moment.
 fn timeless(mut listeners: Value) -> Value {
     for listener in listeners.as_array_mut().expect("an array") {
@@ -375,6 +387,28 @@ pub fn trials() -> Vec<Test> {
                 assert!(message.contains(part), "{line}: {message}");
             }
             assert_eq!(client.say(r#"{"request":"status"}"#).hear()["response"], "status");
+        }),
+        test("agent::the_examples_of_its_protocol_are_answered_as_written", || {
+            let stage = Stage::new();
+            let agent = Agent::start(&stage);
+            // Reserved and not listened on: nobody else's listener shows where the page says that nothing is.
+            let port = stage.puppet().bind("127.0.0.1:0", "").port().to_string();
+            let page = include_str!("../portwatch/PROTOCOL.md").replace("8000/tcp", &format!("{port}/tcp"));
+            let example = page.split("```").nth(1).expect("an example");
+            let mut client = agent.connect();
+            let mut answers = 0;
+            for line in example.lines() {
+                match (line.strip_prefix("> "), line.strip_prefix("< ")) {
+                    (Some(request), _) => drop(client.say(request)),
+                    (_, Some(written)) => {
+                        let written: Value = serde_json::from_str(written).expect("JSON on the page");
+                        assert!(is_like(&client.hear(), &written), "the page says {written}");
+                        answers += 1;
+                    }
+                    _ => {}
+                }
+            }
+            assert_eq!(answers, 3);
         }),
         test("agent::a_connection_begins_with_hello_in_the_right_version", || {
             let stage = Stage::new();

@@ -129,7 +129,7 @@ fn no_line_is_wider_than_the_terminal() {
 fn json_says_null_for_what_nobody_saw() {
     let lives = lives();
     let line = |index: usize| json::line(&json(&lives[index], &view()));
-    let process = r#"{"pid":999,"name":"python3","command":["python3","-m","http.server"],"exe":"/usr/bin/x","cwd":null,"uid":1000,"user":"al","ppid":1,"started":"2026-01-01T11:00:00.000Z","unit":"web.service","container":null}"#;
+    let process = r#"{"pid":999,"name":"python3","command":["python3","-m","http.server"],"exe":"/usr/bin/x","cwd":null,"uid":1000,"user":"al","ppid":1,"started":"2026-01-01T11:00:00.000Z","unit":"web.service","user_manager":null,"container":null}"#;
     let socket = r#""proto":"tcp","mptcp":false,"family":"ipv4","address":"127.0.0.1","port":8000,"netns":1,"inode":99,"uid":33,"user":null"#;
     let by = r#""closed_by":{"pid":999,"name":"python3"}"#;
     check(
