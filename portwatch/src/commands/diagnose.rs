@@ -11,7 +11,7 @@ use portwatch::render::{diagnosis, json};
 use portwatch::select::{Target, builtin_sets, parse_targets};
 use portwatch::source::{Scanner, netns};
 
-use super::{Users, explain, note, print, view};
+use super::{Users, explain, note, print, view, works_alone};
 use crate::cli::{Globals, Netns};
 use crate::exit_codes::{NO, Usage};
 
@@ -47,6 +47,7 @@ pub(crate) struct DiagnoseArgs {
 }
 
 pub(crate) fn run(args: &DiagnoseArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
+    works_alone(globals)?;
     let asked = questions(args)?;
     let questions: Vec<Question> = asked.iter().map(|asked| asked.question).collect();
     let look = || {

@@ -28,7 +28,7 @@ use portwatch::supervisor::systemd;
 use rustix::process::Signal;
 
 use super::progress::Display;
-use super::{Users, explain, note, print, selection, selector, view, view_on};
+use super::{Users, explain, note, print, selection, selector, view, view_on, works_alone};
 use crate::cli::{Globals, Netns, Selectors, TARGETS, duration};
 use crate::exit_codes::{self, NO, USAGE, Usage};
 
@@ -106,6 +106,7 @@ pub(crate) struct KillArgs {
 }
 
 pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
+    works_alone(globals)?;
     let selector = selector(&args.targets, &args.selectors)?;
     if args.interactive && !is_conversation() {
         return Err(Usage(

@@ -146,6 +146,9 @@ fn exit_codes(verb: &str) -> [(&'static str, &'static str); 5] {
         "who" => ("Somebody is there.", "Nothing is listening there."),
         "kill" => ("Every target port is free, or it was a dry run.", "Something is still taken."),
         "wait" => ("It is true.", "Time ran out."),
+        "diagnose" => ("Nothing is in the way.", "Something is."),
+        "history" => ("There is a history, also where nothing in it is meant.", "There is none."),
+        "agent" => ("It ended as it was told to.", "Another agent serves that socket."),
         "status" => ("The agent is there and healthy.", "It is not."),
         _ => ("Done; the answer is yes.", "The answer is no."),
     };
