@@ -157,7 +157,7 @@ pub(super) fn trials() -> Vec<Test> {
             let program = binary().to_str().expect("a path without surprises").to_owned();
             let (code, output) = shell.run(&program, &["kill", &target(&sock), "--tree", "--json"]);
             let outcomes: Value = serde_json::from_slice(&output).expect("JSON");
-            assert_eq!((code, &outcomes[0]["killed"]), (3, &json!([])), "{outcomes}");
+            assert_eq!((code, &outcomes[0]["killed"]), (1, &json!([])), "{outcomes}");
             assert!(shell.is_alive() && sibling.is_alive(), "who is refused has no relatives");
         }),
         test("group::every_member_is_signalled_at_once_and_no_other_group", || {
