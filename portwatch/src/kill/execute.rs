@@ -250,6 +250,9 @@ impl Run {
             let due = self.due(stage);
             let is_awaited = |l: &Life| l.is_awaited(stage) && (self.is_meant(l) || self.leads(l));
             if !due.is_empty() {
+                // Those who are about to end show who else is a relative only as long as they live.
+                self.adopt_kin(world)?;
+                let due = self.due(stage);
                 self.signal(&due, signal, stage, world)?;
             } else if self.lives.iter().any(is_awaited) {
                 self.tell_waiting(deadline.saturating_duration_since(now), stage, world);
