@@ -40,7 +40,11 @@ impl Waiting {
 
     /// Waits for its end.
     fn finish(mut self) -> Run {
-        assert!(wait_readable(pidfd(&self.child)), "wait does not end");
+        if !wait_readable(pidfd(&self.child)) {
+            let pid = self.child.id();
+            let read = |what: &str| std::fs::read_to_string(format!("/proc/{pid}/{what}")).unwrap_or_default();
+            panic!("wait does not end: {} in {}, {}", read("syscall"), read("wchan"), read("stack"));
+        }
         let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
         self.errors.read_to_end(&mut stderr).expect("reading stderr");
         if let Some(mut source) = self.child.stdout.take() {

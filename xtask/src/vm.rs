@@ -26,7 +26,7 @@ pub(crate) struct Args {
     #[arg(long, default_value = "all", value_parser = ["5.10", "6.1", "6.12", "all"])]
     kernel: String,
     /// Longest time that one kernel may take, in seconds
-    #[arg(long, default_value_t = 600)]
+    #[arg(long, default_value_t = 1500)]
     timeout: u64,
     /// Given to the test binary, e.g. the name of one test
     #[arg(last = true)]
