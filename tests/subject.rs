@@ -206,6 +206,7 @@ const LACKS: &[&str] = &[
     "bash",
     "cgroup2",
     "conflicts",
+    "destroy",
     "docker",
     "fexit",
     "fish",

@@ -17,6 +17,7 @@ const REQUIRED: &[&str] = &[
     "root",
     "memory",
     "cgroup2",
+    "destroy",
     "fuse",
     "io_uring",
     "mptcp",

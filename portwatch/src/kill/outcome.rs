@@ -138,6 +138,31 @@ pub struct Owner {
 }
 
 impl Outcome {
+    /// What came of a port, for tests to change as they need.
+    #[cfg(test)]
+    pub(crate) fn example(port: u16, status: Status) -> Outcome {
+        Outcome {
+            port,
+            proto: Protocol::Tcp,
+            netns: 0,
+            status,
+            killed: Vec::new(),
+            forced: Vec::new(),
+            failed: Vec::new(),
+            stopped: Vec::new(),
+            closed: Vec::new(),
+            closes: None,
+            gone: Vec::new(),
+            ghost: Vec::new(),
+            still_listening: false,
+            remaining_pids: Vec::new(),
+            elapsed: Duration::ZERO,
+            diagnostics: None,
+            names: Vec::new(),
+            stopping: Vec::new(),
+        }
+    }
+
     pub fn is_done(&self) -> bool {
         matches!(self.status, Status::Free | Status::Cleaned | Status::Planned)
     }

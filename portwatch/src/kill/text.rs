@@ -181,7 +181,6 @@ mod tests {
     use super::*;
     use crate::diagnose::Finding;
     use crate::kill::outcome::{Diagnostics, Failure};
-    use crate::model::Protocol;
 
     fn check(change: impl FnOnce(&mut Outcome), expected: &str) {
         let mut subject = sample();
@@ -191,24 +190,9 @@ mod tests {
 
     fn sample() -> Outcome {
         Outcome {
-            port: 8000,
-            proto: Protocol::Tcp,
-            netns: 0,
-            status: Status::Cleaned,
-            killed: Vec::new(),
-            forced: Vec::new(),
-            failed: Vec::new(),
-            stopped: Vec::new(),
-            closed: Vec::new(),
-            closes: None,
-            gone: Vec::new(),
-            ghost: Vec::new(),
-            still_listening: false,
-            remaining_pids: Vec::new(),
             elapsed: Duration::from_millis(120),
-            diagnostics: None,
             names: vec![(1, "init".into()), (7, "python3".into()), (8, "e\u{1b}[31mvil\n".into())],
-            stopping: Vec::new(),
+            ..Outcome::example(8000, Status::Cleaned)
         }
     }
 

@@ -11,26 +11,7 @@ fn conflict(at: BootNs, by: Arc<Process>, held_by: &Listener) -> Change {
 }
 
 fn outcome(port: u16, status: Status, killed: &[u32]) -> Outcome {
-    Outcome {
-        port,
-        proto: Protocol::Tcp,
-        status,
-        killed: killed.to_vec(),
-        forced: Vec::new(),
-        failed: Vec::new(),
-        stopped: Vec::new(),
-        gone: Vec::new(),
-        ghost: Vec::new(),
-        still_listening: false,
-        remaining_pids: Vec::new(),
-        elapsed: Duration::ZERO,
-        diagnostics: None,
-        names: Vec::new(),
-        stopping: Vec::new(),
-        closed: Vec::new(),
-        closes: None,
-        netns: 0,
-    }
+    Outcome { killed: killed.to_vec(), ..Outcome::example(port, status) }
 }
 
 fn kill(run: &mut Run<'_>, at: BootNs, listeners: &[Listener], outcomes: &[Outcome]) {
