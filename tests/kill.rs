@@ -59,6 +59,19 @@ pub fn trials() -> Vec<Test> {
             }
             assert!(server.is_alive());
         }),
+        test("kill::a_listener_on_another_address_counts_where_it_is_in_the_way", || {
+            let stage = Stage::new();
+            let server = stage.puppet();
+            let port = server.serve().port();
+            let outcome = |target: String, code: i32| {
+                portwatch(&["kill", &target, "--json", "--tcp"]).expect(code).json()[0].clone()
+            };
+            let taken = outcome(format!("0.0.0.0:{port}"), 1);
+            assert_eq!(gist(&taken), ("partial", vec![], vec![], true, pids(&[&server])), "{taken}");
+            let free = outcome(format!("127.0.0.2:{port}"), 0);
+            assert_eq!(gist(&free), ("free", vec![], vec![], false, vec![]), "{free}");
+            assert!(server.is_alive());
+        }),
         test("kill::a_server_that_ignores_sigterm_is_forced_after_the_grace", || {
             let stage = Stage::new();
             let server = stage.puppet();

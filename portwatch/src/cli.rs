@@ -10,6 +10,7 @@ use globset::{Glob, GlobBuilder, GlobMatcher};
 use jiff::{Span, SpanRelativeTo};
 use portwatch::agent::SOCKET;
 use portwatch::model::NetnsId;
+use portwatch::select::is_bounded;
 use portwatch::source::Probe;
 
 use crate::commands::agent::AgentArgs;
@@ -173,11 +174,13 @@ pub(crate) fn netns(text: &str) -> Result<Netns, String> {
 }
 
 fn glob(text: &str) -> Result<GlobMatcher, String> {
+    is_bounded(text)?;
     Glob::new(text).map(|glob| glob.compile_matcher()).map_err(|error| error.kind().to_string())
 }
 
 /// As systemctl takes it: a backslash is part of a unit's name (`my\x2dapp.service`).
 fn unit(text: &str) -> Result<GlobMatcher, String> {
+    is_bounded(text)?;
     let glob = GlobBuilder::new(text).backslash_escape(false).build();
     glob.map(|glob| glob.compile_matcher()).map_err(|error| error.kind().to_string())
 }

@@ -4,7 +4,7 @@
 //! the clock of `bpf_ktime_get_boot_ns`); the renderers turn them into wall-clock time.
 
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -80,6 +80,18 @@ impl Socket {
 
     pub fn endpoint(&self) -> SocketAddr {
         SocketAddr::new(self.address, self.port)
+    }
+
+    /// Whether binding `address` would meet this socket on the same port. What is known of the dual stack counts; a `::` that
+    /// is not known to refuse IPv4 takes it.
+    pub fn overlaps(&self, address: IpAddr) -> bool {
+        let dual = |address: Ipv6Addr, v6only: Option<bool>| address.is_unspecified() && v6only != Some(true);
+        match (self.address.to_canonical(), address.to_canonical()) {
+            (IpAddr::V4(own), IpAddr::V4(wanted)) => own == wanted || own.is_unspecified() || wanted.is_unspecified(),
+            (IpAddr::V6(own), IpAddr::V6(wanted)) => own == wanted || own.is_unspecified() || wanted.is_unspecified(),
+            (IpAddr::V6(own), IpAddr::V4(_)) => dual(own, self.v6only),
+            (IpAddr::V4(_), IpAddr::V6(wanted)) => dual(wanted, None),
+        }
     }
 
     /// Whether a client that connects (or sends) to `address` on this port reaches this socket.

@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use crate::engine::Wanted;
 use crate::history::{Health, Life};
 use crate::model::{Ancestor, BootNs, Change, Listener, NetnsId};
-use crate::select::{Filters, Selector, Sets, parse_targets};
+use crate::select::{Filters, Selector, Sets, is_bounded, parse_targets};
 use crate::source::{Refusal, Tier};
 
 /// The version of this protocol. Additions do not change it; a client that meets another version does its work itself.
@@ -260,10 +260,19 @@ impl Selection {
     }
 }
 
+/// A client may not make the agent keep more than this, each compiled to a matcher that it keeps while it watches.
+const MAX_GLOBS: usize = 64;
+
 fn globs(texts: &[String]) -> Result<Vec<GlobMatcher>, String> {
-    let glob = |text: &String| match Glob::new(text) {
-        Ok(glob) => Ok(glob.compile_matcher()),
-        Err(error) => Err(format!("bad glob '{}': {}", text.escape_debug(), error.kind())),
+    if texts.len() > MAX_GLOBS {
+        return Err(format!("{} globs of one kind; a selection may have {MAX_GLOBS}", texts.len()));
+    }
+    let glob = |text: &String| {
+        is_bounded(text)?;
+        match Glob::new(text) {
+            Ok(glob) => Ok(glob.compile_matcher()),
+            Err(error) => Err(format!("bad glob '{}': {}", text.escape_debug(), error.kind())),
+        }
     };
     texts.iter().map(glob).collect()
 }
@@ -330,5 +339,10 @@ mod tests {
         let bad = Selection { cwds: vec!["[".into()], ..Selection::default() };
         assert!(error(bad).starts_with("bad glob '['"));
         assert!(Selection::default().selector(None).is_err());
+        // Compiling these would take all stack, or all memory.
+        let commands = |commands: Vec<String>| Selection { commands, ..Selection::default() };
+        assert!(error(commands(vec!["{".repeat(30_000) + &"}".repeat(30_000)])).contains("is too long"));
+        assert!(error(commands(vec!["{a,".repeat(100) + &"}".repeat(100)])).contains("is too deep"));
+        assert!(error(commands(vec!["*".to_owned(); 100])).contains("100 globs"));
     }
 }

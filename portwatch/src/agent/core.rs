@@ -127,6 +127,10 @@ impl Core {
                 changes = self.tracker.next() => self.publish(changes?),
                 () = self.watchdog.beat() => {}
                 Some(ask) = questions.recv() => {
+                    if matches!(ask, Ask::Status { .. }) {
+                        self.answer(ask);
+                        continue;
+                    }
                     // Whoever asks has seen things happen: they are in the answer.
                     let changes = self.tracker.catch_up()?;
                     self.publish(changes);

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use futures_util::{SinkExt, StreamExt as _};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::timeout;
 use tokio_util::codec::{Framed, LinesCodec, LinesCodecError};
 
@@ -25,6 +25,9 @@ use crate::wire::{ErrorKind, MAX_REQUEST, Request, Response, Selection, VERSION}
 const CONNECTIONS: usize = 1024;
 const CONNECTIONS_OF_ONE: usize = 256;
 
+/// Of all, those that only root may take: it can always look.
+const RESERVED: usize = 64;
+
 /// How long a peer may stay silent between two requests (a subscriber may for ever).
 const SILENCE: Duration = Duration::from_secs(60);
 
@@ -35,7 +38,10 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
 /// Lives that one answer about history tells at most.
-const MAX_LIVES: usize = 100_000;
+const MAX_LIVES: usize = 10_000;
+
+/// Answers about history that are under way at once: each is whole in memory.
+const HISTORIES: usize = 4;
 
 /// Bytes of answers that are gathered before they are written.
 const BUFFER: usize = 64 << 10;
@@ -54,7 +60,8 @@ impl Load {
         let total = self.connections();
         let mut load = self.0.borrow_mut();
         let own = load.entry(uid).or_default();
-        if total >= CONNECTIONS || (uid != 0 && *own >= CONNECTIONS_OF_ONE) {
+        let most = if uid == 0 { CONNECTIONS } else { CONNECTIONS - RESERVED };
+        if total >= most || (uid != 0 && *own >= CONNECTIONS_OF_ONE) {
             return None;
         }
         *own += 1;
@@ -82,16 +89,17 @@ impl Drop for Place {
 
 /// Takes connections for ever, each served by a task of its own. Needs a [`tokio::task::LocalSet`].
 pub(super) async fn accept(listener: &UnixListener, asks: mpsc::Sender<Ask>, load: Load) -> Infallible {
+    let histories = Rc::new(Semaphore::new(HISTORIES));
     loop {
         let Ok((stream, _)) = listener.accept().await else {
             // Out of descriptors, as a rule: those who are served go on, and give some back.
             tokio::time::sleep(ACCEPT_AGAIN).await;
             continue;
         };
-        let (asks, load) = (asks.clone(), load.clone());
+        let (asks, load, histories) = (asks.clone(), load.clone(), Rc::clone(&histories));
         tokio::task::spawn_local(async move {
             let Ok(identity) = Identity::of(&stream) else { return };
-            let mut peer = Peer::new(stream, asks);
+            let mut peer = Peer::new(stream, asks, histories);
             // Whatever ends a connection, there is nobody to tell but the one who is gone.
             let _ = match load.enter(identity.uid) {
                 Some(_place) => peer.serve(identity).await,
@@ -104,6 +112,7 @@ pub(super) async fn accept(listener: &UnixListener, asks: mpsc::Sender<Ask>, loa
 struct Peer {
     lines: Framed<UnixStream, LinesCodec>,
     asks: mpsc::Sender<Ask>,
+    histories: Rc<Semaphore>,
 }
 
 /// Why a connection ends.
@@ -128,10 +137,10 @@ impl From<oneshot::error::RecvError> for End {
 }
 
 impl Peer {
-    fn new(stream: UnixStream, asks: mpsc::Sender<Ask>) -> Peer {
+    fn new(stream: UnixStream, asks: mpsc::Sender<Ask>, histories: Rc<Semaphore>) -> Peer {
         let mut lines = Framed::new(stream, LinesCodec::new_with_max_length(MAX_REQUEST));
         lines.set_backpressure_boundary(BUFFER);
-        Peer { lines, asks }
+        Peer { lines, asks, histories }
     }
 
     async fn serve(&mut self, identity: Identity) -> Result<(), End> {
@@ -247,6 +256,8 @@ impl Peer {
         let Some(path) = self.status().await?.history.map(|history| history.path) else {
             return self.refuse(ErrorKind::Failed, "this agent keeps no history").await;
         };
+        let histories = Rc::clone(&self.histories);
+        let _turn = histories.acquire().await.map_err(|_| End::Stopped)?;
         let query = move || {
             let clock = super::clock();
             let now = history::clock(clock.now_wall, clock.tz.clone()).now_boot_ns;

@@ -21,7 +21,7 @@ use portwatch::kill::{
 use portwatch::model::{Listener, Protocol, Socket};
 use portwatch::render::table::Detail;
 use portwatch::render::{self, View, json};
-use portwatch::select::{Filters, Selector};
+use portwatch::select::{Filters, Selector, Target};
 use portwatch::source::stat::{self, Stat};
 use portwatch::source::{Scanner, process, procfs};
 use portwatch::supervisor::systemd;
@@ -164,8 +164,11 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
         ask_managers(&mut plan);
     }
     let ports: BTreeSet<(u16, Protocol)> = plan.groups.iter().map(|group| (group.port, group.proto)).collect();
-    let is_of_interest =
-        |socket: &Socket| ports.contains(&(socket.port, socket.proto)) && selector.matches_socket(socket);
+    // Whoever takes the port counts, whatever the selectors say of addresses and holders.
+    let netns = selector.filters().netns;
+    let is_of_interest = |socket: &Socket| {
+        ports.contains(&(socket.port, socket.proto)) && netns.is_none_or(|netns| netns == socket.netns)
+    };
     let mut display = Display::new(args.json || args.quiet);
     let mut outcomes = kill::execute(
         plan,
@@ -184,7 +187,7 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
         },
     )?;
     display.close();
-    outcomes.iter_mut().for_each(|outcome| outcome.correct(&choice.left_out));
+    outcomes.iter_mut().for_each(|outcome| outcome.correct(&choice.left_out, &selector.named_addresses(outcome.port)));
     aftermath::explain(&mut outcomes, globals.probe);
     report(args, &outcomes)
 }
@@ -247,7 +250,9 @@ struct Choice {
 
 fn read(scanner: &mut Scanner, selector: &Selector, all_netns: bool) -> anyhow::Result<Choice> {
     let Filters { tcp, udp, netns, .. } = *selector.filters();
-    let ports = Selector::new(selector.targets().to_vec(), Filters { tcp, udp, netns, ..Filters::default() });
+    // On any address: a listener on another one may be in the way all the same.
+    let targets = selector.targets().iter().map(|target| Target { address: None, ..target.clone() }).collect();
+    let ports = Selector::new(targets, Filters { tcp, udp, netns, ..Filters::default() });
     let snapshot = scanner.scan(all_netns, &|socket| ports.matches_socket(socket))?;
     let (selected, left_out) = snapshot
         .listeners

@@ -85,6 +85,11 @@ impl Forward {
     }
 }
 
+/// Whether it may hold ports for containers, whatever it holds now.
+pub fn is_proxy(process: &Process) -> bool {
+    program(process).is_some()
+}
+
 /// Which of the programs of the table it is, by the file it runs, by how it was called, or by its name, which the kernel
 /// cuts to 15 bytes.
 fn program(process: &Process) -> Option<&'static str> {

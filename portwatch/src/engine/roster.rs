@@ -253,16 +253,21 @@ impl Link<'_> {
     }
 }
 
-/// Whether the proxy holds the socket for this container.
+/// Whether the proxy holds the socket for this container. A process calls itself what it likes: whatever it says, the
+/// engine must publish the very port that it holds.
 fn serves(container: &Container, proxy: &Proxy, socket: &Socket) -> bool {
     match proxy {
-        Proxy::Container { id } => container.id == *id,
+        Proxy::Container { id } => {
+            container.id == *id
+                && container.publishes(socket.proto, socket.port).any(|port| port.reaches(socket.address))
+        }
         // The address as well: another engine may publish the same port in another network namespace.
         Proxy::Port(forward) => {
-            container.addresses.contains(&forward.container_ip)
+            (forward.proto, forward.host_port) == (socket.proto, socket.port)
+                && container.addresses.contains(&forward.container_ip)
                 && container
                     .publishes(forward.proto, forward.host_port)
-                    .any(|port| port.container_port == forward.container_port && port.reaches(forward.host_ip))
+                    .any(|port| port.container_port == forward.container_port && port.reaches(socket.address))
         }
         Proxy::Network { .. } => {
             container.publishes(socket.proto, socket.port).any(|port| port.reaches(socket.address))

@@ -6,6 +6,7 @@ use super::plan::same_socket;
 use super::stop::{StopError, Whole};
 use crate::cgroup::{Manager, Unit};
 use crate::engine::Roster;
+use crate::engine::proxy::is_proxy;
 use crate::engine::roster::Role;
 use crate::model::{Listener, Process, Socket, SocketId};
 use crate::render::escape;
@@ -117,6 +118,16 @@ impl Guards {
         Guards { named: pids.to_vec(), ..self }
     }
 
+    /// Why a relative of a holder must not be signalled, if so: what runs things for others is nobody's mere relative.
+    pub(super) fn refuse_relative(&self, process: &Process, stat: &dyn Fn(u32) -> Option<Stat>) -> Option<String> {
+        let works_for_others = || {
+            let managing = is_manager(process).map(|managing| managing.reason.to_owned());
+            managing.or_else(|| is_proxy(process).then(|| "it holds ports for containers".to_owned()))
+        };
+        let is_named = self.named.contains(&process.id.pid);
+        self.refuse(process.id.pid, stat).or_else(|| works_for_others().filter(|_| !is_named))
+    }
+
     pub(super) fn judge(&self, process: &Process, socket: &Socket, stat: &dyn Fn(u32) -> Option<Stat>) -> Verdict {
         if self.is_open {
             return Verdict::Signal;
@@ -139,6 +150,7 @@ impl Guards {
             };
         }
         match link.role {
+            Role::Proxy(_) if self.named.contains(&process.id.pid) => Verdict::Signal,
             Role::Proxy(_) => Verdict::Refuse { reason: self.roster.refusal(&link, socket), denied: false },
             Role::Inside(_) => managing.map_or(Verdict::Signal, |it| refusal(process, it)),
         }

@@ -184,10 +184,9 @@ impl Life {
         self.stage == stage && self.is_held() && self.failure.is_none()
     }
 
-    /// Whether it is on its way out, or was reaped, as `/proc` tells by its identity.
+    /// Whether it is on its way out with all its threads, or was reaped, as `/proc` tells by its identity.
     pub(super) fn is_exiting(&self) -> bool {
-        let id = self.victim.process.id;
-        stat_of(id.pid).is_none_or(|stat| !stat.id().is_same(id) || stat.exiting)
+        stat::has_ended(self.victim.process.id)
     }
 
     /// Whether SIGKILL ends it in its own time: it is exiting, or still on its way to that. Not if it is asleep in the

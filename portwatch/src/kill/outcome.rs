@@ -1,5 +1,6 @@
 //! What became of each port: the objects of `kill --json`, and the exit code.
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use serde::{Serialize, Serializer};
@@ -169,12 +170,16 @@ impl Outcome {
 }
 
 impl Outcome {
-    /// A port on which nothing was selected is not free if a listener that the selectors leave out has it.
-    pub fn correct(&mut self, left_out: &[Listener]) {
+    /// A port on which nothing was selected is not free if a listener that the selectors leave out has it, so that none
+    /// of `addresses` can be bound.
+    pub fn correct(&mut self, left_out: &[Listener], addresses: &[IpAddr]) {
         if self.status != Status::Free {
             return;
         }
-        let has = |listener: &&Listener| listener.socket.port == self.port && listener.socket.proto == self.proto;
+        let has = |Listener { socket, .. }: &&Listener| {
+            (socket.port, socket.proto) == (self.port, self.proto)
+                && addresses.iter().any(|&address| socket.overlaps(address))
+        };
         let Some(listener) = left_out.iter().find(has) else { return };
         let who = match listener.binder() {
             Some(holder) => format!("{} ({})", holder.process.name, holder.process.id.pid),

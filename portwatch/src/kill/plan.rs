@@ -17,6 +17,7 @@
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::guards::{Guards, Verdict};
@@ -54,6 +55,8 @@ pub struct Group {
     pub netns: NetnsId,
     /// The sockets to be freed; empty where the port was named and nobody had it.
     pub sockets: Vec<SocketId>,
+    /// Where those sockets are bound.
+    pub addresses: Vec<IpAddr>,
     /// Sockets on the port that were not selected: left alone, and no new owners.
     pub others: Vec<SocketId>,
 }
@@ -110,13 +113,18 @@ impl Group {
         !self.sockets.is_empty() && (self.port, self.proto, self.netns) == key(socket)
     }
 
+    /// Whether the socket is in the way of binding where the selected ones were.
+    pub fn is_met_by(&self, socket: &Socket) -> bool {
+        self.covers(socket) && self.addresses.iter().any(|&address| socket.overlaps(address))
+    }
+
     pub fn wants(&self, id: SocketId) -> bool {
         self.sockets.iter().any(|&s| same_socket(s, id))
     }
 
     /// Whether the socket was not there when the plan was made.
     pub fn is_new(&self, socket: &Socket) -> bool {
-        self.covers(socket) && !self.wants(socket.id) && !self.others.iter().any(|&s| same_socket(s, socket.id))
+        self.is_met_by(socket) && !self.wants(socket.id) && !self.others.iter().any(|&s| same_socket(s, socket.id))
     }
 }
 
@@ -220,7 +228,10 @@ impl Plan {
                 continue;
             }
             let process = Arc::new(read(id).unwrap_or_else(|| Process::bare(id, relative.stat.name.clone())));
-            match guards.refuse(id.pid, stat) {
+            if self.stops.iter().any(|stop| stop.processes.iter().any(|process| process.id.is_same(id))) {
+                continue;
+            }
+            match guards.refuse_relative(&process, stat) {
                 Some(reason) => self.spared.push(Spared::Relative { process, reason }),
                 None => self.victims.push(relative.victim(&process, stat)),
             }
@@ -337,9 +348,11 @@ fn group(selected: &[Listener], others: &[Socket], named: &[(u16, Option<Protoco
             proto,
             netns,
             sockets: Vec::new(),
+            addresses: Vec::new(),
             others: Vec::new(),
         });
         group.sockets.push(socket.id);
+        push_new(&mut group.addresses, socket.address);
     }
     for socket in others {
         if let Some(group) = groups.get_mut(&key(socket)) {
@@ -350,7 +363,7 @@ fn group(selected: &[Listener], others: &[Socket], named: &[(u16, Option<Protoco
         let known = groups.keys().any(|&(p, q, _)| p == port && proto.is_none_or(|proto| proto == q));
         if !known {
             let proto = proto.unwrap_or(Protocol::Tcp);
-            let group = Group { port, proto, netns: 0, sockets: Vec::new(), others: Vec::new() };
+            let group = Group { port, proto, netns: 0, sockets: Vec::new(), addresses: Vec::new(), others: Vec::new() };
             groups.insert((port, proto, 0), group);
         }
     }

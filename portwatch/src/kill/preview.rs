@@ -109,7 +109,7 @@ pub fn refusals(plan: &Plan) -> String {
     });
     let mut out = String::new();
     for (process, reason) in refused.chain(relatives) {
-        let _ = writeln!(out, "not signalling {} ({}): {reason}", escape(&process.name), process.id.pid);
+        let _ = writeln!(out, "not signalling {} ({}): {}", escape(&process.name), process.id.pid, escape(reason));
     }
     for spared in &plan.spared {
         if let Spared::OwnGroup(group) = spared {

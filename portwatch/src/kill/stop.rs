@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 
 use super::execute::{FORCE_WAIT, Run, SCAN_EVERY, World};
-use super::life::stat_of;
 use super::progress::{Progress, Step};
 use crate::cgroup::Manager;
 use crate::engine::{Container, EngineError};
 use crate::render::escape;
+use crate::source::stat::has_ended;
 use crate::supervisor::systemd;
 
 /// Something that runs processes and can be stopped.
@@ -101,9 +101,8 @@ impl Run {
         self.began = true;
         let done = self.plan.stops.iter().zip(&self.stopped).filter(|(_, result)| result.is_ok());
         for process in done.flat_map(|(stop, _)| &stop.processes) {
-            let is_alive = stat_of(process.id.pid).is_some_and(|stat| stat.id().is_same(process.id) && !stat.exiting);
             let after = began.elapsed();
-            let step = if is_alive { Step::LetGo { after } } else { Step::Ended { after } };
+            let step = if has_ended(process.id) { Step::Ended { after } } else { Step::LetGo { after } };
             (world.progress)(&Progress { process, step });
         }
         self.look(world)?;

@@ -162,7 +162,7 @@ fn whole(stopped: &Stopped) -> String {
 
 fn failures(outcome: &Outcome) -> String {
     let each: Vec<String> =
-        outcome.failed.iter().map(|f| format!("{}: {}", list(outcome, &[f.pid]), f.reason)).collect();
+        outcome.failed.iter().map(|f| format!("{}: {}", list(outcome, &[f.pid]), escape(&f.reason))).collect();
     each.join("; ")
 }
 

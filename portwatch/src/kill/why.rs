@@ -65,16 +65,19 @@ fn read(pid: u32) -> Option<Condition> {
         is_init: status.nspid.is_some_and(|pids| pids.len() > 1 && pids.last() == Some(&1)),
         ..Condition::default()
     };
+    let mut all_exit = true;
     for (path, stat) in tasks(pid) {
         // Not readable by everybody, and "0" where it does not sleep.
         let wchan = fs::read_to_string(format!("/proc/{path}/wchan")).ok().filter(|name| name != "0");
-        condition.exiting |= stat.exiting;
+        all_exit &= stat.exiting;
         match stat.state {
             'D' if !stat.exiting => condition.asleep = Some(wchan),
             'T' | 't' => condition.stopped = Some(stat.state),
             _ => {}
         }
     }
+    // A leader may be gone while its threads serve.
+    condition.exiting = all_exit;
     Some(condition)
 }
 

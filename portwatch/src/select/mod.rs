@@ -239,6 +239,32 @@ impl Filters {
     }
 }
 
+/// Longest glob in bytes, and how deep its alternatives may nest: what compiles to a small matcher without much stack.
+const MAX_GLOB: usize = 1024;
+const MAX_DEPTH: usize = 8;
+
+/// Whether a glob is small enough to be compiled, whoever wrote it.
+///
+/// # Errors
+/// A sentence that says what is too much.
+pub fn is_bounded(glob: &str) -> Result<(), String> {
+    if glob.len() > MAX_GLOB {
+        return Err(format!("a glob of {} bytes is too long; {MAX_GLOB} are allowed", glob.len()));
+    }
+    let mut depth = 0_usize;
+    for c in glob.chars() {
+        match c {
+            '{' => depth += 1,
+            '}' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        if depth > MAX_DEPTH {
+            return Err(format!("a glob with {{ in {{ is too deep; {MAX_DEPTH} levels are allowed"));
+        }
+    }
+    Ok(())
+}
+
 fn any_or_none<T>(wanted: &[T], matches: impl FnMut(&T) -> bool) -> bool {
     wanted.is_empty() || wanted.iter().any(matches)
 }

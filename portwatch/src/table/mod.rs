@@ -43,7 +43,7 @@ mod tests;
 
 use std::cmp::Reverse;
 use std::collections::HashSet;
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use crate::model::{
@@ -140,7 +140,7 @@ impl Table {
     /// that overlaps, as a wildcard of either side does. Closest first: the same address, then the same family.
     pub fn listeners_at(&self, proto: Protocol, netns: NetnsId, address: IpAddr, port: u16) -> Vec<&Listener> {
         let rows = self.rows.at_port(netns, proto, port).map(|row| &row.listener);
-        let mut found: Vec<&Listener> = rows.filter(|listener| overlaps(&listener.socket, address)).collect();
+        let mut found: Vec<&Listener> = rows.filter(|listener| listener.socket.overlaps(address)).collect();
         found.sort_by_key(|listener| {
             let own = listener.socket.address;
             Reverse((own == address, own.is_ipv4() == address.is_ipv4()))
@@ -440,18 +440,6 @@ impl Table {
         if self.read.as_ref().is_none_or(|read| read.at <= at) {
             self.unread = self.unread.max(Some(at));
         }
-    }
-}
-
-/// Whether binding `address` would meet `socket` on the same port. What is known of the dual stack counts; a `::` that
-/// is not known to refuse IPv4 takes it.
-fn overlaps(socket: &Socket, address: IpAddr) -> bool {
-    let dual = |address: Ipv6Addr, v6only: Option<bool>| address.is_unspecified() && v6only != Some(true);
-    match (socket.address.to_canonical(), address.to_canonical()) {
-        (IpAddr::V4(own), IpAddr::V4(wanted)) => own == wanted || own.is_unspecified() || wanted.is_unspecified(),
-        (IpAddr::V6(own), IpAddr::V6(wanted)) => own == wanted || own.is_unspecified() || wanted.is_unspecified(),
-        (IpAddr::V6(own), IpAddr::V4(_)) => dual(own, socket.v6only),
-        (IpAddr::V4(_), IpAddr::V6(wanted)) => dual(wanted, None),
     }
 }
 

@@ -195,3 +195,17 @@ fn a_container_is_found_by_name_id_or_the_beginning_of_an_id() {
     check(&many(12), "web", &format!("no running container is called 'web'; {shown}"));
     check(&many(2), "aaaa", "more than one container has an id that begins with 'aaaa'");
 }
+
+#[test]
+fn a_process_that_only_claims_to_be_a_proxy_stops_no_container() {
+    let roster = roster();
+    let web = roster.containers()[0].clone();
+    let (address, port) = (web.addresses[0].to_string(), web.ports[0].host_port);
+    let id = web.id.clone();
+    for liar in [proxy(&address, port), process("conmon", &format!("conmon -c {id}"))] {
+        // It holds another port than the one that the engine publishes for that container.
+        let link = roster.link(&liar, &socket(port + 1)).expect("spared all the same");
+        assert_eq!(link.container, None, "{liar:?}");
+        assert!(roster.obstacle(&link, &socket(port + 1)).is_some());
+    }
+}

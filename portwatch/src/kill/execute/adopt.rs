@@ -76,10 +76,14 @@ impl Run {
             let id = relative.stat.id();
             let is_known = self.lives.iter().any(|l| l.victim.process.id.is_same(id))
                 || self.plan.refused.iter().any(|r| r.process.id.is_same(id));
-            if is_known || world.guards.refuse(id.pid, &stat_of).is_some() {
+            let is_stopped = self.plan.stops.iter().any(|stop| stop.processes.iter().any(|p| p.id.is_same(id)));
+            if is_known || is_stopped {
                 continue;
             }
             let Some(process) = process::read_exact(id) else { continue };
+            if world.guards.refuse_relative(&process, &stat_of).is_some() {
+                continue;
+            }
             let mut victim = relative.victim(&Arc::new(process), &stat_of);
             victim.leaders = self.plan.leaders(&victim, self.lives.iter().map(|l| &l.victim), &stat_of);
             let firmly = self.claim();

@@ -6,11 +6,12 @@ use std::time::{Duration, Instant};
 
 use super::{AFTERMATH, LINGER, Run, SCAN_EVERY, World};
 use crate::kill::life::Life;
-use crate::kill::life::{Stage, stat_of};
+use crate::kill::life::Stage;
 use crate::kill::plan::push_new;
 use crate::kill::prove::{self, Place};
 use crate::model::{Listener, NetnsId, ProcessId, Protocol};
 use crate::source::netns;
+use crate::source::stat::has_ended;
 
 impl Run {
     /// A port is free before its last holder is a zombie: who is exiting after a signal has ended. The others get a
@@ -58,7 +59,7 @@ impl Run {
     }
 
     fn may_respawn(&self, group: usize) -> bool {
-        let is_alive = |id: ProcessId| stat_of(id.pid).is_some_and(|s| s.id().is_same(id) && !s.exiting);
+        let is_alive = |id: ProcessId| !has_ended(id);
         let in_group = self.lives.iter().filter(|l| l.victim.groups.contains(&group));
         let mut parents: BTreeSet<ProcessId> = BTreeSet::new();
         let supervisors = in_group.filter_map(|l| l.victim.supervisor.as_ref());
@@ -109,7 +110,7 @@ impl Run {
     fn is_provable(&mut self, group: usize) -> bool {
         let target = &self.plan.groups[group];
         let is_ours = target.sockets.is_empty() || self.freed[group].is_some();
-        let is_alone = !self.current.iter().any(|l| target.covers(&l.socket));
+        let is_alone = !self.current.iter().any(|l| target.is_met_by(&l.socket));
         let provable = target.proto == Protocol::Tcp && is_ours && is_alone;
         if !provable {
             self.blocked[group] = None;
