@@ -72,7 +72,12 @@ impl Tracker {
         }
         let events = self.live.pending(process::boot_ns_now());
         let was_stale = self.table.is_stale();
-        Ok(self.take(events, was_stale))
+        let mut changes = self.take(events, was_stale);
+        let lost = self.live.losses();
+        if lost > 0 {
+            changes.extend(self.refresh(lost)?);
+        }
+        Ok(changes)
     }
 
     /// Waits for the next changes; there are none where a snapshot confirmed what was known. Cancel safe.

@@ -326,6 +326,15 @@ impl Live {
         }
     }
 
+    /// Records that the kernel could not deliver, since this was last told here or by [`Self::next`]: more than 0 demands
+    /// a [`Self::refresh`].
+    pub fn losses(&mut self) -> u64 {
+        match &mut self.feed {
+            Feed::Ebpf(probes) => probes.losses(),
+            Feed::Poll(_) => 0,
+        }
+    }
+
     /// Ends to report the forks and execs of a process that holds nothing.
     pub fn unfollow(&mut self, id: ProcessId) {
         if let Feed::Ebpf(probes) = &mut self.feed {

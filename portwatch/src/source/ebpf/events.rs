@@ -193,6 +193,11 @@ impl Probes {
         }
     }
 
+    /// Records lost since this was last looked at.
+    pub(crate) fn losses(&mut self) -> u64 {
+        self.account().0
+    }
+
     /// Compares what the kernel counted with what arrived: records lost since the last time, and whether one is still
     /// on its way.
     fn account(&mut self) -> (u64, bool) {
