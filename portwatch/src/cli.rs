@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand};
-use globset::{Glob, GlobBuilder, GlobMatcher};
+use globset::GlobMatcher;
 use jiff::{Span, SpanRelativeTo};
 use portwatch::agent::SOCKET;
 use portwatch::model::NetnsId;
-use portwatch::select::is_bounded;
+use portwatch::select::{glob, unit_glob};
 use portwatch::source::Probe;
 
 use crate::commands::agent::AgentArgs;
@@ -144,7 +144,7 @@ pub(crate) struct Selectors {
     #[arg(long = "container", value_name = "NAME|ID", value_parser = NonEmptyStringValueParser::new())]
     pub(crate) containers: Vec<String>,
     /// systemd service, of the system or of a user, with or without .service; may be a glob
-    #[arg(long = "unit", value_name = "NAME", value_parser = unit)]
+    #[arg(long = "unit", value_name = "NAME", value_parser = unit_glob)]
     pub(crate) units: Vec<GlobMatcher>,
     /// Listening for longer than this (else: the process running for longer), such as 24h or 90s
     #[arg(long, value_name = "DURATION", value_parser = duration)]
@@ -171,18 +171,6 @@ pub(crate) fn netns(text: &str) -> Result<Netns, String> {
             .map(Netns::Id)
             .map_err(|_| "use self, all, or the number that `readlink /proc/PID/ns/net` shows".to_owned()),
     }
-}
-
-fn glob(text: &str) -> Result<GlobMatcher, String> {
-    is_bounded(text)?;
-    Glob::new(text).map(|glob| glob.compile_matcher()).map_err(|error| error.kind().to_string())
-}
-
-/// As systemctl takes it: a backslash is part of a unit's name (`my\x2dapp.service`).
-fn unit(text: &str) -> Result<GlobMatcher, String> {
-    is_bounded(text)?;
-    let glob = GlobBuilder::new(text).backslash_escape(false).build();
-    glob.map(|glob| glob.compile_matcher()).map_err(|error| error.kind().to_string())
 }
 
 /// Anything that people write for a length of time: `90s`, `24h`, `1h 30m`, `2 days` (of 24 hours).

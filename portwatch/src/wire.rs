@@ -15,13 +15,13 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use globset::{Glob, GlobMatcher};
+use globset::GlobMatcher;
 use serde::{Deserialize, Serialize};
 
 use crate::engine::Wanted;
 use crate::history::{Health, Life};
 use crate::model::{Ancestor, BootNs, Change, Listener, NetnsId};
-use crate::select::{Filters, Selector, Sets, is_bounded, parse_targets};
+use crate::select::{Filters, Selector, Sets, glob, parse_targets, unit_glob};
 use crate::source::{Refusal, Tier};
 
 /// The version of this protocol. Additions do not change it; a client that meets another version does its work itself.
@@ -209,7 +209,7 @@ fn is_false(value: &bool) -> bool {
 impl Selection {
     pub fn of(selector: &Selector) -> Selection {
         let filters = selector.filters();
-        let globs = |globs: &[GlobMatcher]| globs.iter().map(|glob| glob.glob().glob().to_owned()).collect();
+        let texts = |globs: &[GlobMatcher]| globs.iter().map(|glob| glob.glob().glob().to_owned()).collect();
         Selection {
             targets: selector.targets().iter().map(ToString::to_string).collect(),
             ipv4: filters.ipv4,
@@ -219,9 +219,9 @@ impl Selection {
             addresses: filters.addresses.clone(),
             uids: filters.uids.clone(),
             pids: filters.pids.clone(),
-            commands: globs(&filters.commands),
-            cwds: globs(&filters.cwds),
-            units: globs(&filters.units),
+            commands: texts(&filters.commands),
+            cwds: texts(&filters.cwds),
+            units: texts(&filters.units),
             containers: filters.containers.clone(),
             older_than_ms: filters.older_than.map(|limit| u64::try_from(limit.as_millis()).unwrap_or(u64::MAX)),
             netns: filters.netns.map_or(Scope::All, Scope::Id),
@@ -249,9 +249,9 @@ impl Selection {
                 addresses: self.addresses.clone(),
                 uids: self.uids.clone(),
                 pids: self.pids.clone(),
-                commands: globs(&self.commands)?,
-                cwds: globs(&self.cwds)?,
-                units: globs(&self.units)?,
+                commands: globs(&self.commands, glob)?,
+                cwds: globs(&self.cwds, glob)?,
+                units: globs(&self.units, unit_glob)?,
                 containers: self.containers.clone(),
                 older_than: self.older_than_ms.map(Duration::from_millis),
                 netns,
@@ -263,18 +263,18 @@ impl Selection {
 /// A client may not make the agent keep more than this, each compiled to a matcher that it keeps while it watches.
 const MAX_GLOBS: usize = 64;
 
-fn globs(texts: &[String]) -> Result<Vec<GlobMatcher>, String> {
+/// As much of a bad glob as an error shows, in characters.
+const SHOWN_GLOB: usize = 80;
+
+fn globs(texts: &[String], compile: fn(&str) -> Result<GlobMatcher, String>) -> Result<Vec<GlobMatcher>, String> {
     if texts.len() > MAX_GLOBS {
         return Err(format!("{} globs of one kind; a selection may have {MAX_GLOBS}", texts.len()));
     }
-    let glob = |text: &String| {
-        is_bounded(text)?;
-        match Glob::new(text) {
-            Ok(glob) => Ok(glob.compile_matcher()),
-            Err(error) => Err(format!("bad glob '{}': {}", text.escape_debug(), error.kind())),
-        }
+    let bad = |text: &str, why| {
+        let shown: String = text.chars().take(SHOWN_GLOB).collect();
+        format!("bad glob '{}': {why}", shown.escape_debug())
     };
-    texts.iter().map(glob).collect()
+    texts.iter().map(|text| compile(text).map_err(|why| bad(text, why))).collect()
 }
 
 #[cfg(test)]
@@ -284,7 +284,7 @@ mod tests {
     #[test]
     fn a_selector_survives_the_wire() {
         let targets = parse_targets(&["3000-3005/tcp", "[::1]:8000", "53"], &Sets::new()).unwrap();
-        let glob = |text: &str| Glob::new(text).unwrap().compile_matcher();
+        let glob = |text: &str| glob(text).unwrap();
         let filters = Filters {
             ipv4: true,
             udp: true,
@@ -293,7 +293,8 @@ mod tests {
             pids: vec![7],
             commands: vec![glob("*python*")],
             cwds: vec![glob("/tmp/{a,b}*")],
-            units: vec![glob("web*")],
+            // A backslash is part of a unit's name.
+            units: vec![unit_glob(r"my\x2dweb*").unwrap()],
             containers: vec![Wanted::IdPrefix("5eed".to_owned())],
             older_than: Some(Duration::from_secs(90)),
             netns: Some(4_026_531_833),
@@ -303,7 +304,9 @@ mod tests {
         let line = serde_json::to_string(&sent).unwrap();
         let read: Selection = serde_json::from_str(&line).unwrap();
         assert_eq!(read, sent, "{line}");
-        assert_eq!(Selection::of(&read.selector(None).unwrap()), sent);
+        let selector = read.selector(None).unwrap();
+        assert_eq!(Selection::of(&selector), sent);
+        assert!(selector.filters().units[0].is_match(r"my\x2dweb.service"));
     }
 
     #[test]

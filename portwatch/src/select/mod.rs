@@ -4,6 +4,7 @@
 //! two steps, because holders are dear: [`Selector::matches_socket`] looks at the socket alone and is asked of every
 //! socket, [`Selector::matches`] looks at holders and age as well. A range of ports costs as much as one port.
 
+mod glob;
 mod shown;
 mod target;
 #[cfg(test)]
@@ -14,6 +15,7 @@ use std::time::Duration;
 
 use globset::GlobMatcher;
 
+pub use self::glob::{glob, unit_glob};
 pub use self::shown::Shown;
 pub use self::target::{BadTarget, Sets, Target, builtin_sets, parse_targets};
 use crate::cgroup;
@@ -237,32 +239,6 @@ impl Filters {
             Protocol::Udp => self.udp || !self.tcp,
         }
     }
-}
-
-/// Longest glob in bytes, and how deep its alternatives may nest: what compiles to a small matcher without much stack.
-const MAX_GLOB: usize = 1024;
-const MAX_DEPTH: usize = 8;
-
-/// Whether a glob is small enough to be compiled, whoever wrote it.
-///
-/// # Errors
-/// A sentence that says what is too much.
-pub fn is_bounded(glob: &str) -> Result<(), String> {
-    if glob.len() > MAX_GLOB {
-        return Err(format!("a glob of {} bytes is too long; {MAX_GLOB} are allowed", glob.len()));
-    }
-    let mut depth = 0_usize;
-    for c in glob.chars() {
-        match c {
-            '{' => depth += 1,
-            '}' => depth = depth.saturating_sub(1),
-            _ => {}
-        }
-        if depth > MAX_DEPTH {
-            return Err(format!("a glob with {{ in {{ is too deep; {MAX_DEPTH} levels are allowed"));
-        }
-    }
-    Ok(())
 }
 
 fn any_or_none<T>(wanted: &[T], matches: impl FnMut(&T) -> bool) -> bool {
