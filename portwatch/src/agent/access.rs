@@ -8,12 +8,11 @@ use std::io;
 use std::os::fd::OwnedFd;
 
 use nix::sys::socket::{getsockopt, sockopt};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use tokio::net::UnixStream;
 
 use crate::model::NetnsId;
-use crate::source::netns;
+use crate::source::{netns, process};
 
 /// Who connected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,7 +35,7 @@ impl Identity {
         let Some(pidfd) = pidfd_of(stream, pid) else { return Ok(anonymous) };
         let known = Identity { netns: netns::of_pid(pid).ok(), ..anonymous };
         // Alive now, so it was what we read about.
-        Ok(if is_alive(&pidfd) { known } else { anonymous })
+        Ok(if process::is_alive(&pidfd) { known } else { anonymous })
     }
 }
 
@@ -46,8 +45,4 @@ fn pidfd_of(stream: &UnixStream, pid: u32) -> Option<OwnedFd> {
         return Some(pidfd);
     }
     pidfd_open(Pid::from_raw(i32::try_from(pid).ok()?)?, PidfdFlags::empty()).ok()
-}
-
-fn is_alive(pidfd: &OwnedFd) -> bool {
-    poll(&mut [PollFd::new(pidfd, PollFlags::IN)], Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) == Ok(0)
 }

@@ -23,7 +23,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
@@ -121,7 +120,7 @@ async fn serve(config: Config, ready: impl FnOnce(&Tracker)) -> anyhow::Result<(
 
 /// This moment, on both clocks.
 fn clock() -> Clock {
-    Clock { now_boot_ns: process::boot_ns_now(), now_wall: Timestamp::now(), tz: TimeZone::UTC }
+    process::clock(TimeZone::UTC)
 }
 
 /// What the loader needed to know of the kernel's types is twice what the agent needs from then on.

@@ -310,7 +310,5 @@ impl Peer {
 /// Of each holder, nearest first.
 fn ancestors_of(listener: &Listener) -> Vec<Vec<Ancestor>> {
     let stat = |pid| stat::read(pid).ok();
-    let named = |pid| stat(pid).map(|stat| Ancestor { pid, name: stat.name });
-    let of = |pid| stat::ancestors(pid, &stat).into_iter().filter_map(named).collect();
-    listener.holders.iter().map(|holder| of(holder.process.id.pid)).collect()
+    listener.holders.iter().map(|holder| stat::lineage(holder.process.id.pid, &stat)).collect()
 }

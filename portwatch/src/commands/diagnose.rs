@@ -81,7 +81,7 @@ pub(crate) fn run(args: &DiagnoseArgs, globals: &Globals) -> anyhow::Result<Exit
     } else {
         let users = Users::default();
         let name = |uid| users.name(uid);
-        let view = view(&name)?;
+        let view = view(&name);
         let blocks: Vec<String> = diagnoses.iter().map(|one| diagnosis::diagnosis(one, &view)).collect();
         print(&blocks.concat())?;
     }

@@ -59,7 +59,7 @@ pub(crate) fn run(args: &HistoryArgs, globals: &Globals) -> anyhow::Result<ExitC
     let selector = selector(&args.targets, &args.selectors)?;
     let users = Users::default();
     let name = |uid| users.name(uid);
-    let mut view = view(&name)?;
+    let mut view = view(&name);
     let now = view.clock.now_wall;
     let Some(Lives { lives, more }) = query(args, globals, &selector, &view.clock)? else {
         return Ok(ExitCode::from(NO));

@@ -153,7 +153,7 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
         if !args.json && !args.quiet {
             let users = Users::default();
             let name = |uid| users.name(uid);
-            print(&summary(&plan, &view(&name)?))?;
+            print(&summary(&plan, &view(&name)))?;
         }
         return report(args, &kill::planned(plan));
     }
@@ -220,7 +220,7 @@ fn name_a_port(selector: &Selector, args: &KillArgs, globals: &Globals) -> anyho
     let name = |uid| users.name(uid);
     let table = match listeners.is_empty() {
         true => "nothing\n".to_owned(),
-        false => render::table::table(&listeners, Detail::Listeners, &view_on(&io::stderr(), &name)?),
+        false => render::table::table(&listeners, Detail::Listeners, &view_on(&io::stderr(), &name)),
     };
     // Nobody who reads it: the exit code says it, too.
     let _ = io::stderr().write_all(table.as_bytes());
@@ -363,7 +363,7 @@ fn preview(plan: &Plan) -> anyhow::Result<()> {
     let users = Users::default();
     let name = |uid| users.name(uid);
     let stderr = io::stderr();
-    let text = summary(plan, &view_on(&stderr, &name)?);
+    let text = summary(plan, &view_on(&stderr, &name));
     stderr.lock().write_all(text.as_bytes()).context("cannot write to standard error")
 }
 
@@ -376,7 +376,7 @@ fn is_confirmed(plan: &Plan, concerns: &[Concern]) -> anyhow::Result<bool> {
     let users = Users::default();
     let name = |uid| users.name(uid);
     let mut stderr = io::stderr();
-    let question = preview::question(plan, concerns, &view_on(&stderr, &name)?);
+    let question = preview::question(plan, concerns, &view_on(&stderr, &name));
     write!(stderr, "{question} [y/N] ").and_then(|()| stderr.flush()).context("cannot write to standard error")?;
     let mut answer = String::new();
     io::stdin().read_line(&mut answer).context("cannot read the answer")?;

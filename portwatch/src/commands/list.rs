@@ -37,7 +37,7 @@ pub(crate) fn run(args: &ListArgs, globals: &Globals) -> anyhow::Result<ExitCode
     let (listeners, _) = read(&selector, &args.selectors, globals, false)?;
     let users = Users::default();
     let name = |uid| users.name(uid);
-    let mut view = view(&name)?;
+    let mut view = view(&name);
     if args.json {
         let rows: Vec<_> = listeners.iter().map(|listener| json::listener(listener, &view)).collect();
         print(&json::array(&rows))?;

@@ -25,19 +25,18 @@ use std::os::unix::fs::MetadataExt;
 use anstream::stream::RawStream;
 use anstream::{AutoStream, ColorChoice};
 use anyhow::Context;
-use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use nix::unistd::{Uid, User};
 use portwatch::client::Client;
 use portwatch::config::{self, ConfigError};
 use portwatch::engine::roster::Lost;
 use portwatch::engine::{self, Wanted};
-use portwatch::model::{Ancestor, BootNs, Listener, NetnsId};
+use portwatch::model::{Listener, NetnsId};
 use portwatch::render::json::Ancestors;
 use portwatch::render::{self, Clock, View};
 use portwatch::select::{Filters, Selector, Sets, parse_targets};
 use portwatch::source::stat::{self, Stat};
-use portwatch::source::{Probe, Scanner, Tier};
+use portwatch::source::{Probe, Scanner, Tier, process};
 use portwatch::wire::{Request, Response, Selection};
 
 use crate::cli::{Globals, Netns, Selectors};
@@ -222,9 +221,8 @@ fn scan(selector: &Selector, selectors: &Selectors, globals: &Globals) -> anyhow
 fn ancestors_of(listeners: &[Listener]) -> Ancestors {
     let known: RefCell<HashMap<u32, Option<Stat>>> = RefCell::default();
     let stat = |pid| known.borrow_mut().entry(pid).or_insert_with(|| stat::read(pid).ok()).clone();
-    let named = |pid| stat(pid).map(|Stat { name, .. }| Ancestor { pid, name });
     let holders = listeners.iter().flat_map(|listener| &listener.holders).map(|holder| holder.process.id.pid);
-    holders.map(|pid| (pid, stat::ancestors(pid, &stat).into_iter().filter_map(named).collect())).collect()
+    holders.map(|pid| (pid, stat::lineage(pid, &stat))).collect()
 }
 
 /// Says under `--verbose` what was tried and refused.
@@ -256,34 +254,25 @@ impl Users {
 }
 
 /// The clock, terminal and colours of standard output, as they are now.
-pub(crate) fn view(users: &dyn Fn(u32) -> Option<String>) -> anyhow::Result<View<'_>> {
+pub(crate) fn view(users: &dyn Fn(u32) -> Option<String>) -> View<'_> {
     view_on(&io::stdout(), users)
 }
 
 /// The same of another stream.
-pub(crate) fn view_on<'a>(
-    stream: &(impl RawStream + AsFd),
-    users: &'a dyn Fn(u32) -> Option<String>,
-) -> anyhow::Result<View<'a>> {
-    Ok(View {
-        clock: clock()?,
+pub(crate) fn view_on<'a>(stream: &(impl RawStream + AsFd), users: &'a dyn Fn(u32) -> Option<String>) -> View<'a> {
+    View {
+        clock: clock(),
         users,
         euid: Uid::effective().as_raw(),
         width: stream.is_terminal().then(|| columns(stream)),
         // Never: no terminal, or NO_COLOR. Everything shown is escaped, so nothing needs to be stripped later.
         colours: AutoStream::choice(stream) != ColorChoice::Never,
-    })
+    }
 }
 
 /// This moment, on both clocks.
-pub(crate) fn clock() -> anyhow::Result<Clock> {
-    Ok(Clock { now_boot_ns: boot_ns()?, now_wall: Timestamp::now(), tz: TimeZone::system() })
-}
-
-/// Nanoseconds since boot.
-pub(crate) fn boot_ns() -> anyhow::Result<BootNs> {
-    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME).context("cannot read CLOCK_BOOTTIME")?;
-    Ok(BootNs::try_from(std::time::Duration::from(now).as_nanos())?)
+pub(crate) fn clock() -> Clock {
+    process::clock(TimeZone::system())
 }
 
 /// Columns of a terminal; 80 where it does not know.

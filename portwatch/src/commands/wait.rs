@@ -20,6 +20,7 @@ use portwatch::client::Subscription;
 use portwatch::model::{Listener, Socket};
 use portwatch::render::{self, json};
 use portwatch::select::{Filters, Selector};
+use portwatch::source::process;
 use portwatch::source::{Live, POLL_INTERVAL, Probe, Scanner, Tier, diag, trial::Bind};
 use portwatch::tracker::Tracker;
 use portwatch::waiting::{Condition, Goal, Look, Scope};
@@ -27,7 +28,7 @@ use portwatch::wire::Selection;
 use tokio::task::JoinHandle;
 
 use super::feed::Feed;
-use super::{Users, boot_ns, explain, note, print, reach_agent, read, refused, selector, view};
+use super::{Users, explain, note, print, reach_agent, read, refused, selector, view};
 use crate::cli::{Globals, Netns, Selectors, TARGETS, duration};
 use crate::exit_codes::{self, NO, Usage};
 
@@ -212,7 +213,7 @@ impl Wait<'_> {
     fn look<'l>(&'l self, listeners: impl IntoIterator<Item = &'l Listener>) -> anyhow::Result<Look<'l>> {
         // IPv6 alone, else `::` would ask about IPv4 as well.
         let mut in_use = |address, port| Bind::server(SocketAddr::new(address, port), Some(true)).is_in_use(None);
-        Ok(self.condition.look(listeners, boot_ns()?, &mut in_use))
+        Ok(self.condition.look(listeners, process::boot_ns_now(), &mut in_use))
     }
 
     /// When to look again although nothing happens.
@@ -221,7 +222,7 @@ impl Wait<'_> {
         is_lingering: bool,
         listeners: impl IntoIterator<Item = &'l Listener>,
     ) -> anyhow::Result<Option<Duration>> {
-        let due = self.condition.due(listeners, boot_ns()?);
+        let due = self.condition.due(listeners, process::boot_ns_now());
         if !is_lingering {
             self.next_try = TRY_FIRST;
             return Ok(due);
@@ -249,7 +250,7 @@ impl Wait<'_> {
         if self.args.json {
             let users = Users::default();
             let name = |uid| users.name(uid);
-            text = format!("{}\n", json::line(&json::waited(look, elapsed, &view(&name)?)));
+            text = format!("{}\n", json::line(&json::waited(look, elapsed, &view(&name))));
         } else if !look.is_true() {
             let timeout = self.args.timeout.filter(|_| !at_once);
             note(&look.sentence(&timeout.map_or(String::new(), |timeout| format!(" after {timeout:?}")), euid));

@@ -59,7 +59,7 @@ async fn open(globals: &Globals, selector: &Selector) -> anyhow::Result<Feed> {
 async fn watch(args: &WatchArgs, globals: &Globals, selector: &Selector) -> anyhow::Result<ExitCode> {
     let users = Users::default();
     let name = |uid| users.name(uid);
-    let mut view = view(&name)?;
+    let mut view = view(&name);
     let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
     let mut feed = open(globals, selector).await?;
@@ -84,7 +84,7 @@ async fn watch(args: &WatchArgs, globals: &Globals, selector: &Selector) -> anyh
             _ = interrupt.recv() => return Ok(ExitCode::SUCCESS),
             changes = feed.next() => changes?,
         };
-        view.clock = clock()?;
+        view.clock = clock();
         for change in &changes {
             // The agent sends only what concerns us.
             if matches!(feed, Feed::Own(_)) && !shown.concerns(change, selector) {

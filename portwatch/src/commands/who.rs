@@ -38,7 +38,7 @@ pub(crate) fn run(args: &WhoArgs, globals: &Globals) -> anyhow::Result<ExitCode>
     let (listeners, ancestors) = read(&selector, &args.selectors, globals, true)?;
     let users = Users::default();
     let name = |uid| users.name(uid);
-    let view = view(&name)?;
+    let view = view(&name);
     if args.json {
         let rows: Vec<_> =
             listeners.iter().map(|listener| json::listener_with_ancestors(listener, &view, &ancestors)).collect();

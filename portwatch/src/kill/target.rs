@@ -22,13 +22,12 @@ use std::cell::Cell;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::kin::Kin;
 use crate::model::ProcessId;
-use crate::source::stat;
+use crate::source::{process, stat};
 
 /// Tells whether this process holds one of the sockets (by inode) at this moment.
 pub type Proof<'a> = dyn FnMut(ProcessId, &[u64]) -> io::Result<bool> + 'a;
@@ -111,15 +110,7 @@ impl OpenTarget {
 
     /// Whether the process has not ended (a zombie has). Does not wait.
     pub fn is_alive(&self) -> bool {
-        let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
-        loop {
-            match poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) {
-                Ok(ready) => return ready == 0,
-                Err(Errno::INTR) => {}
-                // Not known to be alive: nothing may be built on it.
-                Err(_) => return false,
-            }
-        }
+        process::is_alive(&self.pidfd)
     }
 
     /// The process of the pidfd in the numbers of this /proc, which may be another pid namespace's than ours: there

@@ -6,12 +6,16 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use jiff::Timestamp;
+use jiff::tz::TimeZone;
 use nix::time::{ClockId, clock_gettime};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::stat::{self, Stat};
 use crate::model::{BootNs, Process, ProcessId};
+use crate::render::Clock;
 
 /// More of a command line than this many bytes is cut off.
 pub const MAX_COMMAND_BYTES: usize = 128 * 1024;
@@ -28,6 +32,24 @@ pub fn boot_ns_now() -> BootNs {
     let Ok(now) = clock_gettime(ClockId::CLOCK_BOOTTIME) else { return 0 };
     let seconds = u64::try_from(now.tv_sec()).unwrap_or(0);
     seconds * 1_000_000_000 + u64::try_from(now.tv_nsec()).unwrap_or(0)
+}
+
+/// This moment, on both clocks; local times are those of `tz`.
+pub fn clock(tz: TimeZone) -> Clock {
+    Clock { now_boot_ns: boot_ns_now(), now_wall: Timestamp::now(), tz }
+}
+
+/// Whether the process of a pidfd has not ended (a zombie has). Does not wait.
+pub fn is_alive(pidfd: impl AsFd) -> bool {
+    let mut fds = [PollFd::new(&pidfd, PollFlags::IN)];
+    loop {
+        match poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) {
+            Ok(ready) => return ready == 0,
+            Err(Errno::INTR) => {}
+            // Not known to be alive: nothing may be built on it.
+            Err(_) => return false,
+        }
+    }
 }
 
 /// Reads a process as it is now. `None`: there is none. What may not be read is left out: exe and cwd of another

@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use rustix::fs::{Mode, OFlags};
 
 use super::process::read_retrying;
-use crate::model::{BootNs, ProcessId};
+use crate::model::{Ancestor, BootNs, ProcessId};
 
 /// From the kernel's `include/linux/sched.h`; field 9 of `/proc/PID/stat` shows them.
 const PF_EXITING: u32 = 0x0000_0004;
@@ -140,6 +140,12 @@ pub fn ancestors(pid: u32, stat: &dyn Fn(u32) -> Option<Stat>) -> Vec<u32> {
         found.push(parent);
     }
     found
+}
+
+/// The ancestors of a process with their names, its parent first.
+pub fn lineage(pid: u32, stat: &dyn Fn(u32) -> Option<Stat>) -> Vec<Ancestor> {
+    let named = |pid| stat(pid).map(|Stat { name, .. }| Ancestor { pid, name });
+    ancestors(pid, stat).into_iter().filter_map(named).collect()
 }
 
 #[cfg(test)]

@@ -48,7 +48,7 @@ pub(super) fn pick(mut listeners: Vec<Listener>) -> anyhow::Result<Option<Picked
     // One column stays free: some terminals wrap a line that is exactly full.
     let room = terminal.saturating_sub(BOX + 1);
     let rows =
-        table(&listeners, Detail::Listeners, &View { width: Some(room), colours: false, ..view_on(&stderr, &name)? });
+        table(&listeners, Detail::Listeners, &View { width: Some(room), colours: false, ..view_on(&stderr, &name) });
     let mut lines = rows.lines().map(str::to_owned);
     let titles = lines.next().unwrap_or_default();
     let lines: Vec<Line> = lines.enumerate().map(|(index, label)| Line { index, label }).collect();
