@@ -67,12 +67,15 @@ impl Tracker {
     /// Takes in what the kernel has told until now, or looks where it tells nothing: what the caller knows to have
     /// happened is in the table then, if not yet who else holds it ([`Table::is_stale`]).
     pub fn catch_up(&mut self) -> anyhow::Result<Vec<Change>> {
+        // What was not asked for yet is older.
+        let mut changes = std::mem::take(&mut self.begun);
         if !self.live.tier().is_event_driven() {
-            return self.refresh(0);
+            changes.extend(self.refresh(0)?);
+            return Ok(changes);
         }
         let events = self.live.pending(process::boot_ns_now());
         let was_stale = self.table.is_stale();
-        let mut changes = self.take(events, was_stale);
+        changes.extend(self.take(events, was_stale));
         let lost = self.live.losses();
         if lost > 0 {
             changes.extend(self.refresh(lost)?);

@@ -8,7 +8,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::peer::Load;
 use crate::history::Recorder;
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, Totals};
 use crate::model::{BootNs, Change, Listener};
 use crate::select::Selector;
 use crate::service::Watchdog;
@@ -77,16 +77,11 @@ pub(super) struct Core {
     history: Option<Recorder>,
     watchdog: Watchdog,
     started: Instant,
-    opens: u64,
-    closes: u64,
-    conflicts: u64,
-    resyncs: u64,
 }
 
 impl Core {
-    pub(super) fn new(tracker: Tracker, load: Load, metrics: Arc<Metrics>, history: Option<Recorder>) -> Core {
+    pub(super) fn new(tracker: Tracker, load: Load, metrics: Arc<Metrics>, mut history: Option<Recorder>) -> Core {
         metrics.recount(tracker.table());
-        let mut history = history;
         if let Some(history) = &mut history {
             history.snapshot(tracker.table().listeners(), &super::clock());
         }
@@ -99,10 +94,6 @@ impl Core {
             waiting: Vec::new(),
             load,
             started: Instant::now(),
-            opens: 0,
-            closes: 0,
-            conflicts: 0,
-            resyncs: 0,
         }
     }
 
@@ -160,13 +151,6 @@ impl Core {
             if let Some(history) = &mut self.history {
                 history.change(&change, &clock);
             }
-            match &change {
-                Change::Opened { .. } => self.opens += 1,
-                Change::Closed { .. } => self.closes += 1,
-                Change::Conflict { .. } => self.conflicts += 1,
-                Change::Resync { .. } => self.resyncs += 1,
-                Change::Holders { .. } => {}
-            }
             let change = Arc::new(change);
             self.subscribers.iter_mut().for_each(|subscriber| subscriber.tell(&change));
             if let Change::Resync { lost, .. } = *change {
@@ -194,8 +178,8 @@ impl Core {
                 let (queue, changes) = mpsc::channel(QUEUE);
                 let listeners = self.tracker.table().listeners().cloned().collect();
                 let lost = Arc::new(AtomicU64::new(0));
-                self.subscribers.retain(|subscriber| !subscriber.is_gone());
                 self.subscribers.push(Subscriber { queue: Some(queue), lost: Arc::clone(&lost) });
+                self.metrics.subscribers(self.subscribers.len());
                 let _ = reply.send(Subscription { at: now, listeners, changes, lost });
             }
             Ask::Status { reply } => {
@@ -207,6 +191,7 @@ impl Core {
     fn status(&mut self) -> Status {
         self.subscribers.retain(|subscriber| !subscriber.is_gone());
         let live = self.tracker.live();
+        let Totals { opens, closes, conflicts, resyncs } = self.metrics.totals();
         Status {
             program: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
@@ -215,10 +200,10 @@ impl Core {
             holders: live.method().to_owned(),
             uptime_ns: u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX),
             listeners: self.tracker.table().len(),
-            opens: self.opens,
-            closes: self.closes,
-            conflicts: self.conflicts,
-            resyncs: self.resyncs,
+            opens,
+            closes,
+            conflicts,
+            resyncs,
             dropped: live.lost(),
             connections: self.load.connections(),
             subscribers: self.subscribers.len(),

@@ -78,7 +78,9 @@ pub(crate) fn run(args: &HistoryArgs, globals: &Globals) -> anyhow::Result<ExitC
         print(&render::history::table(&lives, &view))?;
     }
     if more {
-        note(&format!("these are the latest {}; --limit 0 shows all", args.limit));
+        // The agent has a limit of its own.
+        let all = if args.limit == 0 { "sudo and --no-agent show" } else { "--limit 0 shows" };
+        note(&format!("these are the latest {}; {all} all", lives.len()));
     }
     Ok(ExitCode::SUCCESS)
 }

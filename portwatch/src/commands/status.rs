@@ -39,18 +39,15 @@ pub(crate) fn run(args: &StatusArgs, globals: &Globals) -> anyhow::Result<ExitCo
             other => bail!("the agent does not tell its status, but {other:?}"),
         }
     })?;
-    let found = match &agent {
-        Some(_) => None,
-        None => Some(source::availability(globals.probe)?),
-    };
-    let status = match (&agent, &found) {
-        (Some(agent), _) => {
+    let found;
+    let status = match &agent {
+        Some(agent) => {
             Status { tier: agent.tier, reasons: &agent.reasons, holders: &agent.holders, agent: Some(agent) }
         }
-        (None, Some(found)) => {
+        None => {
+            found = source::availability(globals.probe)?;
             Status { tier: found.tier, reasons: &found.refusals, holders: &found.holders, agent: None }
         }
-        (None, None) => bail!("neither an agent nor a way to work without it"),
     };
     let text = if args.json { format!("{}\n", json::line(&status)) } else { text(&status) };
     print(&text)?;

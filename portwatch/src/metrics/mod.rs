@@ -53,6 +53,15 @@ pub struct Metrics {
     build: Family<Labels<2>, Gauge>,
 }
 
+/// Changes of the table by kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Totals {
+    pub opens: u64,
+    pub closes: u64,
+    pub conflicts: u64,
+    pub resyncs: u64,
+}
+
 #[derive(Debug)]
 struct ByProtocol<M> {
     tcp: M,
@@ -135,6 +144,17 @@ impl Metrics {
                 self.dropped.inc_by(*lost);
             }
             Change::Holders { .. } => {}
+        }
+    }
+
+    /// What was counted since the agent started, of all protocols.
+    pub fn totals(&self) -> Totals {
+        let sum = |counters: &ByProtocol<Counter>| counters.tcp.get() + counters.udp.get();
+        Totals {
+            opens: sum(&self.opens),
+            closes: sum(&self.closes),
+            conflicts: self.conflicts.get(),
+            resyncs: self.resyncs.get(),
         }
     }
 
