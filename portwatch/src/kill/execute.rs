@@ -69,7 +69,7 @@ impl Default for Options {
 
 /// What the run asks of the outside.
 pub struct World<'a> {
-    /// Every listener now that the selector's socket filters match, whoever holds it.
+    /// Every listener now on the ports of the plan, at whatever address and whoever holds it.
     pub rescan: &'a mut dyn FnMut() -> anyhow::Result<Vec<Listener>>,
     /// Whether process `pid` has a descriptor of the socket with this inode now, from `/proc`.
     pub holds: &'a dyn Fn(u32, u64) -> io::Result<bool>,
@@ -142,7 +142,7 @@ pub(super) struct Run {
     stale: bool,
     /// Whether a socket was seen that the last scan did not know.
     stranger: bool,
-    /// Inodes of all such sockets. A scan may leave them out, for the selectors do.
+    /// Inodes of all such sockets: each is worth one scan, which may leave it out.
     strangers: HashSet<u64>,
     pub(super) scanned: Instant,
     /// When the last victim ended.
@@ -201,9 +201,7 @@ impl Run {
     fn soft(&mut self, world: &mut World<'_>) -> anyhow::Result<()> {
         let forced = self.options.signal == Signal::KILL;
         let (stage, wait) = if forced { (Stage::Forced, FORCE_WAIT) } else { (Stage::Soft, self.options.grace) };
-        self.adopt_kin(world)?;
-        let due = self.due(stage);
-        self.signal(&due, self.options.signal, stage, world)?;
+        self.round(self.options.signal, stage, world)?;
         self.wait(Instant::now() + wait, self.options.signal, stage, world)
     }
 
@@ -247,19 +245,23 @@ impl Run {
                 }
                 limit = now + LOOK_EVERY;
             }
-            let due = self.due(stage);
             let is_awaited = |l: &Life| l.is_awaited(stage) && (self.is_meant(l) || self.leads(l));
-            if !due.is_empty() {
-                // Those who are about to end show who else is a relative only as long as they live.
-                self.adopt_kin(world)?;
-                let due = self.due(stage);
-                self.signal(&due, signal, stage, world)?;
+            if !self.due(stage).is_empty() {
+                self.round(signal, stage, world)?;
             } else if self.lives.iter().any(is_awaited) {
                 self.tell_waiting(deadline.saturating_duration_since(now), stage, world);
             } else if self.last_end.elapsed() > AFTERMATH || !self.began {
                 return Ok(());
             }
         }
+    }
+
+    /// Signals all who are due. Relatives are looked for first: those who are about to end show who else is one only as
+    /// long as they live.
+    fn round(&mut self, signal: Signal, stage: Stage, world: &mut World<'_>) -> anyhow::Result<()> {
+        self.adopt_kin(world)?;
+        let due = self.due(stage);
+        self.signal(&due, signal, stage, world)
     }
 
     /// Whether a full scan could tell more than what is known.
