@@ -15,11 +15,12 @@ use tokio_util::codec::{Framed, LinesCodec, LinesCodecError};
 
 use super::access::Identity;
 use super::core::{Ask, Subscription};
+use super::kill::{self, Kills};
 use crate::history::{self, Lives, Reader};
 use crate::model::{Ancestor, Listener};
 use crate::select::{Selector, Shown};
 use crate::source::stat;
-use crate::wire::{ErrorKind, MAX_REQUEST, Request, Response, Selection, VERSION};
+use crate::wire::{ErrorKind, Kill, MAX_REQUEST, Request, Response, Selection, VERSION};
 
 /// Connections at once: of all users, and of one that is not root, so that nobody can shut the others out.
 const CONNECTIONS: usize = 1024;
@@ -30,6 +31,9 @@ const RESERVED: usize = 64;
 
 /// How long a peer may stay silent between two requests (a subscriber may for ever).
 const SILENCE: Duration = Duration::from_secs(60);
+
+/// How long somebody may think about a plan.
+const QUESTION: Duration = Duration::from_secs(600);
 
 /// How long a peer may take to read an answer's next piece.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -90,16 +94,17 @@ impl Drop for Place {
 /// Takes connections for ever, each served by a task of its own. Needs a [`tokio::task::LocalSet`].
 pub(super) async fn accept(listener: &UnixListener, asks: mpsc::Sender<Ask>, load: Load) -> Infallible {
     let histories = Rc::new(Semaphore::new(HISTORIES));
+    let kills = Kills::default();
     loop {
         let Ok((stream, _)) = listener.accept().await else {
             // Out of descriptors, as a rule: those who are served go on, and give some back.
             tokio::time::sleep(ACCEPT_AGAIN).await;
             continue;
         };
-        let (asks, load, histories) = (asks.clone(), load.clone(), Rc::clone(&histories));
+        let (asks, load, histories, kills) = (asks.clone(), load.clone(), Rc::clone(&histories), kills.clone());
         tokio::task::spawn_local(async move {
             let Ok(identity) = Identity::of(&stream) else { return };
-            let mut peer = Peer::new(stream, asks, histories);
+            let mut peer = Peer::new(stream, asks, histories, kills);
             // Whatever ends a connection, there is nobody to tell but the one who is gone.
             let _ = match load.enter(identity.uid) {
                 Some(_place) => peer.serve(identity).await,
@@ -113,6 +118,7 @@ struct Peer {
     lines: Framed<UnixStream, LinesCodec>,
     asks: mpsc::Sender<Ask>,
     histories: Rc<Semaphore>,
+    kills: Kills,
 }
 
 /// Why a connection ends.
@@ -137,10 +143,10 @@ impl From<oneshot::error::RecvError> for End {
 }
 
 impl Peer {
-    fn new(stream: UnixStream, asks: mpsc::Sender<Ask>, histories: Rc<Semaphore>) -> Peer {
+    fn new(stream: UnixStream, asks: mpsc::Sender<Ask>, histories: Rc<Semaphore>, kills: Kills) -> Peer {
         let mut lines = Framed::new(stream, LinesCodec::new_with_max_length(MAX_REQUEST));
         lines.set_backpressure_boundary(BUFFER);
-        Peer { lines, asks, histories }
+        Peer { lines, asks, histories, kills }
     }
 
     async fn serve(&mut self, identity: Identity) -> Result<(), End> {
@@ -171,6 +177,8 @@ impl Peer {
                 Request::List { selection } => self.list(&selection, identity, false).await?,
                 Request::Who { selection } => self.list(&selection, identity, true).await?,
                 Request::History { selection, from, limit } => self.history(&selection, identity, from, limit).await?,
+                Request::Kill(kill) => self.kill(*kill, identity).await?,
+                Request::Confirm {} => self.refuse(ErrorKind::Usage, "there is no plan to confirm").await?,
                 Request::Watch { selection } => return self.watch(&selection, identity).await,
                 Request::Status {} => {
                     let status = self.status().await?;
@@ -275,6 +283,35 @@ impl Peer {
         }
         self.send(&Response::End { count, more }).await?;
         self.flush().await
+    }
+
+    async fn kill(&mut self, request: Kill, identity: Identity) -> Result<(), End> {
+        let Some(selector) = self.selector(&request.selection, identity).await? else { return Ok(()) };
+        let is_asked = request.confirm && !request.dry_run;
+        let mut begun = match kill::begin(request, selector, identity, &self.kills, &self.asks) {
+            Ok(begun) => begun,
+            Err((kind, message)) => return self.refuse(kind, &message).await,
+        };
+        if !is_asked {
+            begun.go();
+        }
+        while let Some(response) = begun.told.recv().await {
+            let is_plan = matches!(response, Response::Plan { .. });
+            let is_last = matches!(response, Response::End { .. } | Response::Error { .. });
+            self.send(&response).await?;
+            self.flush().await?;
+            if is_last {
+                return Ok(());
+            }
+            if is_plan && is_asked {
+                match self.read(QUESTION).await? {
+                    Some(Request::Confirm {}) => begun.go(),
+                    Some(_) => return self.refuse(ErrorKind::Usage, "not confirmed: nothing was signalled").await,
+                    None => return Ok(()),
+                }
+            }
+        }
+        self.refuse(ErrorKind::Failed, "the kill ended before its time; see: portwatch who").await
     }
 
     async fn watch(&mut self, selection: &Selection, identity: Identity) -> Result<(), End> {
