@@ -19,7 +19,7 @@ use globset::GlobMatcher;
 use serde::{Deserialize, Serialize};
 
 use crate::engine::Wanted;
-use crate::history::{Health, Life};
+use crate::history::{Health, Life, Utc};
 use crate::model::{Ancestor, BootNs, Change, Listener, NetnsId};
 use crate::select::{Filters, Selector, Sets, glob, parse_targets, unit_glob};
 use crate::source::{Refusal, Tier};
@@ -49,6 +49,9 @@ pub enum Request {
     Watch {
         #[serde(default)]
         selection: Selection,
+        /// What happened from this time on (ns since 1970, UTC) until now is told first, each a `past`.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        since: Option<Utc>,
     },
     /// The agent's health.
     Status {},
@@ -58,7 +61,7 @@ pub enum Request {
         selection: Selection,
         /// Only what was open at this time or later, in ns since 1970 (UTC).
         #[serde(default)]
-        from: u64,
+        from: Utc,
         limit: usize,
     },
 }
@@ -80,9 +83,18 @@ pub enum Response {
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         ancestors: Vec<Vec<Ancestor>>,
     },
+    /// A change from before watching began, as the history has it: every time in it is in ns since 1970, UTC, and of the
+    /// holders only the binder is known. In the answer to `watch` with `since`: oldest first, before everything else.
+    Past {
+        #[serde(flatten)]
+        change: Change,
+    },
     /// All that was open when watching began has been told; changes follow.
     Watching {
         at: BootNs,
+        /// Whether a limit left out the oldest of the past.
+        #[serde(default, skip_serializing_if = "is_false")]
+        more: bool,
     },
     Change {
         #[serde(flatten)]

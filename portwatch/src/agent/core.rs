@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 
 use super::peer::Load;
-use crate::history::Recorder;
+use crate::history::{Recorder, Utc};
 use crate::metrics::{Metrics, Totals};
 use crate::model::{BootNs, Change, Listener};
 use crate::select::Selector;
@@ -26,8 +26,9 @@ pub(super) enum Ask {
         selector: Box<Selector>,
         reply: oneshot::Sender<Vec<Listener>>,
     },
-    /// The listeners now, and every change from now on.
+    /// The listeners now, and every change from now on; with `since`, what happened before.
     Watch {
+        since: Option<Utc>,
         reply: oneshot::Sender<Subscription>,
     },
     Status {
@@ -43,7 +44,16 @@ pub(super) struct Subscription {
     pub(super) changes: mpsc::Receiver<Arc<Change>>,
     /// How many changes found no room since then; the channel is closed at the first.
     pub(super) lost: Arc<AtomicU64>,
+    /// What happened from the time that was asked for until this subscription begins, and nothing that its changes tell.
+    pub(super) past: Option<Past>,
 }
+
+/// The answer of the history, which comes later.
+pub(super) type Past = oneshot::Receiver<anyhow::Result<Vec<Change>>>;
+
+/// Changes of the past that one subscription is told at most: all are in memory at once. One more is read, so that it is
+/// known whether there are more.
+pub(super) const MAX_PAST: usize = 10_000;
 
 /// The core's end of a subscription.
 struct Subscriber {
@@ -174,13 +184,15 @@ impl Core {
                 let all = self.tracker.table().listeners();
                 let _ = reply.send(all.filter(|listener| selector.matches(listener, now)).cloned().collect());
             }
-            Ask::Watch { reply } => {
+            Ask::Watch { since, reply } => {
                 let (queue, changes) = mpsc::channel(QUEUE);
                 let listeners = self.tracker.table().listeners().cloned().collect();
                 let lost = Arc::new(AtomicU64::new(0));
                 self.subscribers.push(Subscriber { queue: Some(queue), lost: Arc::clone(&lost) });
                 self.metrics.subscribers(self.subscribers.len());
-                let _ = reply.send(Subscription { at: now, listeners, changes, lost });
+                // In this very turn: what was published before is what the history has been told.
+                let past = since.zip(self.history.as_ref()).map(|(from, history)| history.replay(from, MAX_PAST + 1));
+                let _ = reply.send(Subscription { at: now, listeners, changes, lost, past });
             }
             Ask::Status { reply } => {
                 let _ = reply.send(self.status());

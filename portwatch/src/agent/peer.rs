@@ -14,8 +14,8 @@ use tokio::time::timeout;
 use tokio_util::codec::{Framed, LinesCodec, LinesCodecError};
 
 use super::access::Identity;
-use super::core::{Ask, Subscription};
-use crate::history::{self, Lives, Reader};
+use super::core::{Ask, MAX_PAST, Past, Subscription};
+use crate::history::{self, Lives, Reader, Utc};
 use crate::model::{Ancestor, Listener};
 use crate::select::{Selector, Shown};
 use crate::source::stat;
@@ -42,6 +42,8 @@ const MAX_LIVES: usize = 10_000;
 
 /// Answers about history that are under way at once: each is whole in memory.
 const HISTORIES: usize = 4;
+
+const NO_HISTORY: &str = "this agent keeps no history";
 
 /// Bytes of answers that are gathered before they are written.
 const BUFFER: usize = 64 << 10;
@@ -171,7 +173,7 @@ impl Peer {
                 Request::List { selection } => self.list(&selection, identity, false).await?,
                 Request::Who { selection } => self.list(&selection, identity, true).await?,
                 Request::History { selection, from, limit } => self.history(&selection, identity, from, limit).await?,
-                Request::Watch { selection } => return self.watch(&selection, identity).await,
+                Request::Watch { selection, since } => return self.watch(&selection, identity, since).await,
                 Request::Status {} => {
                     let status = self.status().await?;
                     self.send(&Response::Status(status)).await?;
@@ -254,7 +256,7 @@ impl Peer {
     async fn history(&mut self, selection: &Selection, identity: Identity, from: u64, limit: usize) -> Result<(), End> {
         let Some(selector) = self.selector(selection, identity).await? else { return Ok(()) };
         let Some(path) = self.status().await?.history.map(|history| history.path) else {
-            return self.refuse(ErrorKind::Failed, "this agent keeps no history").await;
+            return self.refuse(ErrorKind::Failed, NO_HISTORY).await;
         };
         let histories = Rc::clone(&self.histories);
         let _turn = histories.acquire().await.map_err(|_| End::Stopped)?;
@@ -277,16 +279,30 @@ impl Peer {
         self.flush().await
     }
 
-    async fn watch(&mut self, selection: &Selection, identity: Identity) -> Result<(), End> {
+    async fn watch(&mut self, selection: &Selection, identity: Identity, mut since: Option<Utc>) -> Result<(), End> {
         let Some(selector) = self.selector(selection, identity).await? else { return Ok(()) };
         loop {
-            let Subscription { at, listeners, mut changes, lost } = self.ask(|reply| Ask::Watch { reply }).await?;
+            // Without an answer about the past, nobody waits in vain for one.
+            let histories = Rc::clone(&self.histories);
+            let turn = if since.is_some() { histories.acquire().await.ok() } else { None };
+            let subscription = self.ask(|reply| Ask::Watch { since, reply }).await?;
+            let Subscription { at, listeners, mut changes, lost, past } = subscription;
+            // After an interruption, the past is what was told already.
+            let more = match (since.take(), past) {
+                (Some(_), Some(past)) => match self.tell_past(past, &selector).await? {
+                    Some(more) => more,
+                    None => return Ok(()),
+                },
+                (Some(_), None) => return self.refuse(ErrorKind::Failed, NO_HISTORY).await,
+                (None, _) => false,
+            };
+            drop(turn);
             let mut shown = Shown::default();
             for listener in listeners.into_iter().filter(|listener| selector.matches(listener, at)) {
                 shown.add(&listener);
                 self.send(&Response::Listener { listener, ancestors: Vec::new() }).await?;
             }
-            self.send(&Response::Watching { at }).await?;
+            self.send(&Response::Watching { at, more }).await?;
             self.flush().await?;
             loop {
                 let change = tokio::select! {
@@ -304,6 +320,29 @@ impl Peer {
             }
             self.send(&Response::Lagged { lost: lost.load(Ordering::Relaxed) }).await?;
         }
+    }
+}
+
+impl Peer {
+    /// Tells of the past, and says whether some was left out; `None` where it cannot be told, of which the peer was told.
+    async fn tell_past(&mut self, past: Past, selector: &Selector) -> Result<Option<bool>, End> {
+        let mut changes = match past.await {
+            Ok(Ok(changes)) => changes,
+            Ok(Err(error)) => {
+                self.refuse(ErrorKind::Failed, &format!("{error:#}")).await?;
+                return Ok(None);
+            }
+            Err(_) => {
+                self.refuse(ErrorKind::Busy, "the history is too far behind to be replayed; try again later").await?;
+                return Ok(None);
+            }
+        };
+        let more = changes.len() > MAX_PAST;
+        let mut shown = Shown::default();
+        for change in changes.drain(usize::from(more)..).filter(|change| shown.concerns(change, selector)) {
+            self.send(&Response::Past { change }).await?;
+        }
+        Ok(Some(more))
     }
 }
 
