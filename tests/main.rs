@@ -26,6 +26,7 @@ mod oracle;
 mod prefork;
 mod puppet;
 mod race;
+mod replay;
 mod service;
 mod shell;
 mod storm;
@@ -105,6 +106,7 @@ fn main() -> ExitCode {
         hostile::trials(),
         user::trials(),
         history::trials(),
+        replay::trials(),
     ];
     let trials = tests.into_iter().flatten().map(|test| {
         Trial::test(test.name, move || {

@@ -12,6 +12,7 @@ use tokio::net::UnixStream;
 use tokio::time::timeout;
 use tokio_util::codec::{Framed, LinesCodec};
 
+use crate::history::Utc;
 use crate::kill::{Concern, Outcome, Plan, Progress};
 use crate::model::{BootNs, Change, Listener, Process, ProcessId, SocketId};
 use crate::wire::{ErrorKind, Kill, Request, Response, Selection, VERSION};
@@ -160,20 +161,41 @@ pub struct Subscription {
     open: HashMap<SocketId, Listener>,
     /// After an interruption: what was lost, and what is open now as far as it was told anew.
     anew: Option<(u64, HashMap<SocketId, Listener>)>,
+    past: Past,
+}
+
+/// What happened before a subscription began, oldest first, its times in [`Utc`].
+#[derive(Debug, Default)]
+pub struct Past {
+    pub changes: Vec<Change>,
+    /// Whether there was more, which a limit left out.
+    pub more: bool,
 }
 
 impl Subscription {
-    /// Begins to watch. What is open already is no change.
-    pub async fn begin(mut client: Client, selection: Selection) -> anyhow::Result<Subscription> {
-        client.send(&Request::Watch { selection }).await?;
+    /// Begins to watch. What is open already is no change. With `since`, what happened from then on is asked for as well:
+    /// see [`Self::take_past`].
+    pub async fn begin(mut client: Client, selection: Selection, since: Option<Utc>) -> anyhow::Result<Subscription> {
+        client.send(&Request::Watch { selection, since }).await?;
         let mut open = HashMap::new();
+        let mut past = Past::default();
         loop {
             match client.read().await? {
-                Response::Listener { listener, .. } => open.insert(listener.socket.id, listener),
-                Response::Watching { .. } => return Ok(Subscription { client, open, anew: None }),
+                Response::Past { change } => past.changes.push(change),
+                Response::Listener { listener, .. } => drop(open.insert(listener.socket.id, listener)),
+                Response::Watching { more, .. } => {
+                    past.more = more;
+                    return Ok(Subscription { client, open, anew: None, past });
+                }
                 other => bail!("the agent does not watch, but says {other:?}"),
-            };
+            }
         }
+    }
+
+    /// What happened from the time that was asked for until the first change that [`Self::next`] tells, without gap or
+    /// repetition; nothing the second time.
+    pub fn take_past(&mut self) -> Past {
+        std::mem::take(&mut self.past)
     }
 
     /// The next changes. Where some were left out, a [`Change::Resync`] says so, and what became of each listener
@@ -191,7 +213,7 @@ impl Subscription {
                         open.insert(listener.socket.id, listener);
                     }
                 }
-                Response::Watching { at } => {
+                Response::Watching { at, .. } => {
                     if let Some((lost, open)) = self.anew.take() {
                         return Ok(self.catch_up(at, lost, open));
                     }

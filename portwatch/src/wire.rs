@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 pub use self::kill::{Kill, MAX_WAIT_MS, Told};
 use crate::engine::Wanted;
-use crate::history::{Health, Life};
+use crate::history::{Health, Life, Utc};
 use crate::kill::{Concern, Plan, Step};
 use crate::model::{Ancestor, BootNs, Change, Listener, NetnsId};
 use crate::select::{Filters, Selector, Sets, glob, parse_targets, unit_glob};
@@ -53,6 +53,9 @@ pub enum Request {
     Watch {
         #[serde(default)]
         selection: Selection,
+        /// What happened from this time on (ns since 1970, UTC) until now is told first, each a `past`.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        since: Option<Utc>,
     },
     /// The agent's health.
     Status {},
@@ -62,7 +65,7 @@ pub enum Request {
         selection: Selection,
         /// Only what was open at this time or later, in ns since 1970 (UTC).
         #[serde(default)]
-        from: u64,
+        from: Utc,
         limit: usize,
     },
     /// Free the ports that the selection picks. Whom the peer may not signal is left alone.
@@ -88,9 +91,18 @@ pub enum Response {
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         ancestors: Vec<Vec<Ancestor>>,
     },
+    /// A change from before watching began, as the history has it: every time in it is in ns since 1970, UTC, and of the
+    /// holders only the binder is known. In the answer to `watch` with `since`: oldest first, before everything else.
+    Past {
+        #[serde(flatten)]
+        change: Change,
+    },
     /// All that was open when watching began has been told; changes follow.
     Watching {
         at: BootNs,
+        /// Whether a limit left out the oldest of the past.
+        #[serde(default, skip_serializing_if = "is_false")]
+        more: bool,
     },
     Change {
         #[serde(flatten)]

@@ -67,6 +67,15 @@ pub(super) fn trials() -> Vec<Test> {
             assert_eq!(order, expected);
             assert!(tree.bystander.is_alive());
         }),
+        test("tree::a_descendant_whose_leader_exited_ends_as_well", || {
+            let tree = Tree::new(&Stage::new());
+            // Its main thread is a zombie, and it serves on another port.
+            tree.child.serve_from_thread();
+            tree.child.await_state('Z');
+            let run = portwatch(&["kill", &target(&tree.sock), "--tree", "--json"]).expect(0);
+            assert_killed(&run.json(), &[&tree.master, &tree.child, &tree.grandchild]);
+            assert!(tree.bystander.is_alive());
+        }),
         test("tree::with_force_all_end_and_the_holder_first", || {
             let tree = Tree::new(&Stage::new());
             let mut order = Vec::new();

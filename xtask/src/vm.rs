@@ -28,6 +28,9 @@ pub(crate) struct Args {
     /// Longest time that one kernel may take, in seconds
     #[arg(long, default_value_t = 1500)]
     timeout: u64,
+    /// Added to the kernel's command line, such as preempt=full (which shows what a preempted program misses)
+    #[arg(long, default_value = "", value_name = "PARAMETERS")]
+    append: String,
     /// Given to the test binary, e.g. the name of one test
     #[arg(last = true)]
     test_args: Vec<String>,
@@ -57,7 +60,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 fn test_on(kernel: &Kernel, binaries: &Binaries, args: &Args) -> Result<()> {
     let initramfs = image::pack(kernel, binaries, &args.test_args)?;
     let started = Instant::now();
-    let (code, booted) = boot(kernel, &initramfs, Duration::from_secs(args.timeout))?;
+    let (code, booted) = boot(kernel, &initramfs, &args.append, Duration::from_secs(args.timeout))?;
     println!(
         "{}: {} in {:.1} s from power-on to result, {:.1} s of them until init ran ({})",
         kernel.series,
@@ -73,13 +76,14 @@ fn test_on(kernel: &Kernel, binaries: &Binaries, args: &Args) -> Result<()> {
 }
 
 /// Boots the machine, prints its console and returns the tests' exit code and how long init took to come up.
-fn boot(kernel: &Kernel, initramfs: &Path, limit: Duration) -> Result<(i32, Duration)> {
+fn boot(kernel: &Kernel, initramfs: &Path, append: &str, limit: Duration) -> Result<(i32, Duration)> {
+    let command_line = format!("console=ttyS0 quiet panic=-1 {append}");
     let started = Instant::now();
     let mut qemu = Machine(
         Command::new("qemu-system-x86_64")
             .args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "1G"])
             .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-monitor", "none"])
-            .args(["-serial", "stdio", "-append", "console=ttyS0 quiet panic=-1"])
+            .args(["-serial", "stdio", "-append", &command_line])
             .arg("-kernel")
             .arg(&kernel.image)
             .arg("-initrd")

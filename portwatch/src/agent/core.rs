@@ -8,7 +8,7 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 use super::kill::Killed;
 use super::load::Load;
 use super::troubles::{About, Troubles};
-use crate::history::{self, Recorder};
+use crate::history::{self, Recorder, Utc};
 use crate::metrics::{Metrics, Totals};
 use crate::model::{BootNs, Change, Listener};
 use crate::select::Selector;
@@ -31,8 +31,9 @@ pub(super) enum Ask {
         selector: Box<Selector>,
         reply: Reply<Vec<Listener>>,
     },
-    /// The listeners now, and every change from now on.
+    /// The listeners now, and every change from now on; with `since`, what happened before.
     Watch {
+        since: Option<Utc>,
         reply: Reply<Subscription>,
     },
     Status {
@@ -48,7 +49,16 @@ pub(super) struct Subscription {
     pub(super) at: BootNs,
     pub(super) listeners: Vec<Listener>,
     pub(super) changes: broadcast::Receiver<Arc<Change>>,
+    /// What happened from the time that was asked for until this subscription begins, and nothing that its changes tell.
+    pub(super) past: Option<Past>,
 }
+
+/// The answer of the history, which comes later.
+pub(super) type Past = oneshot::Receiver<anyhow::Result<Vec<Change>>>;
+
+/// Changes of the past that one subscription is told at most: all are in memory at once. One more is read, so that it is
+/// known whether there are more.
+pub(super) const MAX_PAST: usize = 10_000;
 
 pub(super) struct Core {
     tracker: Tracker,
@@ -127,7 +137,7 @@ impl Core {
             for (_, ask) in std::mem::take(&mut self.waiting) {
                 match ask {
                     Ask::List { reply, .. } => drop(reply.send(Err(trouble.clone()))),
-                    Ask::Watch { reply } => drop(reply.send(Err(trouble.clone()))),
+                    Ask::Watch { reply, .. } => drop(reply.send(Err(trouble.clone()))),
                     Ask::Status { .. } | Ask::Killed(_) => self.answer(ask),
                 }
             }
@@ -171,11 +181,13 @@ impl Core {
                 let all = self.tracker.table().listeners();
                 let _ = reply.send(Ok(all.filter(|listener| selector.matches(listener, now)).cloned().collect()));
             }
-            Ask::Watch { reply } => {
+            Ask::Watch { since, reply } => {
                 let changes = self.subscribers.subscribe();
                 let listeners = self.tracker.table().listeners().cloned().collect();
                 self.metrics.subscribers(self.subscribers.receiver_count());
-                let _ = reply.send(Ok(Subscription { at: now, listeners, changes }));
+                // In this very turn: what was published before is what the history has been told.
+                let past = since.zip(self.history.as_ref()).map(|(from, history)| history.replay(from, MAX_PAST + 1));
+                let _ = reply.send(Ok(Subscription { at: now, listeners, changes, past }));
             }
             Ask::Status { reply } => {
                 let _ = reply.send(self.status());

@@ -12,12 +12,12 @@ use tokio_util::codec::{Framed, LinesCodec, LinesCodecError};
 
 use super::AlreadyRunning;
 use super::access::Identity;
-use super::core::{Ask, Subscription};
+use super::core::{Ask, MAX_PAST, Past, Subscription};
 use super::kill::{self, Kills};
 use super::load::{Answer, Load, Place};
 use super::policy::Policy;
 use super::socket::Socket;
-use crate::history::{self, Lives, Reader};
+use crate::history::{self, Lives, Reader, Utc};
 use crate::model::{Ancestor, Change, Listener};
 use crate::select::{Selector, Shown};
 use crate::source::stat;
@@ -45,6 +45,8 @@ const MAX_LIVES: usize = 10_000;
 /// twice as many for what they come in).
 const BUFFER: usize = 16 << 10;
 const KERNEL_BUFFER: usize = 32 << 10;
+
+const NO_HISTORY: &str = "this agent keeps no history";
 
 /// What all connections share.
 #[derive(Clone, Debug)]
@@ -151,7 +153,7 @@ impl Peer {
                 }
                 Request::Kill(kill) => self.kill(*kill, identity, place).await?,
                 Request::Confirm {} => self.refuse(ErrorKind::Usage, "there is no plan to confirm").await?,
-                Request::Watch { selection } => return self.watch(&selection, identity, place).await,
+                Request::Watch { selection, since } => return self.watch(&selection, identity, place, since).await,
                 Request::Status {} => {
                     let status = self.status().await?;
                     self.send(&Response::Status(status)).await?;
@@ -261,7 +263,7 @@ impl Peer {
     ) -> Result<(), End> {
         let Some(selector) = self.selector(selection, identity).await? else { return Ok(()) };
         let Some(path) = self.status().await?.history.map(|history| history.path) else {
-            return self.refuse(ErrorKind::Failed, "this agent keeps no history").await;
+            return self.refuse(ErrorKind::Failed, NO_HISTORY).await;
         };
         let _turn = place.turn(Answer::History).await;
         let query = move || {
@@ -318,13 +320,30 @@ impl Peer {
         self.refuse(ErrorKind::Failed, "the kill ended before its time; see: portwatch who").await
     }
 
-    async fn watch(&mut self, selection: &Selection, identity: Identity, place: &Place) -> Result<(), End> {
+    async fn watch(
+        &mut self,
+        selection: &Selection,
+        identity: Identity,
+        place: &Place,
+        mut since: Option<Utc>,
+    ) -> Result<(), End> {
         let Some(mut selector) = self.selector(selection, identity).await? else { return Ok(()) };
         loop {
-            let turn = place.turn(Answer::List).await;
-            let Subscription { at, listeners, mut changes } = match self.ask(|reply| Ask::Watch { reply }).await? {
+            let kind = if since.is_some() { Answer::History } else { Answer::List };
+            let turn = place.turn(kind).await;
+            let answer = self.ask(|reply| Ask::Watch { since, reply }).await?;
+            let Subscription { at, listeners, mut changes, past } = match answer {
                 Ok(subscription) => subscription,
                 Err(trouble) => return self.refuse(ErrorKind::Failed, &trouble).await,
+            };
+            // After an interruption, the past is what was told already.
+            let more = match (since.take(), past) {
+                (Some(_), Some(past)) => match self.tell_past(past, &selector).await? {
+                    Some(more) => more,
+                    None => return Ok(()),
+                },
+                (Some(_), None) => return self.refuse(ErrorKind::Failed, NO_HISTORY).await,
+                (None, _) => false,
             };
             let mut shown = Shown::default();
             let begin = async {
@@ -332,7 +351,7 @@ impl Peer {
                     shown.add(&listener);
                     self.send(&Response::Listener { listener, ancestors: Vec::new() }).await?;
                 }
-                self.send(&Response::Watching { at }).await?;
+                self.send(&Response::Watching { at, more }).await?;
                 self.flush().await
             };
             timeout(READING, begin).await.map_err(|_| End::Gone)??;
@@ -361,6 +380,30 @@ impl Peer {
             };
             self.send(&Response::Lagged { lost }).await?;
         }
+    }
+
+    /// Tells of the past, and says whether some was left out; `None` where it cannot be told, of which the peer was told.
+    async fn tell_past(&mut self, past: Past, selector: &Selector) -> Result<Option<bool>, End> {
+        let mut changes = match past.await {
+            Ok(Ok(changes)) => changes,
+            Ok(Err(error)) => {
+                self.refuse(ErrorKind::Failed, &format!("{error:#}")).await?;
+                return Ok(None);
+            }
+            Err(_) => {
+                self.refuse(ErrorKind::Busy, "the history is too far behind to be replayed; try again later").await?;
+                return Ok(None);
+            }
+        };
+        let more = changes.len() > MAX_PAST;
+        let tell = async {
+            let mut shown = Shown::default();
+            for change in changes.drain(usize::from(more)..).filter(|change| shown.concerns(change, selector)) {
+                self.send(&Response::Past { change: seen_by(selector, change) }).await?;
+            }
+            Ok(Some(more))
+        };
+        timeout(READING, tell).await.map_err(|_| End::Gone)?
     }
 }
 

@@ -124,7 +124,7 @@ impl Wait<'_> {
     async fn go_on(mut self) -> anyhow::Result<ExitCode> {
         if let Some(client) = reach_agent(self.globals).await? {
             explain(self.globals, "waiting (agent)");
-            let subscription = Subscription::begin(client, Selection::of(&self.sockets_meant())).await?;
+            let subscription = Subscription::begin(client, Selection::of(&self.sockets_meant()), None).await?;
             return self.by_events(Feed::Agent(Box::new(subscription))).await;
         }
         let probe = self.globals.probe;

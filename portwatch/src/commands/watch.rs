@@ -1,13 +1,15 @@
 //! `portwatch watch`: a live log of ports that open and close.
 
-use std::io::{BufWriter, Write as _};
+use std::io::{BufWriter, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Args;
-use portwatch::client::Subscription;
-use portwatch::render::{self, json, text};
+use portwatch::client::{Past, Subscription};
+use portwatch::history::{self, Utc};
+use portwatch::model::Change;
+use portwatch::render::{self, View, json, text};
 use portwatch::select::{Selector, Shown};
 use portwatch::source::Live;
 use portwatch::tracker::Tracker;
@@ -17,6 +19,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::feed::Feed;
 use super::{Users, block_on, clock, explain, note, reach_agent, refused, selector, view};
 use crate::cli::{Globals, Selectors, TARGETS, duration};
+use crate::exit_codes::Usage;
 
 #[derive(Debug, Args)]
 #[command(after_help = format!("\
@@ -24,6 +27,7 @@ Examples:
   portwatch watch
   portwatch watch 8000-8999 --json
   portwatch watch --user al --for 10s
+  portwatch watch 8000 --since 10m
 
 {TARGETS}"))]
 pub(crate) struct WatchArgs {
@@ -33,6 +37,9 @@ pub(crate) struct WatchArgs {
     /// One JSON object a line
     #[arg(long)]
     pub(crate) json: bool,
+    /// First what happened in the last while, such as 10m or 1d, as the agent remembers it
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub(crate) since: Option<Duration>,
     /// Stop after this long, such as 10s or 5m
     #[arg(long = "for", value_name = "DURATION", value_parser = duration)]
     pub(crate) duration: Option<Duration>,
@@ -45,11 +52,15 @@ pub(crate) fn run(args: &WatchArgs, globals: &Globals) -> anyhow::Result<ExitCod
     block_on(watch(args, globals, &selector))
 }
 
-async fn open(globals: &Globals, selector: &Selector) -> anyhow::Result<Feed> {
+async fn open(globals: &Globals, selector: &Selector, since: Option<Utc>) -> anyhow::Result<Feed> {
     if let Some(client) = reach_agent(globals).await? {
-        let subscription = Subscription::begin(client, Selection::of(selector)).await?;
+        let subscription = Subscription::begin(client, Selection::of(selector), since).await?;
         note("watching (agent)");
         return Ok(Feed::Agent(Box::new(subscription)));
+    }
+    if since.is_some() {
+        let why = "watch --since asks the agent, which remembers what happened, and none answers";
+        return Err(Usage(format!("{why}; start it: portwatch agent")).into());
     }
     let tracker = Tracker::open(globals.probe, None)?;
     announce(tracker.live(), globals);
@@ -62,10 +73,21 @@ async fn watch(args: &WatchArgs, globals: &Globals, selector: &Selector) -> anyh
     let mut view = view(&name);
     let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
-    let mut feed = open(globals, selector).await?;
+    let past = history::clock(view.clock.now_wall, view.clock.tz.clone());
+    let since =
+        args.since.map(|since| past.now_boot_ns.saturating_sub(u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)));
+    let mut feed = open(globals, selector, since).await?;
 
     // Buffered, so that one batch of changes is one write.
     let mut out = BufWriter::with_capacity(64 << 10, std::io::stdout().lock());
+    if let Feed::Agent(subscription) = &mut feed {
+        let Past { changes, more } = subscription.take_past();
+        if more {
+            note("only the latest of that time is shown; portwatch history shows the rest");
+        }
+        view.clock = past;
+        show(&mut out, &changes, args.json, &view)?;
+    }
     // Without --for, no timer: nothing wakes while nothing happens.
     let end = async {
         match args.duration {
@@ -85,19 +107,25 @@ async fn watch(args: &WatchArgs, globals: &Globals, selector: &Selector) -> anyh
             changes = feed.next() => changes?,
         };
         view.clock = clock();
-        for change in &changes {
-            // The agent sends only what concerns us.
-            if matches!(feed, Feed::Own(_)) && !shown.concerns(change, selector) {
-                continue;
-            }
-            let line = if args.json { json::line(&json::change(change, &view)) } else { text::change(change, &view) };
-            out.write_all(line.as_bytes()).context("cannot write to standard output")?;
-            if !line.ends_with('\n') {
-                out.write_all(b"\n").context("cannot write to standard output")?;
-            }
-        }
-        out.flush().context("cannot write to standard output")?;
+        // The agent sends only what concerns us.
+        let changes = match feed {
+            Feed::Agent(_) => changes,
+            Feed::Own(_) => changes.into_iter().filter(|change| shown.concerns(change, selector)).collect(),
+        };
+        show(&mut out, &changes, args.json, &view)?;
     }
+}
+
+/// One line each, all of them at once.
+fn show(out: &mut impl Write, changes: &[Change], as_json: bool, view: &View<'_>) -> anyhow::Result<()> {
+    let mut write = || {
+        for change in changes {
+            let line = if as_json { json::line(&json::change(change, view)) } else { text::change(change, view) };
+            writeln!(out, "{}", line.trim_end_matches('\n'))?;
+        }
+        out.flush()
+    };
+    write().context("cannot write to standard output")
 }
 
 /// Tells on stderr that watching has begun, and what cannot be seen. Whatever opens after this line is shown.

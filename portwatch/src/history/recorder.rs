@@ -17,15 +17,17 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
+use jiff::tz::TimeZone;
+use tokio::sync::oneshot;
 
 use super::files;
 use super::health::{Kind, Trouble};
 use super::record::{Killed, Record, Row, Wall, What};
 use super::store::{Boot, Session, Store};
-use super::{Ended, Health, Retention, State, Utc, utc};
+use super::{Ended, Health, Reader, Retention, State, Utc, utc};
 use crate::model::{BootNs, Change, Listener};
 use crate::render::Clock;
-use crate::source::stat;
+use crate::source::{process, stat};
 
 /// Records that wait: in the queue, and as many in the writer's hands.
 const QUEUE: usize = 16 << 10;
@@ -54,6 +56,12 @@ enum Message {
     Record(Box<Record>),
     /// Write what there is, then answer.
     Flush(SyncSender<()>),
+    /// The same, and the answer is what happened since.
+    Replay {
+        from: Utc,
+        limit: usize,
+        reply: oneshot::Sender<anyhow::Result<Vec<Change>>>,
+    },
 }
 
 #[derive(Debug)]
@@ -159,6 +167,16 @@ impl Recorder {
         }
     }
 
+    /// What happened from `from` until now, as [`super::Reader::since`] tells it: the changes told so far and none that
+    /// follows, for the writer reads it, between what was told before and what is told after. Does not wait; the answer
+    /// never comes where the writer is too far behind, or gone.
+    pub fn replay(&self, from: Utc, limit: usize) -> oneshot::Receiver<anyhow::Result<Vec<Change>>> {
+        let (reply, answer) = oneshot::channel();
+        // Dropped with its message, it tells the other end.
+        let _ = self.queue.try_send(Message::Replay { from, limit, reply });
+        answer
+    }
+
     /// Writes what is left and notes that the agent stopped in good order. Waits for that `patience` at most; false where
     /// it took longer. `clock` is this moment.
     pub fn stop(self, clock: &Clock, patience: Duration) -> bool {
@@ -226,26 +244,33 @@ impl Writer {
         self.write();
         while let Ok(first) = messages.recv() {
             let mut text = 0;
-            let mut flushes = Vec::new();
+            // At most one of them: each is answered before anything that follows is taken.
+            let (mut flush, mut replay) = (None, None);
             let mut next = Ok(first);
             loop {
                 match next {
                     Ok(Message::Record(record)) => text += self.take(*record),
-                    Ok(Message::Flush(done)) => flushes.push(done),
+                    Ok(Message::Flush(done)) => flush = Some(done),
+                    Ok(Message::Replay { from, limit, reply }) => replay = Some((from, limit, reply)),
                     Err(TryRecvError::Empty | TryRecvError::Disconnected) => break,
                 }
-                if self.pending.len() >= BATCH || text >= BATCH_TEXT || !flushes.is_empty() {
+                let is_awaited = flush.is_some() || replay.is_some();
+                if self.pending.len() >= BATCH || text >= BATCH_TEXT || is_awaited {
                     break;
                 }
                 next = messages.try_recv();
             }
-            if self.rest.is_none_or(|rest| rest <= Instant::now()) || !flushes.is_empty() {
+            let is_awaited = flush.is_some() || replay.is_some();
+            if self.rest.is_none_or(|rest| rest <= Instant::now()) || is_awaited {
                 self.write();
             }
             self.bound_pending();
-            for done in flushes {
-                // Whoever asked may have given up.
+            // Whoever asked may have given up.
+            if let Some(done) = flush {
                 let _ = done.send(());
+            }
+            if let Some((from, limit, reply)) = replay {
+                let _ = reply.send(self.replay(from, limit));
             }
         }
         self.write();
@@ -307,6 +332,15 @@ impl Writer {
             }
         };
         if self.pending.is_empty() { Ok(()) } else { store.write(&self.pending, utc(Timestamp::now())) }
+    }
+
+    /// What is not written yet would be missing, so that it must be first.
+    fn replay(&self, from: Utc, limit: usize) -> anyhow::Result<Vec<Change>> {
+        if !self.pending.is_empty() || self.rest.is_some() {
+            let reason = self.shared.health().reason.clone().unwrap_or_default();
+            anyhow::bail!("the history is not up to date: {reason}");
+        }
+        Reader::open(&self.path, &process::clock(TimeZone::UTC))?.since(from, limit)
     }
 
     /// Makes way for a new file; false where that is not the remedy, or fails.

@@ -91,7 +91,8 @@ impl Kin {
 }
 
 /// Of the processes in `all`, who is related to one of the `known` besides these themselves, with the one that it is
-/// related to. `all` is where to look, no more: each find is proved by reading it again. `seen` is a moment before.
+/// related to. `all` is where to look, no more: each find is proved by reading it again. `seen` is a moment before. A
+/// leader that is exiting says nothing of its process: other threads may hold sockets for ever ([`stat::all`]).
 pub fn relatives(
     known: &[(ProcessId, Relation)],
     all: &[Stat],
@@ -100,7 +101,7 @@ pub fn relatives(
 ) -> Vec<(Stat, ProcessId, Kin)> {
     let by_pid: HashMap<u32, &Stat> = all.iter().map(|process| (process.pid, process)).collect();
     let taken: HashSet<u32> = known.iter().map(|(id, _)| id.pid).collect();
-    let strangers = all.iter().filter(|process| !taken.contains(&process.pid) && !process.exiting);
+    let strangers = all.iter().filter(|process| !taken.contains(&process.pid));
     let found = strangers.filter_map(|process| {
         let id = process.id();
         // The nearest in the tree; the known are few.

@@ -158,15 +158,17 @@ impl Life {
         if began { self.ended = true } else { self.gone = true }
     }
 
-    /// Seen with a socket that it was not known to hold. The pidfd is the same process's in any case: each signal
-    /// verifies anew.
+    /// Seen with a socket that it was not known to hold. A firm grip stays: the pidfd is the same process's in any case,
+    /// and each signal verifies anew.
     pub(super) fn reopen_for(&mut self, inode: u64, firmly: bool, began: bool) {
         if self.victim.inodes.contains(&inode) {
             return;
         }
         self.victim.inodes.push(inode);
-        if !self.ended && !self.gone && self.failure.is_none() {
-            self.open(firmly, began);
+        match &mut self.grip {
+            Grip::Firm(open) => open.add_inode(inode),
+            _ if !self.ended && !self.gone && self.failure.is_none() => self.open(firmly, began),
+            _ => {}
         }
     }
 
@@ -220,4 +222,26 @@ impl Life {
 /// Whether `/proc` refused to answer, which says nothing of the process.
 pub(super) fn is_silent(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::NotFound)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::kill::testing::{Helper, POLITE};
+    use crate::source::process;
+
+    #[test]
+    fn a_firm_grip_stays_where_another_socket_is_seen() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let helper = Helper::start(POLITE, &[&listener]);
+        let process = Arc::new(process::read_exact(helper.id()).unwrap());
+        let mut life = Life::opened(Victim::new(&process, &stat_of), true, false);
+        // No descriptor is left for a new one.
+        life.reopen_for(7, false, false);
+        let Grip::Firm(open) = &life.grip else { panic!("{:?}", life.grip) };
+        assert_eq!((open.inodes(), &*life.victim.inodes), (&[7][..], &[7][..]));
+    }
 }

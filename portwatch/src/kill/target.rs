@@ -113,6 +113,11 @@ impl OpenTarget {
         &self.target.inodes
     }
 
+    /// Whoever holds this one is meant as well.
+    pub fn add_inode(&mut self, inode: u64) {
+        self.target.inodes.push(inode);
+    }
+
     /// Whether the process has not ended (a zombie has). Does not wait.
     pub fn is_alive(&self) -> bool {
         process::is_alive(&self.pidfd)

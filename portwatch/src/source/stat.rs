@@ -87,13 +87,14 @@ pub fn read_task(task: &str) -> io::Result<Stat> {
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{task}/stat is not as documented")))
 }
 
-/// Every process that is visible, one after the other: no two are of the same moment.
+/// Every process that is visible and has not ended, one after the other: no two are of the same moment. Of some the leader
+/// has exited, and other threads go on.
 ///
 /// # Errors
 /// When `/proc` cannot be listed.
 pub fn all() -> io::Result<Vec<Stat>> {
     let numbers = fs::read_dir("/proc")?.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    Ok(numbers.filter_map(|pid: u32| read(pid).ok()).collect())
+    Ok(numbers.filter_map(|pid: u32| read(pid).ok()).filter(|process| !is_over(process)).collect())
 }
 
 /// Whether the process is gone, or all its threads are on their way out. (Its leader alone may have exited: the others
@@ -106,7 +107,12 @@ pub fn has_ended(id: ProcessId) -> bool {
     if !leader.id().is_same(id) {
         return true;
     }
-    leader.exiting && threads(id.pid).all(|thread| thread.exiting)
+    is_over(&leader)
+}
+
+/// Whether all its threads are on their way out.
+fn is_over(leader: &Stat) -> bool {
+    leader.exiting && threads(leader.pid).all(|thread| thread.exiting)
 }
 
 /// Those that are still there when it comes to them.
@@ -204,10 +210,12 @@ mod tests {
             .unwrap();
         let id = read(child.id()).unwrap().id();
         assert!(!has_ended(id));
+        assert!(all().unwrap().iter().any(|process| process.id() == id));
         drop(child.stdin.take());
         // Its output ends as it does: it is exiting, a zombie or both.
         std::io::copy(&mut child.stdout.take().unwrap(), &mut std::io::sink()).unwrap();
         assert!(has_ended(id));
+        assert!(!all().unwrap().iter().any(|process| process.id() == id), "not reaped, and over all the same");
         child.wait().unwrap();
         assert!(has_ended(id));
     }

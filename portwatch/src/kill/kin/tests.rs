@@ -66,10 +66,15 @@ fn what_was_read_first_is_only_where_to_look() {
 }
 
 #[test]
-fn the_dead_and_groups_of_another_namespace_have_no_relatives() {
+fn a_process_whose_leader_exited_is_a_relative_like_any_other() {
     let mut all = host();
-    all[2].exiting = true;
-    assert_eq!(found(Reach::Group, &all, &all), [12, 20]);
+    (all[2].exiting, all[2].state) = (true, 'Z');
+    assert_eq!(found(Reach::Tree, &all, &all), [11, 12, 13]);
+    assert_eq!(found(Reach::Group, &all, &all), [11, 12, 20]);
+}
+
+#[test]
+fn groups_of_another_namespace_have_no_relatives() {
     let nowhere = stats(&[(10, 1, 0, 100), (11, 10, 0, 101)]);
     assert_eq!(found(Reach::Group, &nowhere, &nowhere), [0; 0]);
 }

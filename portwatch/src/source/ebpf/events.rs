@@ -2,7 +2,8 @@
 //!
 //! Losses are found by counting, not by guessing: the programs count every record before they ask the ring for room,
 //! and every one that found none. When the ring is empty and `produced - dropped` is more than was received, a record
-//! is being written this very moment; when `dropped` rose, a snapshot must tell what the lost records would have.
+//! is being written this very moment; when `dropped` rose, a snapshot must tell what the lost records would have. So it
+//! must where the kernel skipped a program, which it counts itself ([`super::misses`]).
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -15,9 +16,11 @@ use aya_log::EbpfLogger;
 use portwatch_ebpf::{Record, kind};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::time::Instant;
 
 use super::attach::{Attached, attach, open_cgroup2};
 use super::counters::CounterMap;
+use super::misses::Misses;
 use super::{Kernel, PodConfig, brief, record};
 use crate::model::{Attempt, BootNs, Event, Listener, Process, ProcessId, Protocol, Socket, SocketId};
 use crate::source::{Refusal, Tier, diag, netns, process};
@@ -52,12 +55,14 @@ pub(crate) struct Probes {
     watched: HashSet<u32>,
     processes: HashMap<ProcessId, Arc<Process>>,
     received: u64,
-    lost: u64,
+    /// Records that found no room, as last looked at.
+    dropped: u64,
+    misses: Misses,
     /// The `comm` of portwatch itself.
     own_name: String,
     logger: Option<EbpfLogger<&'static dyn log::Log>>,
     /// Holds the programs and their links.
-    _ebpf: Ebpf,
+    ebpf: Ebpf,
 }
 
 impl Probes {
@@ -97,9 +102,10 @@ impl Probes {
             processes: HashMap::new(),
             own_name: process::read(std::process::id()).map(|own| own.name).unwrap_or_default(),
             received: 0,
-            lost: 0,
+            dropped: 0,
+            misses: Misses::default(),
             logger,
-            _ebpf: ebpf,
+            ebpf,
         })
     }
 
@@ -111,32 +117,35 @@ impl Probes {
         &self.gaps
     }
 
-    /// Records lost since the probes were attached.
+    /// Events lost since the probes were attached: records without room, and skipped programs.
     pub(crate) fn lost(&self) -> u64 {
-        self.lost
+        self.dropped + self.misses.seen()
     }
 
-    /// Waits until the kernel has something to tell; returns it, and how many records were lost before now. An empty
+    /// Waits until the kernel has something to tell; returns it, and how many events were lost before now. An empty
     /// batch comes only with a loss. Cancel safe: a record is taken only when it is about to be returned.
     pub(crate) async fn next(&mut self) -> anyhow::Result<(Vec<Event>, u64)> {
         loop {
+            let missed = self.misses.look_if_due(&self.ebpf);
             let events = self.drain();
             if events.len() >= BATCH {
-                return Ok((events, 0));
+                return Ok((events, missed));
             }
-            let (lost, in_flight) = self.account();
+            let (dropped, in_flight) = self.account();
+            let lost = dropped + missed;
             if !events.is_empty() || lost > 0 {
                 return Ok((events, lost));
             }
-            if in_flight {
-                // Somebody is between counting a record and submitting it, or its drop: look again soon.
-                if let Ok(guard) = tokio::time::timeout(IN_FLIGHT, self.ring.readable_mut()).await {
-                    guard.context("cannot poll the event ring")?.clear_ready();
-                }
-                continue;
-            }
-            let mut guard = self.ring.readable_mut().await.context("cannot poll the event ring")?;
-            guard.clear_ready();
+            // Somebody may be between counting a record and submitting it, or its drop: look again soon.
+            let soon = in_flight.then(|| Instant::now() + IN_FLIGHT);
+            let readable = match soon.into_iter().chain(self.misses.due()).min() {
+                Some(again) => match tokio::time::timeout_at(again, self.ring.readable_mut()).await {
+                    Ok(readable) => readable,
+                    Err(_) => continue,
+                },
+                None => self.ring.readable_mut().await,
+            };
+            readable.context("cannot poll the event ring")?.clear_ready();
         }
     }
 
@@ -161,6 +170,7 @@ impl Probes {
                 break;
             };
             self.received += 1;
+            self.misses.expect();
             if let Some(event) = self.event(&record) {
                 events.push(event);
             }
@@ -193,18 +203,18 @@ impl Probes {
         }
     }
 
-    /// Records lost since this was last looked at.
+    /// Events lost since this was last looked at.
     pub(crate) fn losses(&mut self) -> u64 {
-        self.account().0
+        self.account().0 + self.misses.look(&self.ebpf)
     }
 
-    /// Compares what the kernel counted with what arrived: records lost since the last time, and whether one is still
+    /// Compares what the kernel counted with what arrived: records dropped since the last time, and whether one is still
     /// on its way.
     fn account(&mut self) -> (u64, bool) {
         let counters = self.counters.sum();
-        let lost = counters.dropped.saturating_sub(self.lost);
-        self.lost = counters.dropped;
-        (lost, counters.produced > self.received + counters.dropped)
+        let dropped = counters.dropped.saturating_sub(self.dropped);
+        self.dropped = counters.dropped;
+        (dropped, counters.produced > self.received + counters.dropped)
     }
 
     fn event(&mut self, record: &Record) -> Option<Event> {
