@@ -54,6 +54,8 @@ pub struct Config {
     pub metrics: Option<SocketAddr>,
     /// The file that history is kept in, and for how long.
     pub history: Option<(PathBuf, Retention)>,
+    /// The directory that marks are kept in, by name; its parent must be there.
+    pub marks: PathBuf,
     pub probe: Probe,
     /// As in [`crate::source::Live::open`].
     pub ring_bytes: Option<u32>,
@@ -108,7 +110,7 @@ async fn serve(config: Config, ready: impl FnOnce(&Tracker)) -> anyhow::Result<(
     service::ready(&format!("{} listeners", core.listeners()));
     let ended = tokio::select! {
         ended = core.run(questions) => ended,
-        never = peer::accept(socket.listener(), asks, load) => match never {},
+        never = peer::accept(socket.listener(), asks, load, config.marks) => match never {},
         () = scraped => Ok(()),
         _ = terminate.recv() => Ok(()),
         _ = interrupt.recv() => Ok(()),

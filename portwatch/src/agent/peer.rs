@@ -3,10 +3,12 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::convert::Infallible;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use futures_util::{SinkExt, StreamExt as _};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, mpsc, oneshot};
@@ -16,9 +18,11 @@ use tokio_util::codec::{Framed, LinesCodec, LinesCodecError};
 use super::access::Identity;
 use super::core::{Ask, Subscription};
 use crate::history::{self, Lives, Reader};
+use crate::mark::store::Store;
+use crate::mark::{Mark, file, is_name};
 use crate::model::{Ancestor, Listener};
-use crate::select::{Selector, Shown};
-use crate::source::stat;
+use crate::select::{Filters, Selector, Shown};
+use crate::source::{origin, process, stat};
 use crate::wire::{ErrorKind, MAX_REQUEST, Request, Response, Selection, VERSION};
 
 /// Connections at once: of all users, and of one that is not root, so that nobody can shut the others out.
@@ -40,7 +44,7 @@ const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 /// Lives that one answer about history tells at most.
 const MAX_LIVES: usize = 10_000;
 
-/// Answers about history that are under way at once: each is whole in memory.
+/// Answers about history and marks that are under way at once: each is whole in memory.
 const HISTORIES: usize = 4;
 
 /// Bytes of answers that are gathered before they are written.
@@ -88,7 +92,8 @@ impl Drop for Place {
 }
 
 /// Takes connections for ever, each served by a task of its own. Needs a [`tokio::task::LocalSet`].
-pub(super) async fn accept(listener: &UnixListener, asks: mpsc::Sender<Ask>, load: Load) -> Infallible {
+pub(super) async fn accept(listener: &UnixListener, asks: mpsc::Sender<Ask>, load: Load, marks: PathBuf) -> Infallible {
+    let marks: Rc<Path> = marks.into();
     let histories = Rc::new(Semaphore::new(HISTORIES));
     loop {
         let Ok((stream, _)) = listener.accept().await else {
@@ -96,10 +101,11 @@ pub(super) async fn accept(listener: &UnixListener, asks: mpsc::Sender<Ask>, loa
             tokio::time::sleep(ACCEPT_AGAIN).await;
             continue;
         };
-        let (asks, load, histories) = (asks.clone(), load.clone(), Rc::clone(&histories));
+        let (asks, load) = (asks.clone(), load.clone());
+        let (histories, marks) = (Rc::clone(&histories), Rc::clone(&marks));
         tokio::task::spawn_local(async move {
             let Ok(identity) = Identity::of(&stream) else { return };
-            let mut peer = Peer::new(stream, asks, histories);
+            let mut peer = Peer::new(stream, asks, histories, marks);
             // Whatever ends a connection, there is nobody to tell but the one who is gone.
             let _ = match load.enter(identity.uid) {
                 Some(_place) => peer.serve(identity).await,
@@ -113,6 +119,8 @@ struct Peer {
     lines: Framed<UnixStream, LinesCodec>,
     asks: mpsc::Sender<Ask>,
     histories: Rc<Semaphore>,
+    /// The directory of marks.
+    marks: Rc<Path>,
 }
 
 /// Why a connection ends.
@@ -137,10 +145,10 @@ impl From<oneshot::error::RecvError> for End {
 }
 
 impl Peer {
-    fn new(stream: UnixStream, asks: mpsc::Sender<Ask>, histories: Rc<Semaphore>) -> Peer {
+    fn new(stream: UnixStream, asks: mpsc::Sender<Ask>, histories: Rc<Semaphore>, marks: Rc<Path>) -> Peer {
         let mut lines = Framed::new(stream, LinesCodec::new_with_max_length(MAX_REQUEST));
         lines.set_backpressure_boundary(BUFFER);
-        Peer { lines, asks, histories }
+        Peer { lines, asks, histories, marks }
     }
 
     async fn serve(&mut self, identity: Identity) -> Result<(), End> {
@@ -171,6 +179,8 @@ impl Peer {
                 Request::List { selection } => self.list(&selection, identity, false).await?,
                 Request::Who { selection } => self.list(&selection, identity, true).await?,
                 Request::History { selection, from, limit } => self.history(&selection, identity, from, limit).await?,
+                Request::Mark { name } => self.mark(name, identity).await?,
+                Request::Marked { name } => self.marked(name, identity).await?,
                 Request::Watch { selection } => return self.watch(&selection, identity).await,
                 Request::Status {} => {
                     let status = self.status().await?;
@@ -231,7 +241,7 @@ impl Peer {
     /// What the selection means; `None` where it means nothing, of which the peer was told.
     async fn selector(&mut self, selection: &Selection, identity: Identity) -> Result<Option<Selector>, End> {
         match selection.selector(identity.netns) {
-            Ok(selector) => Ok(Some(selector)),
+            Ok(selector) => Ok(Some(selector.with_facts(origin::facts(identity.uid)))),
             Err(message) => {
                 self.refuse(ErrorKind::Usage, &message).await?;
                 Ok(None)
@@ -261,6 +271,7 @@ impl Peer {
         let query = move || {
             let clock = super::clock();
             let now = history::clock(clock.now_wall, clock.tz.clone()).now_boot_ns;
+            let selector = selector.ahead_by(now.saturating_sub(clock.now_boot_ns));
             Reader::open(&path, &clock)?.lives(&selector, from, now, limit.min(MAX_LIVES))
         };
         // SQLite blocks: not this thread, which has a table to keep.
@@ -275,6 +286,53 @@ impl Peer {
         }
         self.send(&Response::End { count, more }).await?;
         self.flush().await
+    }
+
+    async fn mark(&mut self, name: String, identity: Identity) -> Result<(), End> {
+        if !is_name(&name) {
+            return self.refuse(ErrorKind::Usage, "a mark's name has up to 64 letters, digits and ._-").await;
+        }
+        // Not of its network namespace alone: whoever reads it may mean another.
+        let selector = Box::new(Selector::new(Vec::new(), Filters::default()));
+        let listeners = self.ask(|reply| Ask::List { selector, reply }).await?;
+        let marks = self.marks.to_path_buf();
+        let keep = move || {
+            // After the list: whoever is in it ran before.
+            let mark = Mark::new(&listeners, identity.uid, file::boot_id()?, &super::clock());
+            open_marks(&marks)?.keep(identity.uid, &name, &mark.line()?)?;
+            Ok(Some(mark))
+        };
+        self.answer_with_mark(keep, "cannot keep the mark").await
+    }
+
+    async fn marked(&mut self, name: String, identity: Identity) -> Result<(), End> {
+        if !is_name(&name) {
+            return self.refuse(ErrorKind::Usage, "a mark's name has up to 64 letters, digits and ._-").await;
+        }
+        let marks = self.marks.to_path_buf();
+        let find = move || {
+            let Some(bytes) = open_marks(&marks)?.find(identity.uid, &name)? else { return Ok(None) };
+            Ok(Some(Mark::read(&bytes, &file::boot_id()?, process::boot_ns_now())?))
+        };
+        self.answer_with_mark(find, "the mark").await
+    }
+
+    /// Files block: not this thread, which has a table to keep.
+    async fn answer_with_mark(
+        &mut self,
+        work: impl FnOnce() -> anyhow::Result<Option<Mark>> + Send + 'static,
+        what: &str,
+    ) -> Result<(), End> {
+        let turns = Rc::clone(&self.histories);
+        let _turn = turns.acquire().await.map_err(|_| End::Stopped)?;
+        match tokio::task::spawn_blocking(work).await.map_err(|_| End::Stopped)? {
+            Ok(mark) => {
+                self.send(&Response::Mark { mark: mark.map(Box::new) }).await?;
+                self.send(&Response::End { count: 1, more: false }).await?;
+                self.flush().await
+            }
+            Err(error) => self.refuse(ErrorKind::Failed, &format!("{what}: {error:#}")).await,
+        }
     }
 
     async fn watch(&mut self, selection: &Selection, identity: Identity) -> Result<(), End> {
@@ -305,6 +363,14 @@ impl Peer {
             self.send(&Response::Lagged { lost: lost.load(Ordering::Relaxed) }).await?;
         }
     }
+}
+
+fn open_marks(path: &Path) -> anyhow::Result<Store> {
+    let (Some(base), Some(name)) = (path.parent(), path.file_name().and_then(|name| name.to_str())) else {
+        anyhow::bail!("{} is no directory for marks", path.display());
+    };
+    let euid = rustix::process::geteuid().as_raw();
+    Store::open(base, &[name], euid).with_context(|| format!("cannot open {}", path.display()))
 }
 
 /// Of each holder, nearest first.

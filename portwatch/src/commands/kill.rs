@@ -107,7 +107,7 @@ pub(crate) struct KillArgs {
 
 pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
     works_alone(globals)?;
-    let selector = selector(&args.targets, &args.selectors)?;
+    let selector = selector(&args.targets, &args.selectors, globals)?;
     if args.interactive && !is_conversation() {
         return Err(Usage(
             "--interactive needs a terminal to show the list on; name the port instead: portwatch kill PORT".to_owned(),
