@@ -1,5 +1,6 @@
 //! `portwatch kill`: frees ports by ending the processes that hold them.
 
+pub(crate) mod leaks;
 mod pick;
 
 use std::io::{self, IsTerminal as _, Write as _};
@@ -20,6 +21,7 @@ use portwatch::source::Scanner;
 use portwatch::source::stat::{self, Stat};
 use rustix::process::Signal;
 
+use self::leaks::LeakArgs;
 use super::progress::Display;
 use super::{Users, explain, note, print, selection, selector, view, view_on, works_alone};
 use crate::cli::{Globals, Selectors, TARGETS, duration};
@@ -34,6 +36,10 @@ Examples:
   portwatch kill --cwd '/home/al/project*' -y
   portwatch kill -i --user al         pick from a list
   portwatch kill 80 --stop-unit       stop the service that would start it again
+  portwatch kill --since before.json --yes --report leaks.json
+
+With --since, all of it is ended that appeared since and is the caller's own, again and again until nothing more appears.
+Containers that were made since go with --stop-container, whoever started them; those made before are left alone.
 
 {TARGETS}"))]
 pub(crate) struct KillArgs {
@@ -53,7 +59,7 @@ pub(crate) struct KillArgs {
     #[arg(long)]
     pub(crate) tree: bool,
     /// Signal the process groups of the holders, all members at once
-    #[arg(long, conflicts_with = "tree")]
+    #[arg(long, conflicts_with_all = ["tree", "since"])]
     pub(crate) group: bool,
     /// Signal to begin with
     #[arg(short, long, default_value = "TERM", value_name = "SIGNAL")]
@@ -92,6 +98,8 @@ pub(crate) struct KillArgs {
     #[arg(short, long, conflicts_with = "json")]
     pub(crate) quiet: bool,
     #[command(flatten)]
+    pub(crate) leaks: LeakArgs,
+    #[command(flatten)]
     pub(crate) selectors: Selectors,
 }
 
@@ -115,6 +123,9 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
     let mut scanner = Scanner::open(globals.probe);
     if let Some(reason) = scanner.refusal() {
         explain(globals, &format!("holders are read from {}: {reason}", scanner.method()));
+    }
+    if selector.filters().since.is_some() && !args.interactive {
+        return leaks::run(args, selector, &mut scanner);
     }
     let mut choice = Choice::read(&mut scanner, &selector)?;
     if choice.selected.is_empty() && (args.interactive || choice.is_empty()) {
@@ -145,7 +156,7 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
         }
         return report(args, &job.planned());
     }
-    if !concerns.is_empty() && !is_confirmed(job.plan(), &concerns)? {
+    if !agreed(job.plan(), &concerns)? {
         return nothing_signalled();
     }
     let mut display = Display::new(args.json || args.quiet);
@@ -237,7 +248,11 @@ fn is_conversation() -> bool {
     io::stdin().is_terminal() && io::stderr().is_terminal()
 }
 
-fn is_confirmed(plan: &Plan, concerns: &[Concern]) -> anyhow::Result<bool> {
+/// Whether nobody has to be asked, or somebody said yes.
+fn agreed(plan: &Plan, concerns: &[Concern]) -> anyhow::Result<bool> {
+    if concerns.is_empty() {
+        return Ok(true);
+    }
     let users = Users::default();
     let name = |uid| users.name(uid);
     let mut stderr = io::stderr();
@@ -273,9 +288,14 @@ fn report(args: &KillArgs, outcomes: &[Outcome]) -> anyhow::Result<ExitCode> {
             text.push('\n');
         }
     }
-    match print(&text) {
-        // The work is done: whether it succeeded does not depend on who reads of it.
+    print_done(&text)?;
+    Ok(code)
+}
+
+/// The work is done: whether it succeeded does not depend on who reads of it.
+fn print_done(text: &str) -> anyhow::Result<()> {
+    match print(text) {
         Err(error) if !exit_codes::is_broken_pipe(&error) => Err(error),
-        _ => Ok(code),
+        _ => Ok(()),
     }
 }

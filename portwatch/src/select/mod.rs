@@ -103,13 +103,19 @@ impl Selector {
         Selector { facts, ..self }
     }
 
+    /// The same with other filters.
+    pub fn filtered(mut self, change: impl FnOnce(&mut Filters)) -> Self {
+        change(&mut self.filters);
+        self
+    }
+
     /// The same for listeners whose times are `offset` ns ahead of those since boot.
-    pub fn ahead_by(mut self, offset: u64) -> Self {
-        self.filters.since = self.filters.since.map(|since| match since {
+    pub fn ahead_by(self, offset: u64) -> Self {
+        let later = |since| match since {
             Since::After(moment) => Since::After(moment.saturating_add(offset)),
             Since::Mark(moment) => Since::Mark(moment.saturating_add(offset)),
-        });
-        self
+        };
+        self.filtered(|filters| filters.since = filters.since.map(later))
     }
 
     /// Whether nothing says which listeners are meant: no target, address, owner, process, directory, container or age.

@@ -71,6 +71,12 @@ pub fn read_exact(id: ProcessId) -> Option<Process> {
     Some(Process { id, ..details(id.pid, dir.as_fd(), stat) })
 }
 
+/// The effective uid of whoever has this number now.
+pub fn owner(pid: u32) -> Option<u32> {
+    // See details().
+    rustix::fs::stat(format!("/proc/{pid}")).ok().map(|status| status.st_uid)
+}
+
 /// argv of this very process. `None`: it is gone, whoever has its number now.
 pub fn command(id: ProcessId) -> Option<Vec<String>> {
     let dir = open_exact(id)?;
