@@ -149,7 +149,7 @@ fn own_store() -> anyhow::Result<Option<Store>> {
     let euid = Uid::effective().as_raw();
     let Some(base) = own_base(&|name| std::env::var_os(name), euid) else { return Ok(None) };
     let store = Store::open(&base, &["portwatch", "marks"], euid);
-    let shown = || format!("cannot keep marks in {}/portwatch/marks", escape(&base.to_string_lossy()));
+    let shown = || format!("cannot keep marks in {}", escape(&base.join("portwatch/marks").to_string_lossy()));
     store.map(Some).with_context(shown)
 }
 

@@ -254,7 +254,8 @@ impl Leak {
         } else if let Some(failure) = failure {
             (Ended::Alive, Some(failure.reason.clone()))
         } else if outcome.is_done() {
-            (Ended::Exited, None)
+            // It let go of the port, and was not waited for.
+            (Ended::Terminated, None)
         } else {
             (Ended::Alive, outcome.diagnostics.as_ref().map(|found| found.message.clone()))
         };

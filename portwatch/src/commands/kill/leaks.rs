@@ -11,7 +11,7 @@ use jiff::Timestamp;
 use nix::unistd::Uid;
 use portwatch::kill::{self, Cleaned, Cleanup, Ended, Leak, concern};
 use portwatch::model::{Ancestor, NetnsId, Protocol};
-use portwatch::render::{escape, json, span};
+use portwatch::render::{cut, escape, json, span};
 use portwatch::select::Selector;
 use portwatch::source::Scanner;
 use serde::Serialize;
@@ -21,6 +21,9 @@ use crate::cli::Since;
 use crate::commands::progress::Display;
 use crate::commands::{Users, print, view};
 use crate::exit_codes::{DENIED, NO};
+
+/// Columns of a command that a line shows; the report has all of it.
+const COMMAND: usize = 120;
 
 /// What goes with `--since` alone.
 #[derive(Debug, Args)]
@@ -181,13 +184,14 @@ fn line(leak: &Leak) -> String {
                 line += &format!(", in {}", escape(cwd));
             }
             if !process.command.is_empty() {
-                line += &format!(": {}", escape(&process.command.join(" ")));
+                line += &format!(": {}", cut(&escape(&process.command.join(" ")), COMMAND));
             }
         }
         None => line += "nobody visible",
     }
     line.push('\n');
-    if !leak.ancestors.is_empty() {
+    // That everything comes from init is no news.
+    if leak.ancestors.iter().any(|ancestor| ancestor.pid != 1) {
         let names: Vec<String> =
             leak.ancestors.iter().rev().map(|a| format!("{} ({})", escape(&a.name), a.pid)).collect();
         line += &format!("  from {}\n", names.join(" → "));

@@ -26,7 +26,7 @@ fn what_became_of_a_leak_is_told_by_the_outcome_of_its_port() {
         (Outcome { gone: vec![7], ..cleaned() }, Ended::Exited, None, 3),
         (Outcome { stopped: vec![stopped], ..cleaned() }, Ended::Stopped, Some("container web"), 3),
         (Outcome { failed: failed("not yours"), ..outcome(Status::Denied) }, Ended::Alive, Some("not yours"), 1),
-        (cleaned(), Ended::Exited, None, 3),
+        (cleaned(), Ended::Terminated, None, 3),
         (outcome(Status::Stuck), Ended::Alive, None, 1),
         (Outcome { port: 81, killed: vec![7], ..cleaned() }, Ended::Alive, None, 1),
     ] {
