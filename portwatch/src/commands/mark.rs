@@ -24,7 +24,7 @@ use portwatch::render::escape;
 use portwatch::source::{Scanner, process};
 use portwatch::wire::{Request, Response};
 
-use super::{block_on, explain, note, print, reach_agent};
+use super::{block_on, explain, note, print, reach_agent, works_alone};
 use crate::cli::{Globals, duration};
 
 #[derive(Debug, Args)]
@@ -33,10 +33,10 @@ Examples:
   portwatch mark > before.json        then: portwatch kill --since before.json --yes
   portwatch mark --name job-123       then: portwatch list --since job-123
 
-What --since MARK means: listeners that are held by nobody who ran when the mark was made. A server from before is not
-meant, even when it listens anew. A mark is good until the host is booted again.
-A name is kept by the agent, also when that is restarted; without an agent in $XDG_RUNTIME_DIR/portwatch/marks. Each user
-has 16, of which the oldest goes when one more is kept.
+--since MARK means listeners that are held by nobody who ran when the mark was made: a server from
+before is not meant, also when it listens anew. A mark is good until the host is booted again.
+A name is kept by the agent, also when that is restarted; without an agent below $XDG_RUNTIME_DIR.
+Each user has 16: the oldest goes when one more is kept.
 Exit codes: 0 done, 2 usage, 3 not permitted, 4 portwatch itself failed")]
 pub(crate) struct MarkArgs {
     /// Keep the mark under this name instead of printing it
@@ -56,6 +56,7 @@ fn name(text: &str) -> Result<String, String> {
 
 pub(crate) fn run(args: &MarkArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
     let Some(name) = &args.name else {
+        works_alone(globals)?;
         let mark = make(globals)?;
         print(&mark.line().map_err(|flaw| anyhow::anyhow!("the mark {flaw}"))?)?;
         if io::stdout().is_terminal() {
