@@ -12,14 +12,18 @@
 //! with the connection. Requests are bounded to [`MAX_REQUEST`] bytes; no answer's line is longer than a listener.
 //! Times are nanoseconds since boot of the host that both share.
 
+mod kill;
+
 use std::net::IpAddr;
 use std::time::Duration;
 
 use globset::GlobMatcher;
 use serde::{Deserialize, Serialize};
 
+pub use self::kill::{Kill, MAX_WAIT_MS, Told};
 use crate::engine::Wanted;
 use crate::history::{Health, Life};
+use crate::kill::{Concern, Plan, Step};
 use crate::mark::Mark;
 use crate::model::{Ancestor, BootNs, Change, Listener, NetnsId, ProcessId};
 use crate::select::{Filters, Selector, Sets, Since, cgroup_path, glob, parse_targets, unit_glob};
@@ -66,6 +70,10 @@ pub enum Request {
     Mark { name: String },
     /// The `mark` that this user has under this name.
     Marked { name: String },
+    /// Free the ports that the selection picks. Whom the peer may not signal is left alone.
+    Kill(Box<Kill>),
+    /// Carry out the plan that was just told.
+    Confirm {},
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -103,6 +111,22 @@ pub enum Response {
         /// `null`: there is none of that name.
         mark: Option<Box<Mark>>,
     },
+    /// What a kill would do. The holders of its listeners are left out: they are its victims, and those refused.
+    Plan {
+        plan: Box<Plan>,
+        /// What a person should think about before.
+        concerns: Vec<Concern>,
+    },
+    /// What happens to a process during a kill.
+    Progress {
+        pid: u32,
+        /// Hostile text.
+        name: String,
+        #[serde(flatten)]
+        step: Step,
+    },
+    /// What became of a port.
+    Outcome(Box<Told>),
     /// The answer is complete.
     End {
         count: usize,

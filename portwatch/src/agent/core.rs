@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
 
+use super::kill::Killed;
 use super::peer::Load;
-use crate::history::Recorder;
+use crate::history::{self, Recorder};
 use crate::metrics::{Metrics, Totals};
 use crate::model::{BootNs, Change, Listener};
 use crate::select::Selector;
@@ -33,6 +34,8 @@ pub(super) enum Ask {
     Status {
         reply: oneshot::Sender<Status>,
     },
+    /// No question: something to be remembered.
+    Killed(Box<Killed>),
 }
 
 /// Where a subscriber begins and how it goes on. The channel closes when the subscriber did not keep up.
@@ -185,6 +188,15 @@ impl Core {
             Ask::Status { reply } => {
                 let _ = reply.send(self.status());
             }
+            Ask::Killed(killed) => self.remember(*killed),
+        }
+    }
+
+    fn remember(&mut self, Killed { at, by, targets, listeners, outcomes }: Killed) {
+        outcomes.iter().for_each(|outcome| self.metrics.kill(outcome.status));
+        if let Some(history) = &mut self.history {
+            let killed = history::Killed { at, by, targets, listeners: &listeners, outcomes: &outcomes };
+            history.killed(killed, &super::clock());
         }
     }
 

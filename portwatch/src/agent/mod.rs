@@ -13,6 +13,7 @@
 
 mod access;
 mod core;
+mod kill;
 mod peer;
 mod socket;
 

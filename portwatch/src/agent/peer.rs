@@ -17,13 +17,14 @@ use tokio_util::codec::{Framed, LinesCodec, LinesCodecError};
 
 use super::access::Identity;
 use super::core::{Ask, Subscription};
+use super::kill::{self, Kills};
 use crate::history::{self, Lives, Reader};
 use crate::mark::store::Store;
 use crate::mark::{Mark, file, is_name};
 use crate::model::{Ancestor, Listener};
 use crate::select::{Filters, Selector, Shown};
 use crate::source::{origin, process, stat};
-use crate::wire::{ErrorKind, MAX_REQUEST, Request, Response, Selection, VERSION};
+use crate::wire::{ErrorKind, Kill, MAX_REQUEST, Request, Response, Selection, VERSION};
 
 /// Connections at once: of all users, and of one that is not root, so that nobody can shut the others out.
 const CONNECTIONS: usize = 1024;
@@ -34,6 +35,9 @@ const RESERVED: usize = 64;
 
 /// How long a peer may stay silent between two requests (a subscriber may for ever).
 const SILENCE: Duration = Duration::from_secs(60);
+
+/// How long somebody may think about a plan.
+const QUESTION: Duration = Duration::from_secs(600);
 
 /// How long a peer may take to read an answer's next piece.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -95,17 +99,18 @@ impl Drop for Place {
 pub(super) async fn accept(listener: &UnixListener, asks: mpsc::Sender<Ask>, load: Load, marks: PathBuf) -> Infallible {
     let marks: Rc<Path> = marks.into();
     let histories = Rc::new(Semaphore::new(HISTORIES));
+    let kills = Kills::default();
     loop {
         let Ok((stream, _)) = listener.accept().await else {
             // Out of descriptors, as a rule: those who are served go on, and give some back.
             tokio::time::sleep(ACCEPT_AGAIN).await;
             continue;
         };
-        let (asks, load) = (asks.clone(), load.clone());
+        let (asks, load, kills) = (asks.clone(), load.clone(), kills.clone());
         let (histories, marks) = (Rc::clone(&histories), Rc::clone(&marks));
         tokio::task::spawn_local(async move {
             let Ok(identity) = Identity::of(&stream) else { return };
-            let mut peer = Peer::new(stream, asks, histories, marks);
+            let mut peer = Peer::new(stream, asks, histories, marks, kills);
             // Whatever ends a connection, there is nobody to tell but the one who is gone.
             let _ = match load.enter(identity.uid) {
                 Some(_place) => peer.serve(identity).await,
@@ -121,6 +126,7 @@ struct Peer {
     histories: Rc<Semaphore>,
     /// The directory of marks.
     marks: Rc<Path>,
+    kills: Kills,
 }
 
 /// Why a connection ends.
@@ -145,10 +151,16 @@ impl From<oneshot::error::RecvError> for End {
 }
 
 impl Peer {
-    fn new(stream: UnixStream, asks: mpsc::Sender<Ask>, histories: Rc<Semaphore>, marks: Rc<Path>) -> Peer {
+    fn new(
+        stream: UnixStream,
+        asks: mpsc::Sender<Ask>,
+        histories: Rc<Semaphore>,
+        marks: Rc<Path>,
+        kills: Kills,
+    ) -> Peer {
         let mut lines = Framed::new(stream, LinesCodec::new_with_max_length(MAX_REQUEST));
         lines.set_backpressure_boundary(BUFFER);
-        Peer { lines, asks, histories, marks }
+        Peer { lines, asks, histories, marks, kills }
     }
 
     async fn serve(&mut self, identity: Identity) -> Result<(), End> {
@@ -181,6 +193,8 @@ impl Peer {
                 Request::History { selection, from, limit } => self.history(&selection, identity, from, limit).await?,
                 Request::Mark { name } => self.mark(name, identity).await?,
                 Request::Marked { name } => self.marked(name, identity).await?,
+                Request::Kill(kill) => self.kill(*kill, identity).await?,
+                Request::Confirm {} => self.refuse(ErrorKind::Usage, "there is no plan to confirm").await?,
                 Request::Watch { selection } => return self.watch(&selection, identity).await,
                 Request::Status {} => {
                     let status = self.status().await?;
@@ -333,6 +347,35 @@ impl Peer {
             }
             Err(error) => self.refuse(ErrorKind::Failed, &format!("{what}: {error:#}")).await,
         }
+    }
+
+    async fn kill(&mut self, request: Kill, identity: Identity) -> Result<(), End> {
+        let Some(selector) = self.selector(&request.selection, identity).await? else { return Ok(()) };
+        let is_asked = request.confirm && !request.dry_run;
+        let mut begun = match kill::begin(request, selector, identity, &self.kills, &self.asks) {
+            Ok(begun) => begun,
+            Err((kind, message)) => return self.refuse(kind, &message).await,
+        };
+        if !is_asked {
+            begun.go();
+        }
+        while let Some(response) = begun.told.recv().await {
+            let is_plan = matches!(response, Response::Plan { .. });
+            let is_last = matches!(response, Response::End { .. } | Response::Error { .. });
+            self.send(&response).await?;
+            self.flush().await?;
+            if is_last {
+                return Ok(());
+            }
+            if is_plan && is_asked {
+                match self.read(QUESTION).await? {
+                    Some(Request::Confirm {}) => begun.go(),
+                    Some(_) => return self.refuse(ErrorKind::Usage, "not confirmed: nothing was signalled").await,
+                    None => return Ok(()),
+                }
+            }
+        }
+        self.refuse(ErrorKind::Failed, "the kill ended before its time; see: portwatch who").await
     }
 
     async fn watch(&mut self, selection: &Selection, identity: Identity) -> Result<(), End> {

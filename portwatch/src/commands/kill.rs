@@ -2,28 +2,28 @@
 
 pub(crate) mod leaks;
 mod pick;
+mod way;
 
 use std::io::{self, IsTerminal as _, Write as _};
+use std::ops::ControlFlow;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Args;
-use nix::unistd::Uid;
 use portwatch::kill::signal::SignalName;
-use portwatch::kill::{
-    self, Choice, Concern, Guards, Job, Options, Outcome, Plan, Reach, Terms, concern, preview, text,
-};
+use portwatch::kill::{self, Concern, Options, Outcome, Plan, Reach, Terms, preview, text};
 use portwatch::render::table::Detail;
 use portwatch::render::{self, View, json};
 use portwatch::select::Selector;
-use portwatch::source::Scanner;
-use portwatch::source::stat::{self, Stat};
+use portwatch::source::Probe;
+use portwatch::wire::{Kill, Selection};
 use rustix::process::Signal;
 
 use self::leaks::LeakArgs;
+use self::way::{End, Way};
 use super::progress::Display;
-use super::{Users, explain, note, print, selection, selector, view, view_on, works_alone};
+use super::{Users, note, print, selection, selector, view, view_on};
 use crate::cli::{Globals, Selectors, TARGETS, duration};
 use crate::exit_codes::{self, NO, USAGE, Usage};
 
@@ -104,7 +104,11 @@ pub(crate) struct KillArgs {
 }
 
 pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
-    works_alone(globals)?;
+    let why_alone = args.why_alone(globals);
+    if let (Some(option), true) = (why_alone, globals.agent) {
+        let message = format!("{option} is carried out without the agent; leave out --agent");
+        return Err(Usage(message).into());
+    }
     let selector = selector(&args.targets, &args.selectors, globals)?;
     if args.interactive && !is_conversation() {
         return Err(Usage(
@@ -115,52 +119,43 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
     if selector.is_empty() && !args.interactive {
         return name_a_port(&selector, args, globals);
     }
-    if std::fs::read_link("/proc/self").ok() != Some(std::process::id().to_string().into()) {
-        anyhow::bail!(
-            "/proc belongs to another pid namespace, so its PIDs mean nothing here; mount one of this namespace"
-        );
-    }
-    let mut scanner = Scanner::open(globals.probe);
-    if let Some(reason) = scanner.refusal() {
-        explain(globals, &format!("holders are read from {}: {reason}", scanner.method()));
-    }
     if selector.filters().since.is_some() && !args.interactive {
-        return leaks::run(args, selector, &mut scanner);
+        return leaks::run(args, selector, globals);
     }
-    let mut choice = Choice::read(&mut scanner, &selector)?;
-    if choice.selected.is_empty() && (args.interactive || choice.is_empty()) {
+    let told = if why_alone.is_none() { Way::through_agent(args, &selector, globals)? } else { None };
+    let way = match told {
+        Some(way) => way,
+        None => match Way::alone(args, &selector, globals)? {
+            ControlFlow::Continue(way) => way,
+            ControlFlow::Break(End::NothingThere) => return nothing_there(args, &selector),
+            ControlFlow::Break(End::NothingPicked) => return nothing_signalled(),
+        },
+    };
+    if way.plan().groups.is_empty() {
         return nothing_there(args, &selector);
     }
-    if args.interactive {
-        let Some(picked) = pick::pick(choice.selected)? else { return nothing_signalled() };
-        choice.selected = picked.chosen;
-        choice.left_out.extend(picked.others);
-        // What was not picked is nobody's question.
-        choice.named.clear();
-    }
-    let job = Job::prepare(choice, &args.terms(), Guards::current(args.force_self))?;
     let concerns = match is_conversation() && !args.yes && !args.dry_run {
-        true => concern::concerns(job.plan(), Uid::effective().as_raw(), args.interactive, &stat_of),
+        true => way.concerns(args.interactive),
         false => Vec::new(),
     };
     let is_shown = !args.json && !args.quiet && !args.dry_run;
     if is_shown || !concerns.is_empty() {
         // Somebody who asked for a port to be freed gets it freed, also where nobody reads this.
-        preview(job.plan()).or_else(|error| if concerns.is_empty() { Ok(()) } else { Err(error) })?;
+        preview(way.plan()).or_else(|error| if concerns.is_empty() { Ok(()) } else { Err(error) })?;
     }
     if args.dry_run {
         if !args.json && !args.quiet {
             let users = Users::default();
             let name = |uid| users.name(uid);
-            print(&summary(job.plan(), &view(&name)))?;
+            print(&summary(way.plan(), &view(&name)))?;
         }
-        return report(args, &job.planned());
+        return report(args, &way.planned()?);
     }
-    if !agreed(job.plan(), &concerns)? {
+    if !agreed(way.plan(), &concerns)? {
         return nothing_signalled();
     }
     let mut display = Display::new(args.json || args.quiet);
-    let outcomes = job.run(&mut scanner, args.options(), &mut |progress| display.show(progress))?;
+    let outcomes = way.run(args.options(), &mut |progress| display.show(progress))?;
     display.close();
     report(args, &outcomes)
 }
@@ -173,7 +168,28 @@ impl KillArgs {
             grace: self.grace,
             force: !self.no_force,
             settle: self.settle,
+            ..Options::default()
         }
+    }
+
+    /// The option that takes the rights, or the terminal, of who calls: the agent does not do that.
+    fn why_alone(&self, globals: &Globals) -> Option<&'static str> {
+        let options = [
+            ("--interactive", self.interactive),
+            ("--since", self.selectors.since.is_some()),
+            ("--stop-container", self.stop_container),
+            ("--stop-unit", self.stop_unit),
+            ("--close-socket", self.close_socket),
+            ("--probe", globals.probe != Probe::Auto),
+        ];
+        options.into_iter().find_map(|(option, given)| given.then_some(option))
+    }
+
+    /// What is asked of the agent.
+    fn request(&self, selector: &Selector) -> Kill {
+        let selection = Selection::of(selector);
+        let Self { dry_run, force_self, .. } = *self;
+        Kill { dry_run, force_self, ..Kill::new(selection, self.options(), self.reach()) }
     }
 
     fn reach(&self) -> Reach {
@@ -221,10 +237,6 @@ fn nothing_there(args: &KillArgs, selector: &Selector) -> anyhow::Result<ExitCod
 fn nothing_signalled() -> anyhow::Result<ExitCode> {
     note("nothing was signalled");
     Ok(ExitCode::from(NO))
-}
-
-fn stat_of(pid: u32) -> Option<Stat> {
-    stat::read(pid).ok()
 }
 
 /// Who would be hit, and who would not although it holds the port.

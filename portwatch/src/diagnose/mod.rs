@@ -27,7 +27,7 @@ mod sysctl;
 
 use std::net::IpAddr;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 pub use self::bind::Trial;
 pub use self::facts::{Attached, Extent, Facts, Published, read};
@@ -47,7 +47,7 @@ pub struct Question {
 }
 
 /// What a finding is about.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
     /// A listener that somebody visible holds.
@@ -109,7 +109,7 @@ impl Kind {
 }
 
 /// One thing that was found, for people: not escaped.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Finding {
     pub kind: Kind,
     /// One sentence, without a full stop.

@@ -42,6 +42,7 @@ pub use kin::Reach;
 pub use outcome::{Outcome, Status, exit_code};
 pub use plan::Plan;
 pub use progress::{Progress, Step};
+pub(crate) use report::not_permitted;
 pub use stop::{StopError, Stopper, Stopping, Whole};
 
 #[cfg(test)]

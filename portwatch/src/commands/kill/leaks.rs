@@ -13,11 +13,12 @@ use portwatch::kill::{self, Cleaned, Cleanup, Ended, Leak, concern};
 use portwatch::model::{Ancestor, NetnsId, Protocol};
 use portwatch::render::{cut, escape, json, span};
 use portwatch::select::Selector;
-use portwatch::source::Scanner;
+use portwatch::source::{Scanner, stat};
 use serde::Serialize;
 
-use super::{KillArgs, agreed, is_conversation, nothing_signalled, preview, print_done, stat_of, summary};
-use crate::cli::Since;
+use super::way::open_scanner;
+use super::{KillArgs, agreed, is_conversation, nothing_signalled, preview, print_done, summary};
+use crate::cli::{Globals, Since};
 use crate::commands::progress::Display;
 use crate::commands::{Users, print, view};
 use crate::exit_codes::{DENIED, NO};
@@ -70,7 +71,8 @@ struct Row<'a> {
     ancestors: &'a [Ancestor],
 }
 
-pub(super) fn run(args: &KillArgs, selector: Selector, scanner: &mut Scanner) -> anyhow::Result<ExitCode> {
+pub(super) fn run(args: &KillArgs, selector: Selector, globals: &Globals) -> anyhow::Result<ExitCode> {
+    let mut scanner = open_scanner(globals)?;
     let uids = match (&selector.filters().uids[..], args.leaks.all_users) {
         (_, true) => Vec::new(),
         ([], false) => vec![Uid::effective().as_raw()],
@@ -80,18 +82,18 @@ pub(super) fn run(args: &KillArgs, selector: Selector, scanner: &mut Scanner) ->
     let selector = selector.filtered(|filters| filters.uids.clear());
     let cleanup = Cleanup::new(selector, uids, args.terms(), args.options(), args.force_self);
     if args.dry_run {
-        return dry_run(args, &cleanup, scanner);
+        return dry_run(args, &cleanup, &mut scanner);
     }
     let mut display = Display::new(args.json || args.quiet);
     let mut agree = |plan: &kill::Plan| match is_conversation() && !args.yes {
         true => {
-            let concerns = concern::concerns(plan, Uid::effective().as_raw(), false, &stat_of);
+            let concerns = concern::concerns(plan, Uid::effective().as_raw(), false, &|pid| stat::read(pid).ok());
             preview(plan)?;
             agreed(plan, &concerns)
         }
         false => Ok(true),
     };
-    let Some(cleaned) = cleanup.run(scanner, &mut agree, &mut |progress| display.show(progress))? else {
+    let Some(cleaned) = cleanup.run(&mut scanner, &mut agree, &mut |progress| display.show(progress))? else {
         return nothing_signalled();
     };
     display.close();
