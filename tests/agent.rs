@@ -5,7 +5,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::thread;
 
@@ -46,6 +46,10 @@ impl Agent {
         assert!(line.contains("watching ("), "the agent does not start: {line}");
         thread::spawn(move || errors.read_to_string(&mut String::new()));
         Agent { pidfd: pidfd(&child), child, socket }
+    }
+
+    pub fn socket(&self) -> &Path {
+        &self.socket
     }
 
     /// A verb that must ask this agent.

@@ -21,6 +21,7 @@ mod hostile;
 mod idle;
 mod kill;
 mod list;
+mod mark;
 mod metrics;
 mod oracle;
 mod prefork;
@@ -92,6 +93,7 @@ fn main() -> ExitCode {
         storm::trials(),
         idle::trials(),
         kill::trials(),
+        mark::trials(),
         race::trials(),
         prefork::trials(),
         stubborn::trials(),

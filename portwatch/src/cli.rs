@@ -4,13 +4,13 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::builder::NonEmptyStringValueParser;
-use clap::{Args, Parser, Subcommand};
+use clap::builder::{NonEmptyStringValueParser, TypedValueParser};
+use clap::{Args, Parser, Subcommand, ValueHint};
 use globset::GlobMatcher;
 use jiff::{Span, SpanRelativeTo};
 use portwatch::agent::SOCKET;
 use portwatch::model::NetnsId;
-use portwatch::select::{glob, unit_glob};
+use portwatch::select::{Variable, cgroup_path, glob, unit_glob};
 use portwatch::source::Probe;
 
 use crate::commands::agent::AgentArgs;
@@ -20,6 +20,7 @@ use crate::commands::history::HistoryArgs;
 use crate::commands::kill::KillArgs;
 use crate::commands::list::ListArgs;
 use crate::commands::man::ManArgs;
+use crate::commands::mark::MarkArgs;
 use crate::commands::status::StatusArgs;
 use crate::commands::wait::WaitArgs;
 use crate::commands::watch::WatchArgs;
@@ -91,6 +92,8 @@ pub(crate) enum Verb {
     Kill(KillArgs),
     /// Wait until ports are bound, or free
     Wait(WaitArgs),
+    /// Record what is listening now, for `kill --since`
+    Mark(MarkArgs),
     /// Explain why a port is or stays taken, and what to do next
     Diagnose(DiagnoseArgs),
     /// Show who had a port, when, and how it ended
@@ -108,50 +111,100 @@ pub(crate) enum Verb {
     Complete(CompleteArgs),
 }
 
+const OF_SOCKETS: &str = "Selectors of sockets (all selectors must match; one given twice: either)";
+const OF_HOLDERS: &str = "Selectors of holders";
+const OF_ORIGIN: &str = "Selectors of age and origin";
+
 /// Filters that all verbs share. Different ones narrow each other; one given twice means either.
 #[derive(Debug, Args)]
-#[command(next_help_heading = "Selectors (all must match; one given twice: either)")]
 pub(crate) struct Selectors {
     /// IPv4 sockets only
-    #[arg(short = '4', long)]
+    #[arg(short = '4', long, help_heading = OF_SOCKETS)]
     pub(crate) ipv4: bool,
     /// IPv6 sockets only
-    #[arg(short = '6', long)]
+    #[arg(short = '6', long, help_heading = OF_SOCKETS)]
     pub(crate) ipv6: bool,
     /// TCP only
-    #[arg(long)]
+    #[arg(long, help_heading = OF_SOCKETS)]
     pub(crate) tcp: bool,
     /// UDP only
-    #[arg(long)]
+    #[arg(long, help_heading = OF_SOCKETS)]
     pub(crate) udp: bool,
     /// Bound to exactly this address
-    #[arg(long = "addr", value_name = "IP")]
+    #[arg(long = "addr", value_name = "IP", help_heading = OF_SOCKETS)]
     pub(crate) addresses: Vec<IpAddr>,
+    /// Leave these out; ports, ranges and sets as in TARGET
+    #[arg(long, value_name = "TARGET", help_heading = OF_SOCKETS)]
+    pub(crate) except: Vec<String>,
+    /// Network namespace: self, all, or its number
+    #[arg(long, default_value = "self", value_name = "self|all|ID", value_parser = netns, help_heading = OF_SOCKETS)]
+    pub(crate) netns: Netns,
     /// Held by a process of this user; by name or uid
-    #[arg(long = "user", value_name = "NAME|UID")]
+    #[arg(long = "user", value_name = "NAME|UID", help_heading = OF_HOLDERS)]
     pub(crate) users: Vec<String>,
     /// Held by this process
-    #[arg(long = "pid", value_name = "PID", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long = "pid", value_name = "PID", value_parser = pid(), help_heading = OF_HOLDERS)]
     pub(crate) pids: Vec<u32>,
     /// Process name, or whole command line, matches; * matches / too
-    #[arg(long = "command", value_name = "GLOB", value_parser = glob)]
+    #[arg(long = "command", value_name = "GLOB", value_parser = glob, help_heading = OF_HOLDERS)]
     pub(crate) commands: Vec<GlobMatcher>,
     /// Working directory matches; * matches / too
-    #[arg(long = "cwd", value_name = "GLOB", value_parser = glob)]
+    #[arg(long = "cwd", value_name = "GLOB", value_parser = glob, help_heading = OF_HOLDERS)]
     pub(crate) cwds: Vec<GlobMatcher>,
     /// Held by a process of this running container, or published for it; by name, id or the beginning of an id. The
     /// container's own listeners are in its network namespace: see --netns
-    #[arg(long = "container", value_name = "NAME|ID", value_parser = NonEmptyStringValueParser::new())]
+    #[arg(
+        long = "container",
+        value_name = "NAME|ID",
+        value_parser = NonEmptyStringValueParser::new(),
+        help_heading = OF_HOLDERS
+    )]
     pub(crate) containers: Vec<String>,
     /// systemd service, of the system or of a user, with or without .service; may be a glob
-    #[arg(long = "unit", value_name = "NAME", value_parser = unit_glob)]
+    #[arg(long = "unit", value_name = "NAME", value_parser = unit_glob, help_heading = OF_HOLDERS)]
     pub(crate) units: Vec<GlobMatcher>,
+    /// In this cgroup or one below it; as /proc/PID/cgroup or /sys/fs/cgroup shows it
+    #[arg(long = "cgroup", value_name = "PATH", value_parser = cgroup_path, help_heading = OF_HOLDERS)]
+    pub(crate) cgroups: Vec<String>,
+    /// Started with this variable in its environment, or with this value of it. Of other users' processes only root may
+    /// know that
+    #[arg(long = "env", value_name = "NAME[=VALUE]", help_heading = OF_HOLDERS)]
+    pub(crate) variables: Vec<Variable>,
     /// Listening for longer than this (else: the process running for longer), such as 24h or 90s
-    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    #[arg(long, value_name = "DURATION", value_parser = duration, help_heading = OF_ORIGIN)]
     pub(crate) older_than: Option<Duration>,
-    /// Network namespace: self, all, or its number
-    #[arg(long, default_value = "self", value_name = "self|all|ID", value_parser = netns)]
-    pub(crate) netns: Netns,
+    /// Listening for no longer than this (else: the process running for no longer), such as 10m; or not there when this
+    /// mark was made, a name or a file of `portwatch mark`: a server that ran then is not meant, also when it listens anew
+    #[arg(long, value_name = "MARK|DURATION", value_parser = since, value_hint = ValueHint::AnyPath, help_heading = OF_ORIGIN)]
+    pub(crate) since: Option<Since>,
+    /// A child of this process, or a child's child, and so on. Once one between them has ended, those below it are not
+    /// found any more
+    #[arg(long = "descendant-of", value_name = "PID", value_parser = pid(), help_heading = OF_ORIGIN)]
+    pub(crate) descendants_of: Vec<u32>,
+    /// Given to init or another subreaper because the parent ended. Known of children of init and of a user's systemd, and
+    /// of those whose session was begun by none of their ancestors; processes of a service or a container are none
+    #[arg(long, help_heading = OF_ORIGIN)]
+    pub(crate) orphans: bool,
+}
+
+fn pid() -> impl TypedValueParser<Value = u32> {
+    clap::value_parser!(u32).range(1..)
+}
+
+/// What `--since` names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Since {
+    Ago(Duration),
+    /// A name or a path.
+    Mark(String),
+}
+
+fn since(text: &str) -> Result<Since, String> {
+    match duration(text) {
+        Ok(ago) => Ok(Since::Ago(ago)),
+        Err(_) if text.is_empty() => Err("use a duration such as 10m, or the name or file of a mark".to_owned()),
+        Err(_) => Ok(Since::Mark(text.to_owned())),
+    }
 }
 
 /// Which network namespaces are meant.

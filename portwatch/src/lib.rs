@@ -11,6 +11,7 @@ pub mod diagnose;
 pub mod engine;
 pub mod history;
 pub mod kill;
+pub mod mark;
 pub mod metrics;
 pub mod model;
 pub mod render;

@@ -46,6 +46,7 @@ fn run(verb: &Verb, globals: &cli::Globals) -> anyhow::Result<ExitCode> {
         Verb::Watch(args) => commands::watch::run(args, globals),
         Verb::Diagnose(args) => commands::diagnose::run(args, globals),
         Verb::Kill(args) => commands::kill::run(args, globals),
+        Verb::Mark(args) => commands::mark::run(args, globals),
         Verb::Wait(args) => commands::wait::run(args, globals),
         Verb::Completions(args) => commands::completions::run(args),
         Verb::Man(args) => commands::man::run(args),

@@ -24,8 +24,9 @@ pub use self::kill::{Kill, MAX_WAIT_MS, Told};
 use crate::engine::Wanted;
 use crate::history::{Health, Life, Utc};
 use crate::kill::{Concern, Plan, Step};
-use crate::model::{Ancestor, BootNs, Change, Listener, NetnsId};
-use crate::select::{Filters, Selector, Sets, glob, parse_targets, unit_glob};
+use crate::mark::Mark;
+use crate::model::{Ancestor, BootNs, Change, Listener, NetnsId, ProcessId};
+use crate::select::{Filters, Selector, Sets, Since, cgroup_path, glob, parse_targets, unit_glob};
 use crate::source::{Refusal, Tier};
 
 /// The version of this protocol. Additions do not change it; a client that meets another version does its work itself.
@@ -68,6 +69,10 @@ pub enum Request {
         from: Utc,
         limit: usize,
     },
+    /// Marks what is listening now and keeps it under this name for the user who asks; the answer is the `mark`.
+    Mark { name: String },
+    /// The `mark` that this user has under this name.
+    Marked { name: String },
     /// Free the ports that the selection picks. Whom the peer may not signal is left alone.
     Kill(Box<Kill>),
     /// Carry out the plan that was just told.
@@ -114,6 +119,10 @@ pub enum Response {
     },
     Status(Status),
     Life(Box<Life>),
+    Mark {
+        /// `null`: there is none of that name.
+        mark: Option<Box<Mark>>,
+    },
     /// What a kill would do. The holders of its listeners are left out: they are its victims, and those refused.
     Plan {
         plan: Box<Plan>,
@@ -219,6 +228,22 @@ pub struct Selection {
     pub containers: Vec<Wanted>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub older_than_ms: Option<u64>,
+    /// The moment in ns since boot, and what is judged by it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub since: Option<Since>,
+    /// `NAME` or `NAME=VALUE`. Of processes of others than the user who asks, the agent tells root alone.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub env: Vec<String>,
+    /// By pid and start, so that nobody who has the pid later is taken for it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub descendants_of: Vec<ProcessId>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub cgroups: Vec<String>,
+    #[serde(skip_serializing_if = "is_false")]
+    pub orphans: bool,
+    /// As `targets`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub except: Vec<String>,
     #[serde(skip_serializing_if = "Scope::is_own")]
     pub netns: Scope,
 }
@@ -263,16 +288,25 @@ impl Selection {
             units: texts(&filters.units),
             containers: filters.containers.clone(),
             older_than_ms: filters.older_than.map(|limit| u64::try_from(limit.as_millis()).unwrap_or(u64::MAX)),
+            since: filters.since,
+            env: filters.variables.iter().map(ToString::to_string).collect(),
+            descendants_of: filters.descendants_of.clone(),
+            cgroups: filters.cgroups.clone(),
+            orphans: filters.orphans,
+            except: filters.except.iter().map(ToString::to_string).collect(),
             netns: filters.netns.map_or(Scope::All, Scope::Id),
         }
     }
 
-    /// What it picks; `own` is the network namespace of the peer, where that is known.
+    /// What it picks; `own` is the network namespace of the peer, where that is known. It knows no [`crate::select::Facts`].
     ///
     /// # Errors
     /// A sentence that names the part which means nothing.
     pub fn selector(&self, own: Option<NetnsId>) -> Result<Selector, String> {
         let targets = parse_targets(&self.targets, &Sets::new()).map_err(|bad| bad.to_string())?;
+        bounded("variables", self.env.len())?;
+        bounded("ancestors", self.descendants_of.len())?;
+        bounded("cgroups", self.cgroups.len())?;
         let netns = match self.netns {
             Scope::Own => Some(own.ok_or("your network namespace cannot be read; name one by its number, or all")?),
             Scope::All => None,
@@ -293,22 +327,38 @@ impl Selection {
                 units: globs(&self.units, unit_glob)?,
                 containers: self.containers.clone(),
                 older_than: self.older_than_ms.map(Duration::from_millis),
+                since: self.since,
+                variables: self
+                    .env
+                    .iter()
+                    .map(|text| text.parse().map_err(|why| format!("bad variable: {why}")))
+                    .collect::<Result<_, _>>()?,
+                descendants_of: self.descendants_of.clone(),
+                cgroups: self.cgroups.iter().map(|path| cgroup_path(path)).collect::<Result<_, _>>()?,
+                orphans: self.orphans,
+                except: parse_targets(&self.except, &Sets::new()).map_err(|bad| bad.to_string())?,
                 netns,
             },
         ))
     }
 }
 
-/// A client may not make the agent keep more than this, each compiled to a matcher that it keeps while it watches.
-const MAX_GLOBS: usize = 64;
+/// A client may not make the agent keep more than this: globs, each compiled to a matcher that it keeps while it watches,
+/// and what it has to compare every holder with.
+const MAX_OF_ONE_KIND: usize = 64;
+
+fn bounded(what: &str, count: usize) -> Result<(), String> {
+    if count > MAX_OF_ONE_KIND {
+        return Err(format!("{count} {what}; a selection may have {MAX_OF_ONE_KIND}"));
+    }
+    Ok(())
+}
 
 /// As much of a bad glob as an error shows, in characters.
 const SHOWN_GLOB: usize = 80;
 
 fn globs(texts: &[String], compile: fn(&str) -> Result<GlobMatcher, String>) -> Result<Vec<GlobMatcher>, String> {
-    if texts.len() > MAX_GLOBS {
-        return Err(format!("{} globs of one kind; a selection may have {MAX_GLOBS}", texts.len()));
-    }
+    bounded("globs of one kind", texts.len())?;
     let bad = |text: &str, why| {
         let shown: String = text.chars().take(SHOWN_GLOB).collect();
         format!("bad glob '{}': {why}", shown.escape_debug())
@@ -336,6 +386,12 @@ mod tests {
             units: vec![unit_glob(r"my\x2dweb*").unwrap()],
             containers: vec![Wanted::IdPrefix("5eed".to_owned())],
             older_than: Some(Duration::from_secs(90)),
+            since: Some(Since::Mark(12)),
+            variables: vec!["CI".parse().unwrap(), "JOB=a=b c".parse().unwrap()],
+            descendants_of: vec![ProcessId { pid: 7, start: 8 }],
+            cgroups: vec!["/a.slice".to_owned()],
+            orphans: true,
+            except: parse_targets(&["3001", "[::1]:5-7/udp"], &Sets::new()).unwrap(),
             netns: Some(4_026_531_833),
             ..Filters::default()
         };

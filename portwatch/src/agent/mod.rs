@@ -36,6 +36,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::LocalSet;
 
+use self::kill::Kills;
 use self::load::Load;
 use self::peer::Shared;
 use self::policy::Policy;
@@ -72,6 +73,8 @@ pub struct Config {
     pub metrics: Option<SocketAddr>,
     /// The file that history is kept in, and for how long.
     pub history: Option<(PathBuf, Retention)>,
+    /// The directory that marks are kept in, by name; its parent must be there.
+    pub marks: PathBuf,
     pub probe: Probe,
     /// As in [`crate::source::Live::open`].
     pub ring_bytes: Option<u32>,
@@ -132,11 +135,13 @@ async fn serve(config: Config, descriptors: usize, ready: impl FnOnce(&Tracker))
             None => std::future::pending().await,
         }
     };
+    let policy_read = policy.clone();
+    let shared = Shared { asks, load, policy, kills: Kills::default(), marks: config.marks.into() };
     service::ready(WELL);
     let ended = tokio::select! {
         ended = core.run(questions) => ended,
-        ended = peer::accept(socket, Shared { asks, load, policy: policy.clone(), kills: kill::Kills::default() }) => ended.map(|never| match never {}),
-        never = reload(hangup, &*config.access, &policy, &troubles) => match never {},
+        ended = peer::accept(socket, shared) => ended.map(|never| match never {}),
+        never = reload(hangup, &*config.access, &policy_read, &troubles) => match never {},
         () = scraped => Ok(()),
         _ = terminate.recv() => Ok(()),
         _ = interrupt.recv() => Ok(()),

@@ -1,8 +1,11 @@
 //! One connection: who it is, what it asks, and that it stays within bounds.
 
 use std::convert::Infallible;
+use std::path::Path;
+use std::rc::Rc;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use futures_util::{SinkExt, StreamExt as _};
 use tokio::net::UnixStream;
 use tokio::sync::broadcast::error::RecvError;
@@ -14,13 +17,15 @@ use super::AlreadyRunning;
 use super::access::Identity;
 use super::core::{Ask, MAX_PAST, Past, Subscription};
 use super::kill::{self, Kills};
-use super::load::{Answer, Load, Place};
+use super::load::{Answer, Load, Place, Turn};
 use super::policy::Policy;
 use super::socket::Socket;
 use crate::history::{self, Lives, Reader, Utc};
+use crate::mark::store::Store;
+use crate::mark::{Mark, file, is_name};
 use crate::model::{Ancestor, Change, Listener};
-use crate::select::{Selector, Shown};
-use crate::source::stat;
+use crate::select::{Filters, Selector, Shown};
+use crate::source::{origin, process, stat};
 use crate::wire::{ErrorKind, Kill, MAX_REQUEST, Request, Response, Selection, VERSION};
 
 /// How long a peer may stay silent between two requests (a subscriber may for ever).
@@ -48,6 +53,8 @@ const KERNEL_BUFFER: usize = 32 << 10;
 
 const NO_HISTORY: &str = "this agent keeps no history";
 
+const BAD_NAME: &str = "a mark's name has up to 64 letters, digits and ._-";
+
 /// What all connections share.
 #[derive(Clone, Debug)]
 pub(super) struct Shared {
@@ -55,6 +62,8 @@ pub(super) struct Shared {
     pub(super) load: Load,
     pub(super) policy: Policy,
     pub(super) kills: Kills,
+    /// The directory of marks.
+    pub(super) marks: Rc<Path>,
 }
 
 /// Takes connections for ever, each served by a task of its own. Needs a [`tokio::task::LocalSet`].
@@ -151,6 +160,8 @@ impl Peer {
                 Request::History { selection, from, limit } => {
                     self.history(&selection, identity, place, from, limit).await?;
                 }
+                Request::Mark { name } => self.mark(name, identity, place).await?,
+                Request::Marked { name } => self.marked(name, identity, place).await?,
                 Request::Kill(kill) => self.kill(*kill, identity, place).await?,
                 Request::Confirm {} => self.refuse(ErrorKind::Usage, "there is no plan to confirm").await?,
                 Request::Watch { selection, since } => return self.watch(&selection, identity, place, since).await,
@@ -219,7 +230,7 @@ impl Peer {
         match selection.selector(identity.netns) {
             Ok(mut selector) => {
                 selector.show_only(self.shared.policy.only(identity));
-                Ok(Some(selector))
+                Ok(Some(selector.with_facts(origin::facts(identity.uid))))
             }
             Err(message) => {
                 self.refuse(ErrorKind::Usage, &message).await?;
@@ -269,6 +280,7 @@ impl Peer {
         let query = move || {
             let clock = super::clock();
             let now = history::clock(clock.now_wall, clock.tz.clone()).now_boot_ns;
+            let selector = selector.ahead_by(now.saturating_sub(clock.now_boot_ns));
             Reader::open(&path, &clock)?.lives(&selector, from, now, limit.min(MAX_LIVES))
         };
         // SQLite blocks: not this thread, which has a table to keep.
@@ -286,6 +298,58 @@ impl Peer {
             self.flush().await
         };
         timeout(READING, tell).await.map_err(|_| End::Gone)?
+    }
+
+    async fn mark(&mut self, name: String, identity: Identity, place: &Place) -> Result<(), End> {
+        if !is_name(&name) {
+            return self.refuse(ErrorKind::Usage, BAD_NAME).await;
+        }
+        // Not of its network namespace alone: whoever reads it may mean another.
+        let mut selector = Selector::new(Vec::new(), Filters::default());
+        selector.show_only(self.shared.policy.only(identity));
+        let turn = place.turn(Answer::History).await;
+        let listeners = match self.ask(|reply| Ask::List { selector: Box::new(selector), reply }).await? {
+            Ok(listeners) => listeners,
+            Err(trouble) => return self.refuse(ErrorKind::Failed, &trouble).await,
+        };
+        let marks = self.shared.marks.to_path_buf();
+        let keep = move || {
+            // After the list: whoever is in it ran before.
+            let mark = Mark::new(&listeners, identity.uid, file::boot_id()?, &super::clock());
+            open_marks(&marks)?.keep(identity.uid, &name, &mark.line()?)?;
+            Ok(Some(mark))
+        };
+        self.answer_with_mark(keep, "cannot keep the mark", turn).await
+    }
+
+    async fn marked(&mut self, name: String, identity: Identity, place: &Place) -> Result<(), End> {
+        if !is_name(&name) {
+            return self.refuse(ErrorKind::Usage, BAD_NAME).await;
+        }
+        let marks = self.shared.marks.to_path_buf();
+        let find = move || {
+            let Some(bytes) = open_marks(&marks)?.find(identity.uid, &name)? else { return Ok(None) };
+            Ok(Some(Mark::read(&bytes, &file::boot_id()?, process::boot_ns_now())?))
+        };
+        let turn = place.turn(Answer::History).await;
+        self.answer_with_mark(find, "the mark", turn).await
+    }
+
+    /// Files block: not this thread, which has a table to keep.
+    async fn answer_with_mark(
+        &mut self,
+        work: impl FnOnce() -> anyhow::Result<Option<Mark>> + Send + 'static,
+        what: &str,
+        _turn: Turn<'_>,
+    ) -> Result<(), End> {
+        match tokio::task::spawn_blocking(work).await.map_err(|_| End::Stopped)? {
+            Ok(mark) => {
+                self.send(&Response::Mark { mark: mark.map(Box::new) }).await?;
+                self.send(&Response::End { count: 1, more: false }).await?;
+                self.flush().await
+            }
+            Err(error) => self.refuse(ErrorKind::Failed, &format!("{what}: {error:#}")).await,
+        }
     }
 
     async fn kill(&mut self, request: Kill, identity: Identity, place: &Place) -> Result<(), End> {
@@ -413,6 +477,14 @@ fn seen_by(selector: &Selector, mut change: Change) -> Change {
         held_by.take_if(|listener| !selector.may_see(listener));
     }
     change
+}
+
+fn open_marks(path: &Path) -> anyhow::Result<Store> {
+    let (Some(base), Some(name)) = (path.parent(), path.file_name().and_then(|name| name.to_str())) else {
+        anyhow::bail!("{} is no directory for marks", path.display());
+    };
+    let euid = rustix::process::geteuid().as_raw();
+    Store::open(base, &[name], euid).with_context(|| format!("cannot open {}", path.display()))
 }
 
 /// Of each holder, nearest first.

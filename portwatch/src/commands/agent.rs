@@ -68,6 +68,7 @@ pub(crate) fn run(args: &AgentArgs, globals: &Globals) -> anyhow::Result<ExitCod
         activated,
         metrics: args.metrics,
         history: (!args.no_history).then(|| (history::path(), retention)),
+        marks: history::path().with_file_name("marks"),
         probe: globals.probe,
         ring_bytes: Some(args.ring),
     };

@@ -213,10 +213,11 @@ fn command() -> Command {
     Cli::command().mut_subcommands(|verb| {
         verb.mut_args(|arg| {
             let values: fn(&[Listener]) -> Values = match arg.get_id().as_str() {
-                "targets" => return arg.add(ArgValueCompleter::new(targets)),
+                "targets" | "except" => return arg.add(ArgValueCompleter::new(targets)),
                 "addresses" => addresses,
                 "users" => users,
                 "pids" => pids,
+                "cgroups" => cgroups,
                 "commands" => commands,
                 "units" => units,
                 "netns" => |_| [("self", "this namespace"), ("all", "every one")].map(owned).into(),
@@ -331,6 +332,10 @@ fn pids(listeners: &[Listener]) -> Values {
 
 fn commands(listeners: &[Listener]) -> Values {
     by(listeners, |_| None, |holder| Some(globset::escape(&holder.process.name)))
+}
+
+fn cgroups(listeners: &[Listener]) -> Values {
+    by(listeners, |_| None, |holder| holder.process.cgroup.clone())
 }
 
 fn units(listeners: &[Listener]) -> Values {

@@ -8,12 +8,12 @@ use clap::Args;
 use portwatch::history::{self, Lives, Reader};
 use portwatch::render;
 use portwatch::render::json;
-use portwatch::select::Selector;
+use portwatch::select::{Filters, Selector};
 use portwatch::wire::{Request, Response, Selection};
 
 use super::{Users, block_on, note, print, reach_agent, selection, selector, view};
 use crate::cli::{Globals, Selectors, TARGETS, duration};
-use crate::exit_codes::NO;
+use crate::exit_codes::{NO, Usage};
 
 #[derive(Debug, Args)]
 #[command(after_help = format!("\
@@ -56,7 +56,13 @@ pub(crate) struct HistoryArgs {
 }
 
 pub(crate) fn run(args: &HistoryArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
-    let selector = selector(&args.targets, &args.selectors)?;
+    let selector = selector(&args.targets, &args.selectors, globals)?;
+    let Filters { variables, descendants_of, orphans, .. } = selector.filters();
+    if *orphans || !variables.is_empty() || !descendants_of.is_empty() {
+        let what =
+            "--env, --descendant-of and --orphans ask processes that run; history knows --command, --cwd and --user";
+        return Err(Usage(what.to_owned()).into());
+    }
     let users = Users::default();
     let name = |uid| users.name(uid);
     let mut view = view(&name);
@@ -128,5 +134,6 @@ fn query(
             };
         }
     };
-    reader.lives(selector, from, now, limit).map(Some)
+    let selector = selector.clone().ahead_by(now.saturating_sub(clock.now_boot_ns));
+    reader.lives(&selector, from, now, limit).map(Some)
 }

@@ -1,5 +1,6 @@
 //! `portwatch kill`: frees ports by ending the processes that hold them.
 
+pub(crate) mod leaks;
 mod pick;
 mod way;
 
@@ -19,6 +20,7 @@ use portwatch::source::Probe;
 use portwatch::wire::{Kill, Selection};
 use rustix::process::Signal;
 
+use self::leaks::LeakArgs;
 use self::way::{End, Way};
 use super::progress::Display;
 use super::{Users, note, print, selection, selector, view, view_on};
@@ -34,6 +36,10 @@ Examples:
   portwatch kill --cwd '/home/al/project*' -y
   portwatch kill -i --user al         pick from a list
   portwatch kill 80 --stop-unit       stop the service that would start it again
+  portwatch kill --since before.json --yes --report leaks.json
+
+With --since, all of it is ended that appeared since and is the caller's own, again and again until nothing more appears.
+Containers that were made since go with --stop-container, whoever started them; those made before are left alone.
 
 {TARGETS}"))]
 pub(crate) struct KillArgs {
@@ -53,7 +59,7 @@ pub(crate) struct KillArgs {
     #[arg(long)]
     pub(crate) tree: bool,
     /// Signal the process groups of the holders, all members at once
-    #[arg(long, conflicts_with = "tree")]
+    #[arg(long, conflicts_with_all = ["tree", "since"])]
     pub(crate) group: bool,
     /// Signal to begin with
     #[arg(short, long, default_value = "TERM", value_name = "SIGNAL")]
@@ -92,6 +98,8 @@ pub(crate) struct KillArgs {
     #[arg(short, long, conflicts_with = "json")]
     pub(crate) quiet: bool,
     #[command(flatten)]
+    pub(crate) leaks: LeakArgs,
+    #[command(flatten)]
     pub(crate) selectors: Selectors,
 }
 
@@ -101,7 +109,7 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
         let message = format!("{option} is carried out without the agent; leave out --agent");
         return Err(Usage(message).into());
     }
-    let selector = selector(&args.targets, &args.selectors)?;
+    let selector = selector(&args.targets, &args.selectors, globals)?;
     if args.interactive && !is_conversation() {
         return Err(Usage(
             "--interactive needs a terminal to show the list on; name the port instead: portwatch kill PORT".to_owned(),
@@ -110,6 +118,9 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
     }
     if selector.is_empty() && !args.interactive {
         return name_a_port(&selector, args, globals);
+    }
+    if selector.filters().since.is_some() && !args.interactive {
+        return leaks::run(args, selector, globals);
     }
     let told = if why_alone.is_none() { Way::through_agent(args, &selector, globals)? } else { None };
     let way = match told {
@@ -140,7 +151,7 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
         }
         return report(args, &way.planned()?);
     }
-    if !concerns.is_empty() && !is_confirmed(way.plan(), &concerns)? {
+    if !agreed(way.plan(), &concerns)? {
         return nothing_signalled();
     }
     let mut display = Display::new(args.json || args.quiet);
@@ -165,6 +176,7 @@ impl KillArgs {
     fn why_alone(&self, globals: &Globals) -> Option<&'static str> {
         let options = [
             ("--interactive", self.interactive),
+            ("--since", self.selectors.since.is_some()),
             ("--stop-container", self.stop_container),
             ("--stop-unit", self.stop_unit),
             ("--close-socket", self.close_socket),
@@ -248,7 +260,11 @@ fn is_conversation() -> bool {
     io::stdin().is_terminal() && io::stderr().is_terminal()
 }
 
-fn is_confirmed(plan: &Plan, concerns: &[Concern]) -> anyhow::Result<bool> {
+/// Whether nobody has to be asked, or somebody said yes.
+fn agreed(plan: &Plan, concerns: &[Concern]) -> anyhow::Result<bool> {
+    if concerns.is_empty() {
+        return Ok(true);
+    }
     let users = Users::default();
     let name = |uid| users.name(uid);
     let mut stderr = io::stderr();
@@ -284,9 +300,14 @@ fn report(args: &KillArgs, outcomes: &[Outcome]) -> anyhow::Result<ExitCode> {
             text.push('\n');
         }
     }
-    match print(&text) {
-        // The work is done: whether it succeeded does not depend on who reads of it.
+    print_done(&text)?;
+    Ok(code)
+}
+
+/// The work is done: whether it succeeded does not depend on who reads of it.
+fn print_done(text: &str) -> anyhow::Result<()> {
+    match print(text) {
         Err(error) if !exit_codes::is_broken_pipe(&error) => Err(error),
-        _ => Ok(code),
+        _ => Ok(()),
     }
 }

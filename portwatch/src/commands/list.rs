@@ -33,7 +33,7 @@ pub(crate) struct ListArgs {
 }
 
 pub(crate) fn run(args: &ListArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
-    let selector = selector(&args.targets, &args.selectors)?;
+    let selector = selector(&args.targets, &args.selectors, globals)?;
     let (listeners, _) = read(&selector, &args.selectors, globals, false)?;
     let users = Users::default();
     let name = |uid| users.name(uid);

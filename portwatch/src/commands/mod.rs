@@ -9,6 +9,7 @@ pub(crate) mod history;
 pub(crate) mod kill;
 pub(crate) mod list;
 pub(crate) mod man;
+pub(crate) mod mark;
 mod progress;
 pub(crate) mod status;
 pub(crate) mod wait;
@@ -31,42 +32,72 @@ use portwatch::client::Client;
 use portwatch::config::{self, ConfigError};
 use portwatch::engine::roster::Lost;
 use portwatch::engine::{self, Wanted};
-use portwatch::model::{Listener, NetnsId};
+use portwatch::model::{Listener, NetnsId, ProcessId};
 use portwatch::render::json::Ancestors;
 use portwatch::render::{self, Clock, View};
-use portwatch::select::{Filters, Selector, Sets, parse_targets};
+use portwatch::select::{Filters, Selector, Sets, Since, Target, parse_targets, without};
 use portwatch::source::stat::{self, Stat};
-use portwatch::source::{Probe, Scanner, Tier, process};
+use portwatch::source::{Probe, Scanner, Tier, origin, process};
 use portwatch::wire::{Request, Response, Selection};
 
-use crate::cli::{Globals, Netns, Selectors};
+use crate::cli::{self, Globals, Netns, Selectors};
 use crate::exit_codes::Usage;
 
 /// What the arguments mean.
-pub(crate) fn selector(targets: &[String], selectors: &Selectors) -> anyhow::Result<Selector> {
-    let targets = parse_targets(targets, &sets_for(targets)?).map_err(|bad| Usage(bad.to_string()))?;
-    Ok(Selector::new(
-        targets,
-        Filters {
-            ipv4: selectors.ipv4,
-            ipv6: selectors.ipv6,
-            tcp: selectors.tcp,
-            udp: selectors.udp,
-            addresses: selectors.addresses.clone(),
-            uids: selectors.users.iter().map(|user| uid(user)).collect::<anyhow::Result<_>>()?,
-            pids: selectors.pids.clone(),
-            commands: selectors.commands.clone(),
-            cwds: selectors.cwds.clone(),
-            containers: containers(&selectors.containers)?,
-            units: selectors.units.clone(),
-            older_than: selectors.older_than,
-            netns: match selectors.netns {
-                Netns::Own => Some(own_netns()?),
-                Netns::All => None,
-                Netns::Id(id) => Some(id),
-            },
+pub(crate) fn selector(targets: &[String], selectors: &Selectors, globals: &Globals) -> anyhow::Result<Selector> {
+    let is_narrow = !targets.is_empty();
+    let except = read_targets(&selectors.except)?;
+    let targets = without(read_targets(targets)?, &except);
+    if is_narrow && targets.is_empty() {
+        return Err(Usage("--except leaves none of the ports; name others".to_owned()).into());
+    }
+    let filters = Filters {
+        ipv4: selectors.ipv4,
+        ipv6: selectors.ipv6,
+        tcp: selectors.tcp,
+        udp: selectors.udp,
+        addresses: selectors.addresses.clone(),
+        uids: selectors.users.iter().map(|user| uid(user)).collect::<anyhow::Result<_>>()?,
+        pids: selectors.pids.clone(),
+        commands: selectors.commands.clone(),
+        cwds: selectors.cwds.clone(),
+        containers: containers(&selectors.containers)?,
+        units: selectors.units.clone(),
+        older_than: selectors.older_than,
+        since: selectors.since.as_ref().map(|since| moment(since, globals)).transpose()?,
+        variables: selectors.variables.clone(),
+        descendants_of: selectors.descendants_of.iter().map(|pid| running(*pid)).collect::<anyhow::Result<_>>()?,
+        cgroups: selectors.cgroups.clone(),
+        orphans: selectors.orphans,
+        except,
+        netns: match selectors.netns {
+            Netns::Own => Some(own_netns()?),
+            Netns::All => None,
+            Netns::Id(id) => Some(id),
         },
-    ))
+    };
+    Ok(Selector::new(targets, filters).with_facts(origin::facts(Uid::effective().as_raw())))
+}
+
+/// The moment that `--since` means.
+fn moment(since: &cli::Since, globals: &Globals) -> anyhow::Result<Since> {
+    match since {
+        cli::Since::Ago(ago) => {
+            let ago = u64::try_from(ago.as_nanos()).unwrap_or(u64::MAX);
+            Ok(Since::After(process::boot_ns_now().saturating_sub(ago)))
+        }
+        cli::Since::Mark(word) => Ok(Since::Mark(mark::find(word, globals)?.boot_ns)),
+    }
+}
+
+/// Which process `--descendant-of` names, whoever has its number later.
+fn running(pid: u32) -> anyhow::Result<ProcessId> {
+    let stat = stat::read(pid);
+    stat.map(|stat| stat.id()).map_err(|_| Usage(format!("no process {pid} is running to have descendants")).into())
+}
+
+fn read_targets(words: &[String]) -> anyhow::Result<Vec<Target>> {
+    parse_targets(words, &sets_for(words)?).map_err(|bad| Usage(bad.to_string()).into())
 }
 
 /// The sets of the configuration, which is read only where a target names one.

@@ -86,7 +86,7 @@ const TRY_LAST: Duration = Duration::from_millis(100);
 
 pub(crate) fn run(args: &WaitArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
     let begun = Instant::now();
-    let selector = selector(&args.targets, &args.selectors)?;
+    let selector = selector(&args.targets, &args.selectors, globals)?;
     if selector.is_empty() {
         return Err(Usage("wait is missing a port; try: portwatch wait 8000 --bound".to_owned()).into());
     }

@@ -48,7 +48,7 @@ pub(crate) struct WatchArgs {
 }
 
 pub(crate) fn run(args: &WatchArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
-    let selector = selector(&args.targets, &args.selectors)?;
+    let selector = selector(&args.targets, &args.selectors, globals)?;
     block_on(watch(args, globals, &selector))
 }
 

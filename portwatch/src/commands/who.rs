@@ -31,7 +31,7 @@ pub(crate) struct WhoArgs {
 }
 
 pub(crate) fn run(args: &WhoArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
-    let selector = selector(&args.targets, &args.selectors)?;
+    let selector = selector(&args.targets, &args.selectors, globals)?;
     if selector.is_empty() {
         return Err(Usage("who is missing a port; try: portwatch who 8000".to_owned()).into());
     }

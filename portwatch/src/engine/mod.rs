@@ -22,6 +22,7 @@ use bollard::errors::Error::{DockerResponseServerError, SocketNotFoundError};
 use bollard::models::{ContainerSummary, PortSummary, PortSummaryTypeEnum};
 use bollard::query_parameters::StopContainerOptionsBuilder;
 use bollard::{ClientVersion, Docker};
+use jiff::Timestamp;
 use tokio::runtime::Runtime;
 use tokio::time::timeout;
 
@@ -159,6 +160,12 @@ impl Engine {
         let told = self.within(TIMEOUT, self.docker.inspect_container(id, None))?;
         let pid = told.state.and_then(|state| state.pid).and_then(|pid| u32::try_from(pid).ok());
         Ok(pid.filter(|pid| *pid != 0))
+    }
+
+    /// When the container was made, whether or not it was started anew since. `None`: the engine does not say.
+    pub fn created(&self, id: &str) -> Result<Option<Timestamp>, EngineError> {
+        let told = self.within(TIMEOUT, self.docker.inspect_container(id, None))?;
+        Ok(told.created.and_then(|created| created.to_string().parse().ok()))
     }
 
     /// Stops these containers, all at once, each by the signal that its image asks for and after `grace` by SIGKILL. The

@@ -8,9 +8,11 @@
 //! This module owns who is signalled ([`plan`], [`kin`]) and who never ([`guards`]), what a person should know before
 //! ([`preview`], [`concern`]), how it is made sure that nobody else is hit ([`target`]), the containers and units that are
 //! stopped instead ([`stop`]), the sockets that are closed without their holders ([`close`]), the waiting ([`execute`]) and what is said of it ([`outcome`], [`text`]). None of these scans:
-//! [`job`], the whole way from a selector to the outcomes, hands them what was scanned, and a way to scan again.
+//! [`job`], the whole way from a selector to the outcomes, hands them what was scanned, and a way to scan again; [`cleanup`]
+//! goes that way until nothing more appears.
 
 mod aftermath;
+pub mod cleanup;
 mod close;
 pub mod concern;
 pub mod execute;
@@ -31,6 +33,7 @@ pub mod target;
 pub mod text;
 mod why;
 
+pub use cleanup::{Cleaned, Cleanup, Ended, Leak};
 pub use concern::Concern;
 pub use execute::{Options, World, execute};
 pub use guards::{Guards, Units};

@@ -5,6 +5,7 @@
 //! socket, [`Selector::matches`] looks at holders and age as well. A range of ports costs as much as one port.
 
 mod glob;
+mod origin;
 mod shown;
 mod target;
 #[cfg(test)]
@@ -16,11 +17,12 @@ use std::time::Duration;
 use globset::GlobMatcher;
 
 pub use self::glob::{glob, unit_glob};
+pub use self::origin::{Facts, Family, Relative, Since, Variable, cgroup_path, started_after};
 pub use self::shown::Shown;
-pub use self::target::{BadTarget, Sets, Target, builtin_sets, parse_targets};
+pub use self::target::{BadTarget, Sets, Target, builtin_sets, parse_targets, without};
 use crate::cgroup;
 use crate::engine::Wanted;
-use crate::model::{BootNs, Listener, NetnsId, Process, Protocol, Socket};
+use crate::model::{BootNs, Listener, NetnsId, Process, ProcessId, Protocol, Socket};
 
 /// Everything that narrows a selection but targets. An empty list and `None` let everything pass; several values in
 /// one list mean any of them.
@@ -43,6 +45,17 @@ pub struct Filters {
     /// On the name of the systemd service, of the system's or of a user's manager, with or without `.service`.
     pub units: Vec<GlobMatcher>,
     pub older_than: Option<Duration>,
+    pub since: Option<Since>,
+    /// In the environment that a holder was started with, where that may be read.
+    pub variables: Vec<Variable>,
+    /// A holder is a child of this very process, or a child's child, and so on.
+    pub descendants_of: Vec<ProcessId>,
+    /// A holder's cgroup is this one, or below it; as [`cgroup_path`] gives them.
+    pub cgroups: Vec<String>,
+    /// A holder's parent is gone, and init or another subreaper in its place.
+    pub orphans: bool,
+    /// Not these, whatever else says.
+    pub except: Vec<Target>,
     /// `None`: every namespace.
     pub netns: Option<NetnsId>,
 }
@@ -55,6 +68,7 @@ pub struct Selector {
     /// The targets as bitmaps, one entry for each address named (`None`: any). Empty: every port.
     ports: Vec<Ports>,
     only_of: Option<u32>,
+    facts: Facts,
 }
 
 #[derive(Clone, Debug)]
@@ -82,7 +96,7 @@ impl Selector {
                 ports[index].udp.insert(target.ports.clone());
             }
         }
-        Selector { targets, filters, ports, only_of: None }
+        Selector { targets, filters, ports, only_of: None, facts: Facts::NONE }
     }
 
     /// From now on picks only what is of this user ([`Listener::is_of`]), whatever else it picks: not what somebody asks
@@ -96,6 +110,26 @@ impl Selector {
         self.only_of.is_none_or(|uid| listener.is_of(uid))
     }
 
+    /// The same, with a way to look up what `--env`, `--descendant-of` and `--orphans` ask for. Without, these match nothing.
+    pub fn with_facts(self, facts: Facts) -> Self {
+        Selector { facts, ..self }
+    }
+
+    /// The same with other filters.
+    pub fn filtered(mut self, change: impl FnOnce(&mut Filters)) -> Self {
+        change(&mut self.filters);
+        self
+    }
+
+    /// The same for listeners whose times are `offset` ns ahead of those since boot.
+    pub fn ahead_by(self, offset: u64) -> Self {
+        let later = |since| match since {
+            Since::After(moment) => Since::After(moment.saturating_add(offset)),
+            Since::Mark(moment) => Since::Mark(moment.saturating_add(offset)),
+        };
+        self.filtered(|filters| filters.since = filters.since.map(later))
+    }
+
     /// Whether nothing says which listeners are meant: no target, address, owner, process, directory, container or age.
     /// Families, protocols and namespaces narrow a selection but do not make one: `kill --tcp` names nothing.
     pub fn is_empty(&self) -> bool {
@@ -104,20 +138,14 @@ impl Selector {
 
     /// Whether it matters who holds a listener, or for how long.
     pub fn has_process_filters(&self) -> bool {
-        let Filters { uids, pids, commands, cwds, containers, units, older_than, .. } = &self.filters;
-        !(uids.is_empty()
-            && pids.is_empty()
-            && commands.is_empty()
-            && cwds.is_empty()
-            && containers.is_empty()
-            && units.is_empty()
-            && older_than.is_none())
+        let Filters { uids, older_than, since, .. } = &self.filters;
+        !uids.is_empty() || older_than.is_some() || since.is_some() || self.filters.want_a_holder()
     }
 
     /// Whether anything but the targets and the namespace narrows the selection.
     pub fn has_filters(&self) -> bool {
-        let Filters { ipv4, ipv6, tcp, udp, addresses, .. } = &self.filters;
-        *ipv4 || *ipv6 || *tcp || *udp || !addresses.is_empty() || self.has_process_filters()
+        let Filters { ipv4, ipv6, tcp, udp, addresses, except, .. } = &self.filters;
+        *ipv4 || *ipv6 || *tcp || *udp || !addresses.is_empty() || !except.is_empty() || self.has_process_filters()
     }
 
     /// The targets as given, sets expanded.
@@ -184,6 +212,7 @@ impl Selector {
             }
             && any_or_none(&self.filters.addresses, |address| *address == socket.address)
             && self.filters.netns.is_none_or(|netns| netns == socket.netns)
+            && !self.filters.except.iter().any(|target| target.covers(socket))
     }
 
     fn matches_ports(&self, socket: &Socket) -> bool {
@@ -202,26 +231,20 @@ impl Selector {
         self.matches_socket(&listener.socket)
             && self.may_see(listener)
             && self.is_old_enough(listener, now)
+            && self.filters.since.is_none_or(|since| since.matches(listener))
             && self.matches_holders(listener)
     }
 
     fn matches_holders(&self, listener: &Listener) -> bool {
-        let Filters { uids, pids, commands, cwds, containers, units, .. } = &self.filters;
         if listener.is_ghost() {
-            return pids.is_empty()
-                && commands.is_empty()
-                && cwds.is_empty()
-                && containers.is_empty()
-                && units.is_empty()
-                && any_or_none(uids, |uid| *uid == listener.socket.uid);
+            return !self.filters.want_a_holder() && any_or_none(&self.filters.uids, |uid| *uid == listener.socket.uid);
         }
         listener.holders.iter().any(|holder| self.matches_process(&holder.process, &listener.socket))
     }
 
-    /// Whether a holder of the socket passes the process filters (`--user`, `--pid`, `--command`, `--cwd`,
-    /// `--container`, `--unit`).
+    /// Whether a holder of the socket passes the process filters: all but those of age. What has to be looked up comes last.
     pub fn matches_process(&self, process: &Process, socket: &Socket) -> bool {
-        let Filters { uids, pids, commands, cwds, containers, units, .. } = &self.filters;
+        let Filters { uids, pids, commands, cwds, containers, units, cgroups, .. } = &self.filters;
         any_or_none(uids, |uid| process.uid == Some(*uid))
             && any_or_none(pids, |pid| *pid == process.id.pid)
             && (commands.is_empty() || {
@@ -237,6 +260,24 @@ impl Selector {
                     units.iter().any(|glob| glob.is_match(unit) || glob.is_match(short))
                 })
             })
+            && any_or_none(cgroups, |wanted| process.cgroup.as_ref().is_some_and(|own| origin::is_below(own, wanted)))
+            && self.matches_facts(process)
+    }
+
+    fn matches_facts(&self, process: &Process) -> bool {
+        let Filters { variables, descendants_of, orphans, .. } = &self.filters;
+        let Facts { reader, environment, family } = self.facts;
+        if *orphans || !descendants_of.is_empty() {
+            let Some(family) = family(process.id) else { return false };
+            if *orphans && !family.is_orphaned(process) {
+                return false;
+            }
+            if !any_or_none(descendants_of, |id| family.descends_from(*id)) {
+                return false;
+            }
+        }
+        variables.is_empty()
+            || environment(process.id, reader).is_some_and(|bytes| variables.iter().any(|wanted| wanted.is_in(&bytes)))
     }
 
     /// Of unknown age is not old: a clean-up must not end what it knows nothing of.
@@ -248,6 +289,20 @@ impl Selector {
 }
 
 impl Filters {
+    /// Whether a process has to be there for a listener to match.
+    fn want_a_holder(&self) -> bool {
+        let Filters { pids, commands, cwds, containers, units, variables, descendants_of, cgroups, orphans, .. } = self;
+        *orphans
+            || !(pids.is_empty()
+                && commands.is_empty()
+                && cwds.is_empty()
+                && containers.is_empty()
+                && units.is_empty()
+                && variables.is_empty()
+                && descendants_of.is_empty()
+                && cgroups.is_empty())
+    }
+
     fn allow(&self, proto: Protocol) -> bool {
         match proto {
             Protocol::Tcp => self.tcp || !self.udp,

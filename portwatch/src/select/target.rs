@@ -24,6 +24,38 @@ impl Target {
             && self.proto.is_none_or(|proto| proto == socket.proto)
             && self.address.is_none_or(|address| socket.serves(address))
     }
+
+    /// What is left of it without the ports of `other`: at most a piece below, one above, and those of the other protocol.
+    fn minus(self, other: &Target) -> Vec<Target> {
+        let overlaps = self.ports.start() <= other.ports.end() && other.ports.start() <= self.ports.end();
+        let same_place = other.address.is_none() || other.address == self.address;
+        let same_proto = other.proto.is_none() || self.proto.is_none() || other.proto == self.proto;
+        if !(overlaps && same_place && same_proto) {
+            return vec![self];
+        }
+        let (first, last) = (*self.ports.start(), *self.ports.end());
+        let (from, to) = (first.max(*other.ports.start()), last.min(*other.ports.end()));
+        let piece = |ports, proto| Target { ports, proto, address: self.address };
+        let mut left = Vec::new();
+        if first < from {
+            left.push(piece(first..=from - 1, self.proto));
+        }
+        match (self.proto, other.proto) {
+            (None, Some(Protocol::Tcp)) => left.push(piece(from..=to, Some(Protocol::Udp))),
+            (None, Some(Protocol::Udp)) => left.push(piece(from..=to, Some(Protocol::Tcp))),
+            _ => {}
+        }
+        if to < last {
+            left.push(piece(to + 1..=last, self.proto));
+        }
+        left
+    }
+}
+
+/// The targets without the ports of `except`, as far as whole ports are left out: of one that is left out on one address
+/// only, the rest is still meant.
+pub fn without(targets: Vec<Target>, except: &[Target]) -> Vec<Target> {
+    except.iter().fold(targets, |targets, other| targets.into_iter().flat_map(|target| target.minus(other)).collect())
 }
 
 impl fmt::Display for Target {

@@ -9,6 +9,7 @@ pub mod diag;
 mod ebpf;
 pub mod join;
 pub mod netns;
+pub mod origin;
 pub mod process;
 pub mod procfs;
 pub mod released;

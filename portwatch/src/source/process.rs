@@ -83,6 +83,12 @@ pub fn read_exact(id: ProcessId) -> Option<Process> {
     Some(Process { id, ..details(id.pid, dir.as_fd(), stat) })
 }
 
+/// The effective uid of whoever has this number now.
+pub fn owner(pid: u32) -> Option<u32> {
+    // See details().
+    rustix::fs::stat(format!("/proc/{pid}")).ok().map(|status| status.st_uid)
+}
+
 /// argv of this very process. `None`: it is gone, whoever has its number now.
 pub fn command(id: ProcessId) -> Option<Vec<String>> {
     let dir = open_exact(id)?;
@@ -92,13 +98,22 @@ pub fn command(id: ProcessId) -> Option<Vec<String>> {
 /// A variable of the environment that this very process was started with. `None` also where it may not be read: of
 /// another user's process only root may.
 pub fn variable(id: ProcessId, name: &str) -> Option<String> {
-    let dir = open_exact(id)?;
-    let bytes = read_up_to(open_at(dir.as_fd(), c"environ")?.as_fd(), MAX_ENVIRONMENT_BYTES);
+    // What we may not read, the kernel does not let us open.
+    let bytes = environment_for(id, 0)?;
     let mut variables = bytes.split(|&byte| byte == 0);
     variables.find_map(|variable| {
         let value = variable.strip_prefix(name.as_bytes())?.strip_prefix(b"=")?;
         Some(String::from_utf8_lossy(value).into_owned())
     })
+}
+
+/// The environment that this very process was started with, each variable ended by NUL, as far as `reader` may know it:
+/// who is not root, that of its own processes. The file belongs to the user of the process, or to root where that user is
+/// not to look into it, as with a program that has more rights than its user: see task_dump_owner() in fs/proc/base.c.
+pub fn environment_for(id: ProcessId, reader: u32) -> Option<Vec<u8>> {
+    let file = open_at(open_exact(id)?.as_fd(), c"environ")?;
+    let is_told = reader == 0 || rustix::fs::fstat(&file).ok()?.st_uid == reader;
+    is_told.then(|| read_up_to(file.as_fd(), MAX_ENVIRONMENT_BYTES))
 }
 
 fn open_exact(id: ProcessId) -> Option<OwnedFd> {
@@ -278,6 +293,9 @@ mod tests {
         assert_eq!(command(fine), Some(process.command.clone()));
         assert_eq!(variable(fine, "WEIRD").as_deref(), Some("a=b\nc"));
         assert_eq!((variable(fine, "WEIR"), variable(fine, "")), (None, None));
+        let own = nix::unistd::geteuid().as_raw();
+        assert!(environment_for(fine, own).is_some_and(|bytes| !bytes.is_empty()));
+        assert_eq!(environment_for(fine, own + 1), None);
         let other = ProcessId { pid, start: process.id.start + ProcessId::TICK_NS };
         assert_eq!((read_exact(other), command(other), variable(other, "WEIRD")), (None, None, None));
 

@@ -50,15 +50,7 @@ impl Way {
         selector: &Selector,
         globals: &Globals,
     ) -> anyhow::Result<ControlFlow<End, Way>> {
-        if std::fs::read_link("/proc/self").ok() != Some(std::process::id().to_string().into()) {
-            anyhow::bail!(
-                "/proc belongs to another pid namespace, so its PIDs mean nothing here; mount one of this namespace"
-            );
-        }
-        let mut scanner = Scanner::open(globals.probe);
-        if let Some(reason) = scanner.refusal() {
-            explain(globals, &format!("holders are read from {}: {reason}", scanner.method()));
-        }
+        let mut scanner = open_scanner(globals)?;
         let mut choice = Choice::read(&mut scanner, selector)?;
         if choice.selected.is_empty() && (args.interactive || choice.is_empty()) {
             return Ok(ControlFlow::Break(End::NothingThere));
@@ -109,4 +101,18 @@ impl Way {
             Way::Alone { job, mut scanner } => job.run(&mut scanner, options, progress),
         }
     }
+}
+
+/// A way to read who holds what, for who then signals by PID.
+pub(super) fn open_scanner(globals: &Globals) -> anyhow::Result<Scanner> {
+    if std::fs::read_link("/proc/self").ok() != Some(std::process::id().to_string().into()) {
+        anyhow::bail!(
+            "/proc belongs to another pid namespace, so its PIDs mean nothing here; mount one of this namespace"
+        );
+    }
+    let scanner = Scanner::open(globals.probe);
+    if let Some(reason) = scanner.refusal() {
+        explain(globals, &format!("holders are read from {}: {reason}", scanner.method()));
+    }
+    Ok(scanner)
 }

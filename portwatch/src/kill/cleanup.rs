@@ -1,0 +1,312 @@
+//! Ends what appeared since a moment, and goes on until nothing more appears.
+//!
+//! ```text
+//!           ┌──────────────── somebody new ────────────────┐
+//!  scan ─► whom ─► plan ─► (agree) ─► kill ─► scan ─► quiet? ─► Cleaned
+//!                                               └── look again: after every 20 ms, until the settling time is over,
+//!                                                   and for 2 s while processes that started meanwhile still run
+//! ```
+//! A server that is forked by one that is being ended does not listen yet when that one is gone, so the end of a kill is
+//! not the end: whoever started meanwhile is given the time to begin to listen, or to end. Looking costs a scan; probes
+//! would tell at once, but take longer to attach than this lasts, and only root may.
+//!
+//! A port that is published for a container says when its proxy started, not when the container was made: one that was
+//! made before counts as a bystander, also when it was started anew.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use serde::Serialize;
+
+use super::execute::Options;
+use super::guards::Guards;
+use super::job::{Choice, Job, Terms};
+use super::outcome::Outcome;
+use super::plan::{Plan, same_socket};
+use super::progress::Progress;
+use crate::engine::{self, Engine, Roster};
+use crate::model::{Ancestor, BootNs, Listener, Process, Socket};
+use crate::select::{Selector, Since};
+use crate::source::{Scanner, process, stat};
+
+/// How long at most those are looked out for that started during the clean-up and do not listen yet.
+const NEWCOMERS: Duration = Duration::from_secs(2);
+
+/// How often, and the idle time between two looks as a multiple of what a look took.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+const REST: u32 = 4;
+
+/// Something that starts a server again each time will not end by itself: it is said, and left to people.
+const MAX_PASSES: usize = 20;
+
+/// What is to be ended, and how.
+#[derive(Debug)]
+pub struct Cleanup {
+    selector: Selector,
+    uids: Vec<u32>,
+    terms: Terms,
+    options: Options,
+    force_self: bool,
+}
+
+/// What was left behind, and what became of it.
+#[derive(Clone, Debug, Default)]
+pub struct Cleaned {
+    pub leaks: Vec<Leak>,
+    /// Of every pass.
+    pub outcomes: Vec<Outcome>,
+    /// Whether it was given up because more and more appeared.
+    pub endless: bool,
+}
+
+/// A listener that was left behind.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Leak {
+    pub socket: Socket,
+    /// Its binder; `None`: nobody visible.
+    pub process: Option<Arc<Process>>,
+    /// Out of whom the binder came, nearest first, as far as it still showed.
+    pub ancestors: Vec<Ancestor>,
+    /// How long it was there; at most, where nobody saw it begin. `None` where not even that is known.
+    pub lived: Option<Duration>,
+    pub ended: Ended,
+    /// What was stopped, or why it is still there. Hostile text.
+    pub note: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Ended {
+    /// By the first signal.
+    Terminated,
+    /// By SIGKILL.
+    Killed,
+    /// With its container or unit.
+    Stopped,
+    /// By itself, before anything was sent to it.
+    Exited,
+    /// It did not.
+    Alive,
+}
+
+impl Cleanup {
+    /// `uids` are the users whose processes are meant, all where it is empty. What is published for containers, or runs in
+    /// one, is meant whoever's it is where containers are stopped.
+    pub fn new(selector: Selector, uids: Vec<u32>, terms: Terms, options: Options, force_self: bool) -> Cleanup {
+        Cleanup { selector, uids, terms, options, force_self }
+    }
+
+    /// What is to be ended now.
+    ///
+    /// # Errors
+    /// When the host's sockets cannot be read.
+    pub fn choose(&self, scanner: &mut Scanner) -> anyhow::Result<Choice> {
+        let mut choice = Choice::read(scanner, &self.selector)?;
+        // Nobody asked for a port.
+        choice.named.clear();
+        let containers = Containers::of(&choice.selected, self.selector.filters().since);
+        let (meant, others) = choice.selected.into_iter().partition(|listener| self.means(listener, &containers));
+        choice.selected = meant;
+        choice.left_out.extend::<Vec<Listener>>(others);
+        Ok(choice)
+    }
+
+    fn means(&self, listener: &Listener, containers: &Containers) -> bool {
+        match containers.is_new(listener) {
+            Some(false) => false,
+            Some(true) if self.terms.stop_containers => true,
+            _ => self.uids.is_empty() || listener.holders.iter().any(|holder| self.is_of_them(holder.process.uid)),
+        }
+    }
+
+    fn is_of_them(&self, uid: Option<u32>) -> bool {
+        self.uids.is_empty() || uid.is_some_and(|uid| self.uids.contains(&uid))
+    }
+
+    /// The kill of what was chosen, decided and not begun.
+    ///
+    /// # Errors
+    /// When the processes of the host cannot be read.
+    pub fn prepare(&self, choice: Choice) -> anyhow::Result<Job> {
+        Job::prepare(choice, &self.terms, Guards::current(self.force_self))
+    }
+
+    /// Ends it all. `agree` is asked about the first plan, and nothing is done without; `None` then.
+    ///
+    /// # Errors
+    /// When the host cannot be scanned. Signals may have been sent by then.
+    pub fn run(
+        &self,
+        scanner: &mut Scanner,
+        agree: &mut dyn FnMut(&Plan) -> anyhow::Result<bool>,
+        progress: &mut dyn FnMut(&Progress<'_>),
+    ) -> anyhow::Result<Option<Cleaned>> {
+        let begun = process::boot_ns_now();
+        let mut cleaned = Cleaned::default();
+        let mut passes = 0;
+        // When the last pass was over.
+        let mut acted: Option<Instant> = None;
+        loop {
+            let looked = Instant::now();
+            let mut choice = self.choose(scanner)?;
+            cleaned.still_there(&choice.selected);
+            choice.selected.retain(|listener| !cleaned.knows(&listener.socket));
+            if choice.selected.is_empty() {
+                let Some(acted) = acted else { return Ok(Some(cleaned)) };
+                let quiet = acted.elapsed();
+                if quiet >= NEWCOMERS || (quiet >= self.options.settle && !self.has_newcomers(begun)) {
+                    return Ok(Some(cleaned));
+                }
+                thread::sleep((looked.elapsed() * REST).max(LOOK_EVERY));
+                continue;
+            }
+            if passes == MAX_PASSES {
+                cleaned.endless = true;
+                cleaned.leaks.extend(choice.selected.iter().map(Leak::found));
+                return Ok(Some(cleaned));
+            }
+            let found: Vec<Leak> = choice.selected.iter().map(Leak::found).collect();
+            let job = self.prepare(choice)?;
+            if passes == 0 && !agree(job.plan())? {
+                return Ok(None);
+            }
+            let outcomes = job.run(scanner, self.options, progress)?;
+            cleaned.leaks.extend(found.into_iter().map(|leak| leak.judged(&outcomes)));
+            cleaned.outcomes.extend(outcomes);
+            acted = Some(Instant::now());
+            passes += 1;
+        }
+    }
+
+    /// Whether a process that started since runs and could yet begin to listen.
+    fn has_newcomers(&self, begun: BootNs) -> bool {
+        let own = std::process::id();
+        let is_newcomer = |stat: &stat::Stat| {
+            let is_new = stat.start / TICK >= begun / TICK && !stat.exiting && !stat.kernel_thread;
+            is_new && stat.pid != own && stat.ppid != own && self.is_of_them(process::owner(stat.pid))
+        };
+        stat::all().is_ok_and(|all| all.iter().any(is_newcomer))
+    }
+}
+
+const TICK: BootNs = crate::model::ProcessId::TICK_NS;
+
+impl Cleaned {
+    /// Whether something had to be ended.
+    pub fn has_ended_any(&self) -> bool {
+        self.leaks.iter().any(|leak| matches!(leak.ended, Ended::Terminated | Ended::Killed | Ended::Stopped))
+    }
+
+    /// Whether nothing is left.
+    pub fn is_clean(&self) -> bool {
+        self.leaks.iter().all(|leak| leak.ended != Ended::Alive)
+    }
+
+    fn knows(&self, socket: &Socket) -> bool {
+        self.leaks.iter().any(|leak| same_socket(leak.socket.id, socket.id))
+    }
+
+    /// What was ended and is there all the same, in the hands of somebody else, was not ended.
+    fn still_there(&mut self, listeners: &[Listener]) {
+        for leak in &mut self.leaks {
+            if listeners.iter().any(|listener| same_socket(listener.socket.id, leak.socket.id)) {
+                leak.ended = Ended::Alive;
+            }
+        }
+    }
+}
+
+impl Leak {
+    fn found(listener: &Listener) -> Leak {
+        let binder = listener.binder().map(|binder| Arc::clone(&binder.process));
+        let stat = |pid| stat::read(pid).ok();
+        let lived = listener.began().map(|began| Duration::from_nanos(process::boot_ns_now().saturating_sub(began)));
+        Leak {
+            socket: listener.socket.clone(),
+            ancestors: binder.as_ref().map(|binder| stat::lineage(binder.id.pid, &stat)).unwrap_or_default(),
+            process: binder,
+            lived,
+            ended: Ended::Alive,
+            note: None,
+        }
+    }
+
+    /// The same, with what became of it.
+    fn judged(self, outcomes: &[Outcome]) -> Leak {
+        let of_it = |outcome: &&Outcome| {
+            (outcome.port, outcome.proto, outcome.netns) == (self.socket.port, self.socket.proto, self.socket.netns)
+        };
+        let Some(outcome) = outcomes.iter().find(of_it) else { return self };
+        let pid = self.process.as_ref().map_or(0, |process| process.id.pid);
+        let failure = outcome.failed.iter().find(|failure| failure.pid == pid).or(outcome.failed.first());
+        let (ended, note) = if outcome.forced.contains(&pid) {
+            (Ended::Killed, None)
+        } else if outcome.killed.contains(&pid) {
+            (Ended::Terminated, None)
+        } else if outcome.gone.contains(&pid) {
+            (Ended::Exited, None)
+        } else if let Some(stopped) = outcome.stopped.first() {
+            let (kind, name) = stopped.describe();
+            (Ended::Stopped, Some(format!("{kind} {name}")))
+        } else if let Some(failure) = failure {
+            (Ended::Alive, Some(failure.reason.clone()))
+        } else if outcome.is_done() {
+            // It let go of the port, and was not waited for.
+            (Ended::Terminated, None)
+        } else {
+            (Ended::Alive, outcome.diagnostics.as_ref().map(|found| found.message.clone()))
+        };
+        // Until now, rather than until it was found.
+        let lived = match ended {
+            Ended::Alive => self.lived,
+            _ => self.lived.map(|lived| lived + outcome.elapsed),
+        };
+        Leak { ended, note, lived, ..self }
+    }
+}
+
+/// The containers that listeners have to do with, and which of them are new.
+#[derive(Debug, Default)]
+struct Containers {
+    roster: Roster,
+    /// By id.
+    new: HashMap<String, bool>,
+}
+
+impl Containers {
+    /// A plain port costs no question.
+    fn of(listeners: &[Listener], since: Option<Since>) -> Containers {
+        let Some(Since::After(moment) | Since::Mark(moment)) = since else { return Containers::default() };
+        if !engine::is_involved_in(listeners) {
+            return Containers::default();
+        }
+        let (engine, roster) = engine::ask();
+        let ago = Duration::from_nanos(process::boot_ns_now().saturating_sub(moment));
+        let since = Timestamp::now().checked_sub(ago).unwrap_or(Timestamp::MIN);
+        let mut containers = Containers { roster, new: HashMap::new() };
+        for listener in listeners {
+            for id in containers.ids(listener) {
+                // Of which the engine does not tell, the listener's own age stands.
+                let created = engine.as_ref().and_then(|engine: &Engine| engine.created(&id).ok().flatten());
+                containers.new.entry(id).or_insert_with(|| created.is_none_or(|created| created >= since));
+            }
+        }
+        containers
+    }
+
+    fn ids(&self, Listener { socket, holders, .. }: &Listener) -> Vec<String> {
+        let link = |process: &Arc<Process>| self.roster.link(process, socket)?.container.map(|known| known.id.clone());
+        holders.iter().filter_map(|holder| link(&holder.process)).collect()
+    }
+
+    /// `None`: no container has to do with it, as far as anybody knows.
+    fn is_new(&self, listener: &Listener) -> Option<bool> {
+        self.ids(listener).iter().filter_map(|id| self.new.get(id)).copied().reduce(|one, other| one && other)
+    }
+}
+
+#[cfg(test)]
+mod tests;
