@@ -18,6 +18,7 @@ pub mod select;
 pub mod service;
 pub mod source;
 pub mod supervisor;
+pub mod sweep;
 pub mod table;
 pub mod tracker;
 pub mod waiting;
