@@ -5,10 +5,16 @@
 //! [sets]
 //! web = [8000, "3000-3005", "8080/tcp", "127.0.0.1:9000"]
 //! db = "5432,6379"
+//! [access]
+//! list = "own"
+//! kill = "wheel"
 //! ```
 //! Tables that this version does not know are passed over. Owns which files are read, whether they may be trusted, and
-//! what they mean; it is asked only where a target names a set, so that a broken file never keeps a port from being
-//! freed by number. [`sets_in`] is pure.
+//! what they mean. Sets are asked for only where a target names one, so that a broken file never keeps a port from being
+//! freed by number. `[access]` is for the [agent](crate::agent) alone, which reads one file: the host's, or the one that
+//! it is told, and nobody's own. [`sets_in`] and [`access_in`] are pure.
+
+mod access;
 
 use std::ffi::OsString;
 use std::fmt;
@@ -19,8 +25,10 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::libc;
+use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+pub use self::access::{Access, Killers, Told, access_in};
 use crate::render::escape;
 use crate::select::{Sets, Target, builtin_sets, parse_targets};
 
@@ -68,17 +76,30 @@ impl std::error::Error for ConfigError {
 /// Where a file exists that cannot be read, understood or, as root, trusted.
 pub fn sets(variable: &dyn Fn(&str) -> Option<OsString>, euid: u32) -> Result<Sets, ConfigError> {
     let (paths, is_required) = places(variable);
+    // What @name means decides what root kills.
+    let reader = (euid == 0).then_some(Reader { name: "root", trusts: 0 });
     let mut sets = builtin_sets();
     for path in paths {
-        let text = match read(&path, euid) {
+        let text = match read(&path, reader) {
             Err(ConfigError::Unreadable(_, error)) if is_absent(&error) && !is_required => continue,
             other => other?,
         };
-        let found = sets_in(&text)
-            .map_err(|Bad { line, what }| ConfigError::Broken(format!("{}:{line}: {what}", shown(&path))))?;
-        sets.extend(found);
+        sets.extend(sets_in(&text).map_err(|bad| bad.at(&path))?);
     }
     Ok(sets)
+}
+
+/// What the agent is to tell and to do for whom: `file` says so, which must exist, else that of the host, if there is
+/// one. `euid` is who runs the agent; `gid_of` looks up a group.
+///
+/// # Errors
+/// Where a file exists that cannot be read, understood or trusted.
+pub fn access(file: Option<&Path>, euid: u32, gid_of: &dyn Fn(&str) -> Option<u32>) -> Result<Access, ConfigError> {
+    let path = file.unwrap_or(Path::new(SYSTEM));
+    match read(path, Some(Reader { name: "the agent", trusts: euid })) {
+        Err(ConfigError::Unreadable(_, error)) if is_absent(&error) && file.is_none() => Ok(Access::default()),
+        text => access_in(&text?, gid_of).map_err(|bad| bad.at(path)),
+    }
 }
 
 fn is_absent(error: &io::Error) -> bool {
@@ -103,7 +124,16 @@ fn places(variable: &dyn Fn(&str) -> Option<OsString>) -> (Vec<PathBuf>, bool) {
     (std::iter::once(PathBuf::from(SYSTEM)).chain(own).collect(), false)
 }
 
-fn read(path: &Path, euid: u32) -> Result<String, ConfigError> {
+/// Somebody who believes root, and no others but perhaps one.
+#[derive(Clone, Copy)]
+struct Reader {
+    name: &'static str,
+    /// A uid beside root's.
+    trusts: u32,
+}
+
+/// `reader` is `None` where it does not matter who wrote the file.
+fn read(path: &Path, reader: Option<Reader>) -> Result<String, ConfigError> {
     let unreadable = |error| ConfigError::Unreadable(path.to_owned(), error);
     let broken = |what: &str| ConfigError::Broken(format!("{}: {what}", shown(path)));
     // A fifo or a device must neither block nor be read: opened, looked at, refused.
@@ -113,7 +143,7 @@ fn read(path: &Path, euid: u32) -> Result<String, ConfigError> {
     if !meta.is_file() {
         return Err(broken("not a regular file; put the configuration into one"));
     }
-    if let Some(why) = distrust(&meta, euid) {
+    if let Some(why) = reader.and_then(|reader| distrust(&meta, reader)) {
         return Err(broken(&why));
     }
     let mut bytes = Vec::new();
@@ -127,20 +157,17 @@ fn read(path: &Path, euid: u32) -> Result<String, ConfigError> {
     })
 }
 
-/// Why root does not read it: what `@name` means decides what root kills, so nobody else may write it.
-fn distrust(meta: &Metadata, euid: u32) -> Option<String> {
-    if euid != 0 {
-        return None;
-    }
-    if meta.uid() != 0 {
-        return Some(format!("belongs to uid {}, so root does not read it; chown it to root", meta.uid()));
+/// Why it is not read: nobody else may write what decides what is done with privileges.
+fn distrust(meta: &Metadata, Reader { name, trusts }: Reader) -> Option<String> {
+    if ![0, trusts].contains(&meta.uid()) {
+        return Some(format!("belongs to uid {}, so {name} does not read it; chown it to root", meta.uid()));
     }
     let writers = match (meta.mode() & 0o020 != 0, meta.mode() & 0o002 != 0) {
         (_, true) => "everybody",
         (true, false) => "its group",
         (false, false) => return None,
     };
-    Some(format!("{writers} may write it, so root does not read it; run `chmod go-w` on it"))
+    Some(format!("{writers} may write it, so {name} does not read it; run `chmod go-w` on it"))
 }
 
 /// What is wrong with a text, and in which line (from 1).
@@ -150,23 +177,47 @@ pub struct Bad {
     pub what: String,
 }
 
+impl Bad {
+    fn new(text: &str, span: &Range<usize>, what: String) -> Bad {
+        Bad { line: 1 + text.bytes().take(span.start).filter(|byte| *byte == b'\n').count(), what }
+    }
+
+    fn at(self, path: &Path) -> ConfigError {
+        ConfigError::Broken(format!("{}:{}: {}", shown(path), self.line, self.what))
+    }
+}
+
+fn parse(text: &str) -> Result<Spanned<DeTable<'_>>, Bad> {
+    DeTable::parse(text).map_err(|error| {
+        // The message may have several lines, and be about the end of the text.
+        let what = error.message().lines().next().unwrap_or("not understood").to_owned();
+        Bad::new(text, &error.span().unwrap_or(0..0), format!("{}; see https://toml.io", escape(&what)))
+    })
+}
+
+/// The entries of a table, if there is one of that name.
+fn table<'a, 't>(text: &str, document: &'a Spanned<DeTable<'t>>, name: &str) -> Result<Option<&'a DeTable<'t>>, Bad> {
+    match document.get_ref().get(name) {
+        None => Ok(None),
+        Some(table) => match table.get_ref() {
+            DeValue::Table(entries) => Ok(Some(entries)),
+            _ => {
+                let what = format!("'{name}' is not a table; write [{name}] on a line of its own");
+                Err(Bad::new(text, &table.span(), what))
+            }
+        },
+    }
+}
+
 /// The sets that the text of a configuration defines. Sets may not name other sets.
 ///
 /// # Errors
 /// Where the text is not TOML, or `[sets]` says what no set can be. Other tables are not looked at.
 pub fn sets_in(text: &str) -> Result<Sets, Bad> {
-    let line_of = |span: Range<usize>| 1 + text.bytes().take(span.start).filter(|byte| *byte == b'\n').count();
-    let bad = |span, what: String| Bad { line: line_of(span), what };
-    let document = DeTable::parse(text).map_err(|error| {
-        // The message may have several lines, and be about the end of the text.
-        let what = error.message().lines().next().unwrap_or("not understood").to_owned();
-        bad(error.span().unwrap_or(0..0), format!("{}; see https://toml.io", escape(&what)))
-    })?;
+    let bad = |span: Range<usize>, what: String| Bad::new(text, &span, what);
+    let document = parse(text)?;
     let mut sets = Sets::new();
-    let Some(table) = document.get_ref().get("sets") else { return Ok(sets) };
-    let DeValue::Table(entries) = table.get_ref() else {
-        return Err(bad(table.span(), "'sets' is not a table; write [sets] on a line of its own".to_owned()));
-    };
+    let Some(entries) = table(text, &document, "sets")? else { return Ok(sets) };
     for (name, value) in entries {
         if name.get_ref().is_empty() || !name.get_ref().bytes().all(is_name_byte) {
             let what =
@@ -357,8 +408,9 @@ mod tests {
     }
 
     #[test]
-    fn root_trusts_what_only_root_can_write() {
+    fn those_with_privileges_trust_what_only_root_or_they_can_write() {
         let file = tempfile::NamedTempFile::new().unwrap();
+        let own = file.as_file().metadata().unwrap().uid();
         for (mode, want) in [
             (0o644, None),
             (0o664, Some("its group may write it, so root does not read it; run `chmod go-w` on it")),
@@ -366,13 +418,29 @@ mod tests {
         ] {
             file.as_file().set_permissions(fs::Permissions::from_mode(mode)).unwrap();
             let meta = file.as_file().metadata().unwrap();
-            assert_eq!(distrust(&meta, 1000), None);
-            let got = distrust(&meta, 0);
-            if meta.uid() == 0 {
-                assert_eq!(got.as_deref(), want);
-            } else {
-                assert!(got.unwrap().starts_with(&format!("belongs to uid {}", meta.uid())));
+            assert_eq!(distrust(&meta, Reader { name: "root", trusts: own }).as_deref(), want);
+            if own != 0 {
+                let got = distrust(&meta, Reader { name: "the agent", trusts: 0 }).unwrap();
+                assert!(got.starts_with(&format!("belongs to uid {own}, so the agent")), "{got}");
             }
         }
+    }
+
+    #[test]
+    fn the_agent_reads_one_file_which_must_be_there_if_it_is_named() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("c.toml");
+        let euid = directory.path().metadata().unwrap().uid();
+        let read = || access(Some(&path), euid, &|_| None).map_err(|error| error.to_string());
+        let missing = access(Some(&path), euid, &|_| None).unwrap_err();
+        assert!(matches!(missing, ConfigError::Unreadable(..)), "{missing}");
+        // What is no business of the agent's is not looked at.
+        fs::write(&path, "[sets]\nweb = \"nonsense\"\n[access]\nlist = \"own\"\n").unwrap();
+        assert_eq!(read(), Ok(Access { told: Told::Own, killers: Killers::All }));
+        fs::write(&path, "[access]\nlist = \"own\"\nlisten = 1\n").unwrap();
+        let want = format!("{}:3: [access] has no 'listen'; it has list and kill", path.display());
+        assert_eq!(read(), Err(want));
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
+        assert!(read().unwrap_err().contains("everybody may write it, so the agent does not read it"));
     }
 }
