@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Args;
+use globset::GlobMatcher;
 use nix::unistd::Uid;
 use portwatch::kill::signal::SignalName;
 use portwatch::kill::{
@@ -18,6 +19,7 @@ use portwatch::render::{self, View, json};
 use portwatch::select::Selector;
 use portwatch::source::Scanner;
 use portwatch::source::stat::{self, Stat};
+use portwatch::sweep::directory_glob;
 use rustix::process::Signal;
 
 use super::progress::Display;
@@ -32,6 +34,7 @@ Examples:
   portwatch kill 3000-3005 --dry-run
   portwatch kill 8000 -s INT --grace 30s --no-force
   portwatch kill --cwd '/home/al/project*' -y
+  portwatch kill 8080-9500 --older-than 24h --cwd '/tmp/web_*' --remove-cwd '/tmp/web_*'
   portwatch kill -i --user al         pick from a list
   portwatch kill 80 --stop-unit       stop the service that would start it again
 
@@ -85,6 +88,10 @@ pub(crate) struct KillArgs {
     /// process holds above all. Needs root, and a kernel with CONFIG_INET_DIAG_DESTROY; TCP alone
     #[arg(long, conflicts_with_all = ["tree", "group", "signal", "force", "no_force", "stop_container", "stop_unit"])]
     pub(crate) close_socket: bool,
+    /// Remove the working directories of those who were ended, where they match; as in a shell, * does not match /. Only a
+    /// directory of the user that the process ran as, in which nobody runs; never a home or a mount point
+    #[arg(long, value_name = "GLOB", value_parser = directory_glob, conflicts_with = "close_socket")]
+    pub(crate) remove_cwd: Option<GlobMatcher>,
     /// One JSON array
     #[arg(long)]
     pub(crate) json: bool,
@@ -127,7 +134,7 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
         // What was not picked is nobody's question.
         choice.named.clear();
     }
-    let job = Job::prepare(choice, &args.terms(), Guards::current(args.force_self))?;
+    let job = Job::prepare(choice, &args.terms(), Guards::current(args.force_self))?.removing(args.remove_cwd.clone());
     let concerns = match is_conversation() && !args.yes && !args.dry_run {
         true => concern::concerns(job.plan(), Uid::effective().as_raw(), args.interactive, &stat_of),
         false => Vec::new(),
@@ -263,6 +270,7 @@ fn report(args: &KillArgs, outcomes: &[Outcome]) -> anyhow::Result<ExitCode> {
             if !args.quiet {
                 text += &line;
                 text.push('\n');
+                text += &text::directories(outcome);
                 text += &text::findings(outcome);
             } else if !outcome.is_done() {
                 note(&line);

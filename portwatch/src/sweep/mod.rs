@@ -33,9 +33,12 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use globset::{GlobBuilder, GlobMatcher};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::Serialize;
 
 use crate::model::ProcessId;
@@ -67,6 +70,7 @@ struct Inode {
 #[derive(Debug)]
 pub struct Pin {
     process: ProcessId,
+    pidfd: OwnedFd,
     /// Keeps the inode's number from being used again.
     _directory: OwnedFd,
     inode: Inode,
@@ -122,6 +126,8 @@ impl Pin {
     /// `NotFound`: the process is gone, whoever has its number now. Else the directory may not be looked at.
     pub fn of(process: ProcessId) -> io::Result<Pin> {
         let gone = || io::Error::from(io::ErrorKind::NotFound);
+        let number = i32::try_from(process.pid).ok().and_then(Pid::from_raw).ok_or_else(gone)?;
+        let pidfd = pidfd_open(number, PidfdFlags::empty()).map_err(|_| gone())?;
         // Everything is read through this descriptor, which is of the process and not of its number.
         let dir = process::open_exact(process).ok_or_else(gone)?;
         let (uid, gid) = process::effective_ids(dir.as_fd()).ok_or_else(gone)?;
@@ -129,11 +135,34 @@ impl Pin {
         let directory = rustix::fs::openat(&dir, c"cwd", flags, Mode::empty())?;
         let path = rustix::fs::readlinkat(&dir, c"cwd", Vec::new())?;
         let inode = Inode::of(&directory)?;
-        Ok(Pin { process, _directory: directory, inode, path: OsStr::from_bytes(path.to_bytes()).into(), uid, gid })
+        // Alive now, so it had its number all the time: what was read is of the process of the pidfd.
+        if !process::is_alive(&pidfd) {
+            return Err(gone());
+        }
+        Ok(Pin {
+            process,
+            pidfd,
+            _directory: directory,
+            inode,
+            path: OsStr::from_bytes(path.to_bytes()).into(),
+            uid,
+            gid,
+        })
     }
 
-    pub fn process(&self) -> ProcessId {
-        self.process
+    /// Waits until the process has ended; false where it lives after `patience`.
+    pub fn has_ended(&self, patience: Duration) -> bool {
+        let until = Instant::now() + patience;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            let left = Timespec::try_from(left).ok();
+            match poll(&mut [PollFd::new(&self.pidfd, PollFlags::IN)], left.as_ref()) {
+                Ok(ready) => return ready > 0,
+                Err(rustix::io::Errno::INTR) => {}
+                // Not known to have ended: nothing is built on it.
+                Err(_) => return false,
+            }
+        }
     }
 
     /// Whether both are the same directory, however it is called.
@@ -141,7 +170,8 @@ impl Pin {
         self.inode == other.inode
     }
 
-    fn path(&self) -> String {
+    /// Where the directory was; hostile text.
+    pub fn path(&self) -> String {
         self.path.to_string_lossy().into_owned()
     }
 
@@ -168,8 +198,11 @@ pub fn may_remove(pin: &Pin, glob: &GlobMatcher, ending: &[u32]) -> Result<(), S
     guards::check(pin, glob, ending)
 }
 
-/// Removes the directory, whose process has ended. Takes a minute at most.
+/// Removes the directory once its process has ended. Takes a minute at most.
 pub fn remove(pin: &Pin, glob: &GlobMatcher) -> Swept {
+    if !pin.has_ended(Duration::ZERO) {
+        return pin.kept(format!("{} did not end", pin.process.pid), Amount::default());
+    }
     if let Err(reason) = guards::check(pin, glob, &[]) {
         return pin.kept(reason, Amount::default());
     }

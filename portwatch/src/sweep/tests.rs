@@ -144,8 +144,15 @@ fn what_may_not_be_removed_says_why() {
 
     fresh();
     let running = Resident::at(&web, own_uid());
+    let pin = Pin::of(running.id()).unwrap();
+    assert_eq!(reason(remove(&pin, &glob)), format!("{} did not end", running.0.id()));
     fs::remove_dir(&web).unwrap();
-    assert_eq!(reason(remove(&Pin::of(running.id()).unwrap(), &glob)), "it was removed already");
+    drop(running);
+    assert_eq!(reason(remove(&pin, &glob)), "it is gone already, or was renamed");
+    fresh();
+    let running = Resident::at(&web, own_uid());
+    fs::remove_dir(&web).unwrap();
+    assert_eq!(may_remove(&Pin::of(running.id()).unwrap(), &glob, &[]), Err("it was removed already".to_owned()));
 }
 
 #[test]

@@ -65,6 +65,8 @@ pub(super) fn empty(top: OwnedFd, uid: u32, amount: &mut Amount) -> Result<(), S
                     amount.directories += 1;
                 }
                 Err(Errno::NOENT) => {}
+                // Something else by now, which is met when the directory above is read again.
+                Err(Errno::NOTDIR) => above.changed = true,
                 // Why something is left in it is known already, unless it came since.
                 Err(Errno::NOTEMPTY) if !left.is_empty() => {}
                 Err(error) => left.push(reason(&name, &format!("cannot be removed: {error}"))),
