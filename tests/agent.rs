@@ -22,23 +22,23 @@ use crate::{Test, test};
 const NOBODY: u32 = 65534;
 
 /// A running agent with its socket on a stage.
-struct Agent {
-    child: Child,
-    pidfd: OwnedFd,
-    socket: PathBuf,
+pub struct Agent {
+    pub child: Child,
+    pub pidfd: OwnedFd,
+    pub socket: PathBuf,
 }
 
 impl Agent {
-    fn start(stage: &Stage) -> Agent {
+    pub fn start(stage: &Stage) -> Agent {
         Agent::start_with(stage, &[])
     }
 
-    fn start_with(stage: &Stage, arguments: &[&str]) -> Agent {
+    pub fn start_with(stage: &Stage, arguments: &[&str]) -> Agent {
         let socket = stage.path("agent.sock");
         Agent::of(with_socket(&[&["agent"], arguments].concat(), &socket), socket)
     }
 
-    fn of(mut command: Command, socket: PathBuf) -> Agent {
+    pub fn of(mut command: Command, socket: PathBuf) -> Agent {
         let mut child = command.spawn().expect("cannot run portwatch agent");
         let mut line = String::new();
         let mut errors = BufReader::new(child.stderr.take().expect("piped"));
@@ -49,32 +49,32 @@ impl Agent {
     }
 
     /// A verb that must ask this agent.
-    fn command(&self, arguments: &[&str]) -> Command {
+    pub fn command(&self, arguments: &[&str]) -> Command {
         with_socket(&[arguments, &["--agent"]].concat(), &self.socket)
     }
 
-    fn portwatch(&self, arguments: &[&str]) -> Run {
+    pub fn portwatch(&self, arguments: &[&str]) -> Run {
         finish(self.command(arguments).spawn().expect("cannot run portwatch"))
     }
 
-    fn connect(&self) -> Client {
+    pub fn connect(&self) -> Client {
         let stream = UnixStream::connect(&self.socket).expect("the agent's socket");
         stream.set_read_timeout(Some(PATIENCE)).expect("a time-out");
         stream.set_write_timeout(Some(PATIENCE)).expect("a time-out");
         Client(BufReader::new(stream))
     }
 
-    fn watch(&self) -> Watch {
+    pub fn watch(&self) -> Watch {
         let mut watch = Watch::spawn(self.command(&["watch", "--json", "--netns", "all"]));
         watch.wait_until_ready("agent");
         watch
     }
 
-    fn signal(&self, signal: Signal) {
+    pub fn signal(&self, signal: Signal) {
         rustix::process::pidfd_send_signal(&self.pidfd, signal).expect("the agent is gone");
     }
 
-    fn end(&mut self, signal: Signal) -> Option<i32> {
+    pub fn end(&mut self, signal: Signal) -> Option<i32> {
         self.signal(signal);
         assert!(wait_readable(&self.pidfd), "the agent does not end");
         self.child.wait().expect("wait").code()
@@ -82,7 +82,7 @@ impl Agent {
 
     /// What it lists of the puppets is the truth.
     #[track_caller]
-    fn check(&self, step: &str, stage: &Stage, puppets: &[&Puppet]) {
+    pub fn check(&self, step: &str, stage: &Stage, puppets: &[&Puppet]) {
         let truth = oracle::truth(stage, puppets);
         let run = self.portwatch(&["list", "--json", "--netns", "all"]).expect(0);
         let listed = rows(&run.json(), stage, puppets);
@@ -102,29 +102,29 @@ impl Drop for Agent {
     }
 }
 
-fn with_socket(arguments: &[&str], socket: &std::path::Path) -> Command {
+pub fn with_socket(arguments: &[&str], socket: &std::path::Path) -> Command {
     let mut command = command(arguments);
     command.env("PORTWATCH_SOCKET", socket).env("PORTWATCH_STATE", socket.parent().expect("a directory"));
     command
 }
 
 /// A client that says what it likes.
-struct Client(BufReader<UnixStream>);
+pub struct Client(pub BufReader<UnixStream>);
 
 impl Client {
-    fn say(&mut self, line: &str) -> &mut Self {
+    pub fn say(&mut self, line: &str) -> &mut Self {
         self.0.get_mut().write_all(format!("{line}\n").as_bytes()).expect("writing to the agent");
         self
     }
 
-    fn hello(mut self) -> Self {
+    pub fn hello(mut self) -> Self {
         self.say(r#"{"request":"hello","version":1}"#);
         assert_eq!(self.hear()["response"], "hello");
         self
     }
 
     /// The next line; `null` where the agent hung up.
-    fn hear(&mut self) -> Value {
+    pub fn hear(&mut self) -> Value {
         let mut line = String::new();
         match self.0.read_line(&mut line) {
             Ok(0) => Value::Null,
@@ -136,7 +136,7 @@ impl Client {
     }
 
     #[track_caller]
-    fn hear_error(&mut self, kind: &str) -> String {
+    pub fn hear_error(&mut self, kind: &str) -> String {
         let answer = self.hear();
         assert_eq!((&answer["response"], &answer["kind"]), (&"error".into(), &kind.into()), "{answer}");
         answer["message"].as_str().expect("a message").to_owned()

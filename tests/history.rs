@@ -180,7 +180,7 @@ fn switches_of_writer() -> u64 {
 }
 
 /// Runs where a small file system of its own is mounted at `directory`; nobody else sees it. Skips where that cannot be.
-fn on_a_small_disk(directory: &Path, run: impl FnOnce() + Send + 'static) {
+pub fn on_a_small_disk(directory: &Path, run: impl FnOnce() + Send + 'static) {
     if !rustix::process::geteuid().is_root() {
         return skip("root", "only root can mount");
     }
@@ -198,7 +198,7 @@ fn on_a_small_disk(directory: &Path, run: impl FnOnce() + Send + 'static) {
     }
 }
 
-fn remount(directory: &Path, flags: MsFlags) {
+pub fn remount(directory: &Path, flags: MsFlags) {
     mount(None::<&str>, directory, None::<&str>, MsFlags::MS_REMOUNT | flags, None::<&str>).expect("remount");
 }
 

@@ -186,6 +186,11 @@ impl Listener {
         self.holders.is_empty()
     }
 
+    /// Whether a process of this user holds it, or its socket belongs to the user.
+    pub fn is_of(&self, uid: u32) -> bool {
+        self.socket.uid == uid || self.holders.iter().any(|holder| holder.process.uid == Some(uid))
+    }
+
     pub fn binder(&self) -> Option<&Holder> {
         self.holders.iter().find(|h| h.binder).or_else(|| self.holders.first())
     }

@@ -10,6 +10,9 @@
 //! changes returned before the snapshot that they make necessary is read: a line appears at once, its exact set of
 //! holders a moment later. Refreshes take at most a fifth of the time, however wild the events; a loss is an exception
 //! and is made good at once. While nothing happens there is no timer, and nothing wakes.
+//!
+//! A snapshot that cannot be read (for want of descriptors, say) is owed: [`Tracker::trouble`] says why, and it is tried
+//! again, soon at first and then once a second. Events are applied meanwhile, but the table is not known to be true.
 
 use std::collections::HashSet;
 use std::time::Duration;
@@ -29,6 +32,16 @@ pub struct Tracker {
     read_at: BootNs,
     /// What happened while the first snapshot was read, until it is asked for.
     begun: Vec<Change>,
+    owed: Option<Owed>,
+}
+
+/// A snapshot that could not be read.
+#[derive(Debug)]
+struct Owed {
+    trouble: String,
+    /// Records that it is to make good.
+    lost: u64,
+    rest: Duration,
 }
 
 /// Idle time after a refresh, as a multiple of what it took.
@@ -36,6 +49,9 @@ const REST: u32 = 4;
 
 /// So that a burst of events causes one refresh and not several.
 const MIN_REST: Duration = Duration::from_millis(2);
+
+/// Between two tries to read a snapshot that is owed, at most.
+const MAX_REST: Duration = Duration::from_secs(1);
 
 impl Tracker {
     /// Attaches probes, then reads what is there already. `ring_bytes` as in [`Live::open`].
@@ -45,9 +61,15 @@ impl Tracker {
 
     /// As [`Tracker::open`], of a source that was just opened.
     pub fn follow(live: Live) -> anyhow::Result<Tracker> {
-        let mut tracker =
-            Tracker { live, table: Table::new(), refresh_at: Instant::now(), read_at: 0, begun: Vec::new() };
-        tracker.begun = tracker.refresh(0)?;
+        let mut tracker = Tracker {
+            live,
+            table: Table::new(),
+            refresh_at: Instant::now(),
+            read_at: 0,
+            begun: Vec::new(),
+            owed: None,
+        };
+        tracker.begun = tracker.read(0)?;
         Ok(tracker)
     }
 
@@ -64,26 +86,32 @@ impl Tracker {
         self.read_at
     }
 
+    /// Why the table cannot be read anew at the moment, as one line; `None` as long as it can.
+    pub fn trouble(&self) -> Option<&str> {
+        self.owed.as_ref().map(|owed| &*owed.trouble)
+    }
+
     /// Takes in what the kernel has told until now, or looks where it tells nothing: what the caller knows to have
     /// happened is in the table then, if not yet who else holds it ([`Table::is_stale`]).
-    pub fn catch_up(&mut self) -> anyhow::Result<Vec<Change>> {
+    pub fn catch_up(&mut self) -> Vec<Change> {
         // What was not asked for yet is older.
         let mut changes = std::mem::take(&mut self.begun);
         if !self.live.tier().is_event_driven() {
-            changes.extend(self.refresh(0)?);
-            return Ok(changes);
+            changes.extend(self.refresh(0));
+            return changes;
         }
         let events = self.live.pending(process::boot_ns_now());
         let was_stale = self.table.is_stale();
         changes.extend(self.take(events, was_stale));
         let lost = self.live.losses();
         if lost > 0 {
-            changes.extend(self.refresh(lost)?);
+            changes.extend(self.refresh(lost));
         }
-        Ok(changes)
+        changes
     }
 
-    /// Waits for the next changes; there are none where a snapshot confirmed what was known. Cancel safe.
+    /// Waits for the next changes; there are none where a snapshot confirmed what was known, or could not be read
+    /// ([`Tracker::trouble`]). Cancel safe.
     pub async fn next(&mut self) -> anyhow::Result<Vec<Change>> {
         if !self.begun.is_empty() {
             return Ok(std::mem::take(&mut self.begun));
@@ -93,10 +121,11 @@ impl Tracker {
             // their turn; neither would a refresh that is due.
             tokio::task::yield_now().await;
             let was_stale = self.table.is_stale();
-            if was_stale && Instant::now() >= self.refresh_at {
-                return self.refresh(0);
+            let is_due = was_stale || self.owed.is_some();
+            if is_due && Instant::now() >= self.refresh_at {
+                return Ok(self.refresh(0));
             }
-            let batch = if was_stale {
+            let batch = if is_due {
                 match tokio::time::timeout_at(self.refresh_at, self.live.next()).await {
                     Ok(batch) => batch?,
                     Err(_) => continue,
@@ -106,7 +135,7 @@ impl Tracker {
             };
             let mut changes = self.take(batch.events, was_stale);
             if batch.must_refresh {
-                changes.extend(self.refresh(batch.lost)?);
+                changes.extend(self.refresh(batch.lost));
                 return Ok(changes);
             }
             if !changes.is_empty() {
@@ -143,16 +172,26 @@ impl Tracker {
         }
     }
 
-    /// Reads a snapshot and applies it; `lost` is how many records it makes good.
-    fn refresh(&mut self, lost: u64) -> anyhow::Result<Vec<Change>> {
+    /// Reads a snapshot and applies it; `lost` is how many records it makes good. Where it cannot be read, it is owed.
+    fn refresh(&mut self, lost: u64) -> Vec<Change> {
+        let owed = self.owed.take();
+        let lost = lost + owed.as_ref().map_or(0, |owed| owed.lost);
+        self.read(lost).unwrap_or_else(|error| {
+            let rest = owed.map_or(MIN_REST, |owed| owed.rest * 2).min(MAX_REST);
+            self.refresh_at = Instant::now() + rest;
+            self.owed = Some(Owed { trouble: format!("the table cannot be read anew: {error:#}"), lost, rest });
+            Vec::new()
+        })
+    }
+
+    fn read(&mut self, lost: u64) -> anyhow::Result<Vec<Change>> {
         let begun = Instant::now();
-        self.read_at = process::boot_ns_now();
+        let at = process::boot_ns_now();
         let holders: HashSet<u32> =
             self.table.listeners().flat_map(|l| l.holders.iter().map(|h| h.process.id.pid)).collect();
-        let mut changes = Vec::new();
-        for event in self.live.refresh(&holders, lost)? {
-            changes.extend(self.table.apply(event));
-        }
+        let events = self.live.refresh(&holders, lost)?;
+        let changes = events.into_iter().flat_map(|event| self.table.apply(event)).collect();
+        self.read_at = at;
         self.refresh_at = Instant::now() + (begun.elapsed() * REST).max(MIN_REST);
         Ok(changes)
     }

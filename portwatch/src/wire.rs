@@ -144,6 +144,9 @@ pub struct Status {
     pub subscribers: usize,
     /// Resident memory of the agent in bytes.
     pub memory: u64,
+    /// What is not as it should be, as sentences for people. History tells its own.
+    #[serde(default)]
+    pub troubles: Vec<String>,
     /// `null` where none is kept.
     pub history: Option<Health>,
 }

@@ -1,12 +1,12 @@
 //! The one task that owns the table.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{broadcast, mpsc, oneshot};
 
-use super::peer::Load;
+use super::load::Load;
+use super::troubles::{About, Troubles};
 use crate::history::Recorder;
 use crate::metrics::{Metrics, Totals};
 use crate::model::{BootNs, Change, Listener};
@@ -16,71 +16,58 @@ use crate::source::process;
 use crate::tracker::Tracker;
 use crate::wire::Status;
 
-/// Changes that wait for one subscriber. More, and it is cut off and has to begin anew.
-const QUEUE: usize = 4096;
+/// The latest changes, kept once for all subscribers until each has read them. One that is further behind has to begin
+/// anew: so many that do not read cost as much memory as one.
+const KEPT: usize = 4096;
+
+/// An answer, or why there is none, as a sentence.
+type Reply<T> = oneshot::Sender<Result<T, String>>;
 
 /// A question to the task that owns the table.
 #[derive(Debug)]
 pub(super) enum Ask {
     List {
         selector: Box<Selector>,
-        reply: oneshot::Sender<Vec<Listener>>,
+        reply: Reply<Vec<Listener>>,
     },
     /// The listeners now, and every change from now on.
     Watch {
-        reply: oneshot::Sender<Subscription>,
+        reply: Reply<Subscription>,
     },
     Status {
         reply: oneshot::Sender<Status>,
     },
 }
 
-/// Where a subscriber begins and how it goes on. The channel closes when the subscriber did not keep up.
+/// Where a subscriber begins and how it goes on.
 #[derive(Debug)]
 pub(super) struct Subscription {
     pub(super) at: BootNs,
     pub(super) listeners: Vec<Listener>,
-    pub(super) changes: mpsc::Receiver<Arc<Change>>,
-    /// How many changes found no room since then; the channel is closed at the first.
-    pub(super) lost: Arc<AtomicU64>,
-}
-
-/// The core's end of a subscription.
-struct Subscriber {
-    /// `None` since it did not keep up.
-    queue: Option<mpsc::Sender<Arc<Change>>>,
-    lost: Arc<AtomicU64>,
-}
-
-impl Subscriber {
-    fn tell(&mut self, change: &Arc<Change>) {
-        let told = self.queue.as_ref().is_some_and(|queue| queue.try_send(Arc::clone(change)).is_ok());
-        if !told {
-            self.queue = None;
-            self.lost.fetch_add(1, Ordering::Relaxed);
-        }
-    }
-
-    /// Its peer is gone, or began anew.
-    fn is_gone(&self) -> bool {
-        Arc::strong_count(&self.lost) == 1
-    }
+    pub(super) changes: broadcast::Receiver<Arc<Change>>,
 }
 
 pub(super) struct Core {
     tracker: Tracker,
-    subscribers: Vec<Subscriber>,
+    subscribers: broadcast::Sender<Arc<Change>>,
     /// Questions that are not answered yet, and when they were asked.
     waiting: Vec<(BootNs, Ask)>,
     load: Load,
+    troubles: Troubles,
     metrics: Arc<Metrics>,
     history: Option<Recorder>,
     watchdog: Watchdog,
-    started: Instant,
+    started: BootNs,
 }
 
 impl Core {
-    pub(super) fn new(tracker: Tracker, load: Load, metrics: Arc<Metrics>, mut history: Option<Recorder>) -> Core {
+    pub(super) fn new(
+        tracker: Tracker,
+        load: Load,
+        troubles: Troubles,
+        metrics: Arc<Metrics>,
+        mut history: Option<Recorder>,
+    ) -> Core {
         metrics.recount(tracker.table());
         if let Some(history) = &mut history {
             history.snapshot(tracker.table().listeners(), &super::clock());
@@ -90,15 +77,12 @@ impl Core {
             history,
             watchdog: Watchdog::from_env(),
             tracker,
-            subscribers: Vec::new(),
+            subscribers: broadcast::Sender::new(KEPT),
             waiting: Vec::new(),
             load,
-            started: Instant::now(),
+            troubles,
+            started: process::boot_ns_now(),
         }
-    }
-
-    pub(super) fn listeners(&self) -> usize {
-        self.tracker.table().len()
     }
 
     /// Writes down what is left to write, for at most so long.
@@ -123,18 +107,29 @@ impl Core {
                         continue;
                     }
                     // Whoever asks has seen things happen: they are in the answer.
-                    let changes = self.tracker.catch_up()?;
+                    let changes = self.tracker.catch_up();
                     self.publish(changes);
                     self.waiting.push((process::boot_ns_now(), ask));
                 }
             }
+            self.troubles.set(About::Table, self.tracker.trouble().map(str::to_owned));
             self.answer_what_is_known();
         }
     }
 
     /// Answers every question, unless it is in doubt who holds what: then the snapshot is waited for that settles it,
-    /// which is due after four times as long as one takes.
+    /// which is due after four times as long as one takes. Where that cannot be read, this is the answer.
     fn answer_what_is_known(&mut self) {
+        if let Some(trouble) = self.tracker.trouble().map(str::to_owned) {
+            for (_, ask) in std::mem::take(&mut self.waiting) {
+                match ask {
+                    Ask::List { reply, .. } => drop(reply.send(Err(trouble.clone()))),
+                    Ask::Watch { reply } => drop(reply.send(Err(trouble.clone()))),
+                    Ask::Status { .. } => self.answer(ask),
+                }
+            }
+            return;
+        }
         let (stale, read_at) = (self.tracker.table().is_stale(), self.tracker.read_at());
         let known = |asked: BootNs| !stale || asked <= read_at;
         for (_, ask) in self.waiting.extract_if(.., |(asked, _)| known(*asked)).collect::<Vec<_>>() {
@@ -145,20 +140,19 @@ impl Core {
     fn publish(&mut self, changes: Vec<Change>) {
         let clock = super::clock();
         self.metrics.batch(clock.now_boot_ns, changes.iter().map(Change::at));
-        self.subscribers.retain(|subscriber| !subscriber.is_gone());
         for change in changes {
             self.metrics.change(&change);
             if let Some(history) = &mut self.history {
                 history.change(&change, &clock);
             }
-            let change = Arc::new(change);
-            self.subscribers.iter_mut().for_each(|subscriber| subscriber.tell(&change));
-            if let Change::Resync { lost, .. } = *change {
+            if let Change::Resync { lost, .. } = change {
                 tracing::warn!(lost, "events were lost, and the table was read anew");
                 self.metrics.recount(self.tracker.table());
             }
+            // An error is that nobody subscribes.
+            let _ = self.subscribers.send(Arc::new(change));
         }
-        self.metrics.subscribers(self.subscribers.len());
+        self.metrics.subscribers(self.subscribers.receiver_count());
         if let Some(history) = &mut self.history
             && history.needs_snapshot()
         {
@@ -172,15 +166,13 @@ impl Core {
         match ask {
             Ask::List { selector, reply } => {
                 let all = self.tracker.table().listeners();
-                let _ = reply.send(all.filter(|listener| selector.matches(listener, now)).cloned().collect());
+                let _ = reply.send(Ok(all.filter(|listener| selector.matches(listener, now)).cloned().collect()));
             }
             Ask::Watch { reply } => {
-                let (queue, changes) = mpsc::channel(QUEUE);
+                let changes = self.subscribers.subscribe();
                 let listeners = self.tracker.table().listeners().cloned().collect();
-                let lost = Arc::new(AtomicU64::new(0));
-                self.subscribers.push(Subscriber { queue: Some(queue), lost: Arc::clone(&lost) });
-                self.metrics.subscribers(self.subscribers.len());
-                let _ = reply.send(Subscription { at: now, listeners, changes, lost });
+                self.metrics.subscribers(self.subscribers.receiver_count());
+                let _ = reply.send(Ok(Subscription { at: now, listeners, changes }));
             }
             Ask::Status { reply } => {
                 let _ = reply.send(self.status());
@@ -188,8 +180,7 @@ impl Core {
         }
     }
 
-    fn status(&mut self) -> Status {
-        self.subscribers.retain(|subscriber| !subscriber.is_gone());
+    fn status(&self) -> Status {
         let live = self.tracker.live();
         let Totals { opens, closes, conflicts, resyncs } = self.metrics.totals();
         Status {
@@ -198,7 +189,7 @@ impl Core {
             tier: live.tier(),
             reasons: live.refusals().to_vec(),
             holders: live.method().to_owned(),
-            uptime_ns: u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX),
+            uptime_ns: process::boot_ns_now().saturating_sub(self.started),
             listeners: self.tracker.table().len(),
             opens,
             closes,
@@ -206,8 +197,9 @@ impl Core {
             resyncs,
             dropped: live.lost(),
             connections: self.load.connections(),
-            subscribers: self.subscribers.len(),
+            subscribers: self.subscribers.receiver_count(),
             memory: resident_bytes(),
+            troubles: self.troubles.told(),
             history: self.history.as_ref().map(Recorder::health),
         }
     }

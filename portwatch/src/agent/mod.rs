@@ -8,14 +8,21 @@
 //! ```
 //! One task, [`core`], owns the table: it applies every event and answers every question between two of them, so nothing
 //! is locked and a subscription begins exactly where its first answer ends. Each connection is a task of its own
-//! ([`peer`]) that knows nothing but its socket and how to ask. Everything is bounded: requests in bytes, connections
-//! in all and of one user, changes that wait for a subscriber. Nothing here runs by the clock while nobody is connected.
+//! ([`peer`]) that knows nothing but its socket and how to ask. Everything is bounded: requests in bytes and a second,
+//! connections in all and of one user ([`load`]), answers under way, changes that wait for subscribers. Nothing here
+//! runs by the clock while nobody is connected and nothing is amiss. What is amiss is in [`troubles`], and the agent goes
+//! on.
 
 mod access;
 mod core;
+mod load;
 mod peer;
+mod policy;
 mod socket;
+mod troubles;
+mod vigil;
 
+use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
@@ -24,10 +31,16 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use jiff::tz::TimeZone;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::LocalSet;
 
+use self::load::Load;
+use self::peer::Shared;
+use self::policy::Policy;
+use self::socket::Socket;
+use self::troubles::{About, Troubles};
+use crate::config::Access;
 use crate::history::{Recorder, Retention};
 use crate::metrics::{Metrics, http};
 use crate::render::Clock;
@@ -41,12 +54,16 @@ pub const SOCKET: &str = "/run/portwatch/agent.sock";
 /// Questions that may wait for the task that owns the table.
 const ASKS: usize = 64;
 
+/// What the service manager shows of an agent without troubles.
+const WELL: &str = "tracking listeners";
+
 /// How long the end may wait for history to be written.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
 /// How to run.
-#[derive(Debug)]
 pub struct Config {
+    /// Reads what is allowed to whom: now, and again at every SIGHUP.
+    pub access: Box<dyn Fn() -> anyhow::Result<Access>>,
     /// Where to listen, unless a service manager has done that.
     pub socket: PathBuf,
     pub activated: Option<UnixListener>,
@@ -57,6 +74,12 @@ pub struct Config {
     pub probe: Probe,
     /// As in [`crate::source::Live::open`].
     pub ring_bytes: Option<u32>,
+}
+
+impl std::fmt::Debug for Config {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Config").field("socket", &self.socket).finish_non_exhaustive()
+    }
 }
 
 /// Another agent has the socket.
@@ -76,19 +99,22 @@ impl std::error::Error for AlreadyRunning {}
 /// # Errors
 /// [`AlreadyRunning`]; when the socket cannot be made, or events cannot be read any more.
 pub fn run(config: Config, ready: impl FnOnce(&Tracker)) -> anyhow::Result<()> {
-    raise_file_limit();
+    let descriptors = raise_file_limit();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     // A task for each connection: should one panic, the others go on.
-    LocalSet::new().block_on(&runtime.context("cannot start the event loop")?, serve(config, ready))
+    LocalSet::new().block_on(&runtime.context("cannot start the event loop")?, serve(config, descriptors, ready))
 }
 
-async fn serve(config: Config, ready: impl FnOnce(&Tracker)) -> anyhow::Result<()> {
+async fn serve(config: Config, descriptors: usize, ready: impl FnOnce(&Tracker)) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
+    let hangup = signal(SignalKind::hangup()).context("cannot handle SIGHUP")?;
+    let policy = Policy::new((config.access)()?);
+    let troubles = Troubles::default();
     // The socket first: a second agent must not attach probes only to find out that it is the second.
     let socket = match config.activated {
-        Some(listener) => socket::adopt(listener)?,
-        None => socket::open(&config.socket)?,
+        Some(listener) => Socket::adopt(listener, troubles.clone())?,
+        None => Socket::open(&config.socket, troubles.clone())?,
     };
     let scrapes = config.metrics.map(http::bind).transpose()?;
     let tracker = Tracker::open(config.probe, config.ring_bytes)?;
@@ -96,19 +122,20 @@ async fn serve(config: Config, ready: impl FnOnce(&Tracker)) -> anyhow::Result<(
     give_back_memory();
     ready(&tracker);
     let (asks, questions) = mpsc::channel(ASKS);
-    let load = peer::Load::default();
+    let load = Load::new(descriptors);
     let metrics = Arc::new(Metrics::new(tracker.live().tier()));
-    let mut core = core::Core::new(tracker, load.clone(), Arc::clone(&metrics), history);
+    let mut core = core::Core::new(tracker, load.clone(), troubles.clone(), Arc::clone(&metrics), history);
     let scraped = async {
         match scrapes {
             Some(listener) => http::serve(listener, move || metrics.text()).await,
             None => std::future::pending().await,
         }
     };
-    service::ready(&format!("{} listeners", core.listeners()));
+    service::ready(WELL);
     let ended = tokio::select! {
         ended = core.run(questions) => ended,
-        never = peer::accept(socket.listener(), asks, load) => match never {},
+        ended = peer::accept(socket, Shared { asks, load, policy: policy.clone() }) => ended.map(|never| match never {}),
+        never = reload(hangup, &*config.access, &policy, &troubles) => match never {},
         () = scraped => Ok(()),
         _ = terminate.recv() => Ok(()),
         _ = interrupt.recv() => Ok(()),
@@ -116,6 +143,31 @@ async fn serve(config: Config, ready: impl FnOnce(&Tracker)) -> anyhow::Result<(
     service::stopping("writing the last of history");
     core.stop(LAST_WORDS);
     ended
+}
+
+/// Reads the configuration anew whenever it is asked to. A broken one changes nothing.
+async fn reload(
+    mut hangup: Signal,
+    access: &dyn Fn() -> anyhow::Result<Access>,
+    policy: &Policy,
+    troubles: &Troubles,
+) -> Infallible {
+    loop {
+        if hangup.recv().await.is_none() {
+            return std::future::pending().await;
+        }
+        service::reloading();
+        let trouble = match access() {
+            Ok(access) => {
+                tracing::info!(?access, "the configuration is read anew");
+                policy.set(access);
+                None
+            }
+            Err(error) => Some(format!("the configuration stays as it was: {error:#}")),
+        };
+        troubles.set(About::Configuration, trouble);
+        service::ready(&troubles.told().first().map_or(WELL.to_owned(), String::clone));
+    }
 }
 
 /// This moment, on both clocks.
@@ -132,10 +184,12 @@ fn give_back_memory() {
     }
 }
 
-/// Every connection takes a descriptor.
-fn raise_file_limit() {
+/// Every connection takes a descriptor. Says how many there may be.
+fn raise_file_limit() -> usize {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
     // Where this is refused there are fewer connections.
     let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
+    let limit = getrlimit(Resource::Nofile).current;
+    limit.and_then(|limit| usize::try_from(limit).ok()).unwrap_or(usize::MAX)
 }

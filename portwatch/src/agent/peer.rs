@@ -1,32 +1,26 @@
 //! One connection: who it is, what it asks, and that it stays within bounds.
 
-use std::cell::RefCell;
-use std::collections::HashMap;
 use std::convert::Infallible;
-use std::rc::Rc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use futures_util::{SinkExt, StreamExt as _};
-use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::net::UnixStream;
+use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 use tokio_util::codec::{Framed, LinesCodec, LinesCodecError};
 
+use super::AlreadyRunning;
 use super::access::Identity;
 use super::core::{Ask, Subscription};
+use super::load::{Answer, Load, Place};
+use super::policy::Policy;
+use super::socket::Socket;
 use crate::history::{self, Lives, Reader};
-use crate::model::{Ancestor, Listener};
+use crate::model::{Ancestor, Change, Listener};
 use crate::select::{Selector, Shown};
 use crate::source::stat;
 use crate::wire::{ErrorKind, MAX_REQUEST, Request, Response, Selection, VERSION};
-
-/// Connections at once: of all users, and of one that is not root, so that nobody can shut the others out.
-const CONNECTIONS: usize = 1024;
-const CONNECTIONS_OF_ONE: usize = 256;
-
-/// Of all, those that only root may take: it can always look.
-const RESERVED: usize = 64;
 
 /// How long a peer may stay silent between two requests (a subscriber may for ever).
 const SILENCE: Duration = Duration::from_secs(60);
@@ -34,75 +28,53 @@ const SILENCE: Duration = Duration::from_secs(60);
 /// How long a peer may take to read an answer's next piece.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// How long a peer may take to read the whole of an answer that others wait for.
+const READING: Duration = Duration::from_secs(60);
+
 /// After a failed accept, such as for want of descriptors.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
 /// Lives that one answer about history tells at most.
 const MAX_LIVES: usize = 10_000;
 
-/// Answers about history that are under way at once: each is whole in memory.
-const HISTORIES: usize = 4;
+/// Bytes of answers that are gathered before they are written, and that the kernel keeps until they are read (it takes
+/// twice as many for what they come in).
+const BUFFER: usize = 16 << 10;
+const KERNEL_BUFFER: usize = 32 << 10;
 
-/// Bytes of answers that are gathered before they are written.
-const BUFFER: usize = 64 << 10;
-
-/// Who is connected, by uid.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Load(Rc<RefCell<HashMap<u32, usize>>>);
-
-impl Load {
-    pub(super) fn connections(&self) -> usize {
-        self.0.borrow().values().sum()
-    }
-
-    /// Takes a place, if there is one.
-    fn enter(&self, uid: u32) -> Option<Place> {
-        let total = self.connections();
-        let mut load = self.0.borrow_mut();
-        let own = load.entry(uid).or_default();
-        let most = if uid == 0 { CONNECTIONS } else { CONNECTIONS - RESERVED };
-        if total >= most || (uid != 0 && *own >= CONNECTIONS_OF_ONE) {
-            return None;
-        }
-        *own += 1;
-        Some(Place { load: self.clone(), uid })
-    }
-}
-
-/// A place among the connections; given back when dropped.
-struct Place {
-    load: Load,
-    uid: u32,
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let mut load = self.load.0.borrow_mut();
-        if let Some(own) = load.get_mut(&self.uid) {
-            *own -= 1;
-            if *own == 0 {
-                load.remove(&self.uid);
-            }
-        }
-    }
+/// What all connections share.
+#[derive(Clone, Debug)]
+pub(super) struct Shared {
+    pub(super) asks: mpsc::Sender<Ask>,
+    pub(super) load: Load,
+    pub(super) policy: Policy,
 }
 
 /// Takes connections for ever, each served by a task of its own. Needs a [`tokio::task::LocalSet`].
-pub(super) async fn accept(listener: &UnixListener, asks: mpsc::Sender<Ask>, load: Load) -> Infallible {
-    let histories = Rc::new(Semaphore::new(HISTORIES));
+///
+/// # Errors
+/// [`AlreadyRunning`], where another agent has taken the place of this one.
+pub(super) async fn accept(mut socket: Socket, shared: Shared) -> anyhow::Result<Infallible> {
     loop {
-        let Ok((stream, _)) = listener.accept().await else {
+        let stream = match socket.accept().await {
+            Ok(stream) => stream,
+            Err(error) if error.is::<AlreadyRunning>() => return Err(error),
             // Out of descriptors, as a rule: those who are served go on, and give some back.
-            tokio::time::sleep(ACCEPT_AGAIN).await;
-            continue;
+            Err(_) => {
+                tokio::time::sleep(ACCEPT_AGAIN).await;
+                continue;
+            }
         };
-        let (asks, load, histories) = (asks.clone(), load.clone(), Rc::clone(&histories));
+        let shared = shared.clone();
         tokio::task::spawn_local(async move {
             let Ok(identity) = Identity::of(&stream) else { return };
-            let mut peer = Peer::new(stream, asks, histories);
+            // What peers do not read counts as ours. Where it cannot be less, it is what the kernel allows everybody.
+            let _ = rustix::net::sockopt::set_socket_send_buffer_size(&stream, KERNEL_BUFFER);
+            let place = shared.load.enter(identity.uid);
+            let mut peer = Peer::new(stream, shared);
             // Whatever ends a connection, there is nobody to tell but the one who is gone.
-            let _ = match load.enter(identity.uid) {
-                Some(_place) => peer.serve(identity).await,
+            let _ = match place {
+                Some(place) => peer.serve(identity, &place).await,
                 None => peer.refuse(ErrorKind::Busy, "too many connections; try again later").await,
             };
         });
@@ -111,8 +83,7 @@ pub(super) async fn accept(listener: &UnixListener, asks: mpsc::Sender<Ask>, loa
 
 struct Peer {
     lines: Framed<UnixStream, LinesCodec>,
-    asks: mpsc::Sender<Ask>,
-    histories: Rc<Semaphore>,
+    shared: Shared,
 }
 
 /// Why a connection ends.
@@ -137,16 +108,16 @@ impl From<oneshot::error::RecvError> for End {
 }
 
 impl Peer {
-    fn new(stream: UnixStream, asks: mpsc::Sender<Ask>, histories: Rc<Semaphore>) -> Peer {
+    fn new(stream: UnixStream, shared: Shared) -> Peer {
         let mut lines = Framed::new(stream, LinesCodec::new_with_max_length(MAX_REQUEST));
         lines.set_backpressure_boundary(BUFFER);
-        Peer { lines, asks, histories }
+        Peer { lines, shared }
     }
 
-    async fn serve(&mut self, identity: Identity) -> Result<(), End> {
+    async fn serve(&mut self, identity: Identity, place: &Place) -> Result<(), End> {
         let mut greeted = false;
         loop {
-            let Some(request) = self.read(SILENCE).await? else { continue };
+            let Some(request) = self.read(SILENCE, place).await? else { continue };
             match request {
                 Request::Hello { version: VERSION } => {
                     greeted = true;
@@ -168,10 +139,12 @@ impl Peer {
                     let first = r#"the first line must be {"request":"hello","version":1}"#;
                     return self.refuse(ErrorKind::Usage, first).await;
                 }
-                Request::List { selection } => self.list(&selection, identity, false).await?,
-                Request::Who { selection } => self.list(&selection, identity, true).await?,
-                Request::History { selection, from, limit } => self.history(&selection, identity, from, limit).await?,
-                Request::Watch { selection } => return self.watch(&selection, identity).await,
+                Request::List { selection } => self.list(&selection, identity, place, false).await?,
+                Request::Who { selection } => self.list(&selection, identity, place, true).await?,
+                Request::History { selection, from, limit } => {
+                    self.history(&selection, identity, place, from, limit).await?;
+                }
+                Request::Watch { selection } => return self.watch(&selection, identity, place).await,
                 Request::Status {} => {
                     let status = self.status().await?;
                     self.send(&Response::Status(status)).await?;
@@ -183,7 +156,7 @@ impl Peer {
     }
 
     /// The next request; `None` for one that means nothing, of which the peer was told.
-    async fn read(&mut self, patience: Duration) -> Result<Option<Request>, End> {
+    async fn read(&mut self, patience: Duration, place: &Place) -> Result<Option<Request>, End> {
         let line = match timeout(patience, self.lines.next()).await {
             Ok(Some(Ok(line))) => line,
             Ok(Some(Err(LinesCodecError::MaxLineLengthExceeded))) => {
@@ -193,6 +166,10 @@ impl Peer {
             }
             _ => return Err(End::Gone),
         };
+        if !place.may_ask() {
+            self.refuse(ErrorKind::Busy, "too many requests a second; try again later").await?;
+            return Err(End::Gone);
+        }
         match serde_json::from_str(&line) {
             Ok(request) => Ok(Some(request)),
             Err(error) => {
@@ -220,7 +197,7 @@ impl Peer {
 
     async fn ask<T>(&self, ask: impl FnOnce(oneshot::Sender<T>) -> Ask) -> Result<T, End> {
         let (reply, answer) = oneshot::channel();
-        self.asks.send(ask(reply)).await.map_err(|_| End::Stopped)?;
+        self.shared.asks.send(ask(reply)).await.map_err(|_| End::Stopped)?;
         Ok(answer.await?)
     }
 
@@ -228,10 +205,13 @@ impl Peer {
         self.ask(|reply| Ask::Status { reply }).await
     }
 
-    /// What the selection means; `None` where it means nothing, of which the peer was told.
+    /// What the selection means of what the peer may see; `None` where it means nothing, of which the peer was told.
     async fn selector(&mut self, selection: &Selection, identity: Identity) -> Result<Option<Selector>, End> {
         match selection.selector(identity.netns) {
-            Ok(selector) => Ok(Some(selector)),
+            Ok(mut selector) => {
+                selector.show_only(self.shared.policy.only(identity));
+                Ok(Some(selector))
+            }
             Err(message) => {
                 self.refuse(ErrorKind::Usage, &message).await?;
                 Ok(None)
@@ -239,25 +219,44 @@ impl Peer {
         }
     }
 
-    async fn list(&mut self, selection: &Selection, identity: Identity, ancestors: bool) -> Result<(), End> {
+    async fn list(
+        &mut self,
+        selection: &Selection,
+        identity: Identity,
+        place: &Place,
+        ancestors: bool,
+    ) -> Result<(), End> {
         let Some(selector) = self.selector(selection, identity).await? else { return Ok(()) };
-        let listeners = self.ask(|reply| Ask::List { selector: Box::new(selector), reply }).await?;
-        let count = listeners.len();
-        for listener in listeners {
-            let ancestors = if ancestors { ancestors_of(&listener) } else { Vec::new() };
-            self.send(&Response::Listener { listener, ancestors }).await?;
-        }
-        self.send(&Response::End { count, more: false }).await?;
-        self.flush().await
+        let _turn = place.turn(Answer::List).await;
+        let listeners = match self.ask(|reply| Ask::List { selector: Box::new(selector), reply }).await? {
+            Ok(listeners) => listeners,
+            Err(trouble) => return self.refuse(ErrorKind::Failed, &trouble).await,
+        };
+        let tell = async {
+            let count = listeners.len();
+            for listener in listeners {
+                let ancestors = if ancestors { ancestors_of(&listener) } else { Vec::new() };
+                self.send(&Response::Listener { listener, ancestors }).await?;
+            }
+            self.send(&Response::End { count, more: false }).await?;
+            self.flush().await
+        };
+        timeout(READING, tell).await.map_err(|_| End::Gone)?
     }
 
-    async fn history(&mut self, selection: &Selection, identity: Identity, from: u64, limit: usize) -> Result<(), End> {
+    async fn history(
+        &mut self,
+        selection: &Selection,
+        identity: Identity,
+        place: &Place,
+        from: u64,
+        limit: usize,
+    ) -> Result<(), End> {
         let Some(selector) = self.selector(selection, identity).await? else { return Ok(()) };
         let Some(path) = self.status().await?.history.map(|history| history.path) else {
             return self.refuse(ErrorKind::Failed, "this agent keeps no history").await;
         };
-        let histories = Rc::clone(&self.histories);
-        let _turn = histories.acquire().await.map_err(|_| End::Stopped)?;
+        let _turn = place.turn(Answer::History).await;
         let query = move || {
             let clock = super::clock();
             let now = history::clock(clock.now_wall, clock.tz.clone()).now_boot_ns;
@@ -269,42 +268,69 @@ impl Peer {
             Ok(answer) => answer,
             Err(error) => return self.refuse(ErrorKind::Failed, &format!("{error:#}")).await,
         };
-        let count = lives.len();
-        for life in lives {
-            self.send(&Response::Life(Box::new(life))).await?;
-        }
-        self.send(&Response::End { count, more }).await?;
-        self.flush().await
+        let tell = async {
+            let count = lives.len();
+            for life in lives {
+                self.send(&Response::Life(Box::new(life))).await?;
+            }
+            self.send(&Response::End { count, more }).await?;
+            self.flush().await
+        };
+        timeout(READING, tell).await.map_err(|_| End::Gone)?
     }
 
-    async fn watch(&mut self, selection: &Selection, identity: Identity) -> Result<(), End> {
-        let Some(selector) = self.selector(selection, identity).await? else { return Ok(()) };
+    async fn watch(&mut self, selection: &Selection, identity: Identity, place: &Place) -> Result<(), End> {
+        let Some(mut selector) = self.selector(selection, identity).await? else { return Ok(()) };
         loop {
-            let Subscription { at, listeners, mut changes, lost } = self.ask(|reply| Ask::Watch { reply }).await?;
+            let turn = place.turn(Answer::List).await;
+            let Subscription { at, listeners, mut changes } = match self.ask(|reply| Ask::Watch { reply }).await? {
+                Ok(subscription) => subscription,
+                Err(trouble) => return self.refuse(ErrorKind::Failed, &trouble).await,
+            };
             let mut shown = Shown::default();
-            for listener in listeners.into_iter().filter(|listener| selector.matches(listener, at)) {
-                shown.add(&listener);
-                self.send(&Response::Listener { listener, ancestors: Vec::new() }).await?;
-            }
-            self.send(&Response::Watching { at }).await?;
-            self.flush().await?;
-            loop {
+            let begin = async {
+                for listener in listeners.into_iter().filter(|listener| selector.matches(listener, at)) {
+                    shown.add(&listener);
+                    self.send(&Response::Listener { listener, ancestors: Vec::new() }).await?;
+                }
+                self.send(&Response::Watching { at }).await?;
+                self.flush().await
+            };
+            timeout(READING, begin).await.map_err(|_| End::Gone)??;
+            drop(turn);
+            let lost = loop {
                 let change = tokio::select! {
                     change = changes.recv() => change,
                     // Whatever a subscriber says, it has nothing more to ask; as a rule it hangs up.
                     _ = self.lines.next() => return Ok(()),
                 };
-                let Some(change) = change else { break };
+                let change = match change {
+                    Ok(change) => change,
+                    // Those that are still there are told by the listeners that follow.
+                    Err(RecvError::Lagged(lost)) => break lost + changes.len() as u64,
+                    Err(RecvError::Closed) => return Err(End::Stopped),
+                };
+                // The configuration may have been read anew.
+                selector.show_only(self.shared.policy.only(identity));
                 if shown.concerns(&change, &selector) {
-                    self.send(&Response::Change { change: crate::model::Change::clone(&change) }).await?;
+                    let change = seen_by(&selector, Change::clone(&change));
+                    self.send(&Response::Change { change }).await?;
                 }
                 if changes.is_empty() {
                     self.flush().await?;
                 }
-            }
-            self.send(&Response::Lagged { lost: lost.load(Ordering::Relaxed) }).await?;
+            };
+            self.send(&Response::Lagged { lost }).await?;
         }
     }
+}
+
+/// Without the listener in the way of a bind, where that is nothing that the peer may see.
+fn seen_by(selector: &Selector, mut change: Change) -> Change {
+    if let Change::Conflict { held_by, .. } = &mut change {
+        held_by.take_if(|listener| !selector.may_see(listener));
+    }
+    change
 }
 
 /// Of each holder, nearest first.

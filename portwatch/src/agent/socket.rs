@@ -1,52 +1,179 @@
-//! The agent's socket in the file system: made, guarded against a second agent, and removed at the end.
+//! The agent's socket in the file system: made, guarded against a second agent, made anew where it vanished, and removed
+//! at the end.
+//!
+//! ```text
+//!            gone, and the lock is ours or free          it is there again
+//!   served ───────────────────────────────► made anew ──────────────────────► served
+//!     │  ▲                                      │ cannot be made
+//!     │  └──── something changed above it ───── lost ◄── gone, and a service manager made it
+//!     └── gone, and another agent has the lock: this one ends
+//! ```
 
 use std::fs::{self, File, Permissions};
 use std::io;
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::os::unix::net::UnixListener as StdListener;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
 use rustix::fs::{FlockOperation, flock};
-use tokio::net::UnixListener;
+use tokio::net::{UnixListener, UnixStream};
 
 use super::AlreadyRunning;
+use super::troubles::{About, Troubles};
+use super::vigil::Vigil;
 
-/// A listening socket and, where it is our own, the lock beside it: who holds the lock is the agent, whatever files an earlier one left.
+/// How long what was begun there may go on before the socket is made anew: who removes a directory must be done with it.
+const SETTLE: Duration = Duration::from_millis(100);
+
+/// How often it is tried again to make it, where nothing tells that it may be possible now.
+const REST: Duration = Duration::from_secs(10);
+
+/// A listening socket and, where it is our own, the lock beside it: who holds the lock is the agent, whatever files an
+/// earlier one left.
 #[derive(Debug)]
 pub(super) struct Socket {
     listener: UnixListener,
-    /// `None` where a service manager owns it.
-    own: Option<(PathBuf, File)>,
+    /// `None` where it has no name in the file system.
+    place: Option<Place>,
+    /// Whether we made it, and not a service manager.
+    is_own: bool,
+    lock: Option<File>,
+    troubles: Troubles,
+    is_lost: bool,
+}
+
+#[derive(Debug)]
+struct Place {
+    path: PathBuf,
+    /// What has that name as long as clients find us by it.
+    id: Option<FileId>,
+    /// `None` where this host has no inotify to spare.
+    vigil: Option<Vigil>,
+}
+
+/// Device and inode.
+type FileId = (u64, u64);
+
+fn id_of(path: &Path) -> Option<FileId> {
+    fs::symlink_metadata(path).ok().map(|meta| (meta.dev(), meta.ino()))
+}
+
+impl Place {
+    fn new(path: PathBuf) -> Place {
+        let vigil = Vigil::new().inspect_err(|error| {
+            tracing::warn!("cannot watch over the socket: {error}; should it vanish, start the agent anew");
+        });
+        Place { id: id_of(&path), path, vigil: vigil.ok() }
+    }
+
+    fn is_ours(&self) -> bool {
+        self.id.is_some() && id_of(&self.path) == self.id
+    }
 }
 
 impl Socket {
-    pub(super) fn listener(&self) -> &UnixListener {
-        &self.listener
+    /// Goes on with a socket that a service manager made: it sees to it that there is one agent.
+    pub(super) fn adopt(listener: StdListener, troubles: Troubles) -> anyhow::Result<Socket> {
+        let address = listener.local_addr().context("cannot tell where the service manager listens")?;
+        let place = address.as_pathname().map(|path| Place::new(path.to_owned()));
+        let listener = UnixListener::from_std(listener).context("cannot poll the socket of the service manager")?;
+        Socket { listener, place, is_own: false, lock: None, troubles, is_lost: false }.watched()
+    }
+
+    /// Listens at `path`; everybody may connect, for who may do what is decided by who they are.
+    pub(super) fn open(path: &Path, troubles: Troubles) -> anyhow::Result<Socket> {
+        let path = std::path::absolute(path).with_context(|| format!("cannot find {}", path.display()))?;
+        let mut lock = None;
+        let listener = listen(&path, &mut lock)?;
+        Socket { listener, place: Some(Place::new(path)), is_own: true, lock, troubles, is_lost: false }.watched()
+    }
+
+    fn watched(mut self) -> anyhow::Result<Socket> {
+        self.look_after()?;
+        Ok(self)
+    }
+
+    /// The next connection. Cancel safe.
+    ///
+    /// # Errors
+    /// When one cannot be taken now, as for want of descriptors; and [`AlreadyRunning`], where another agent has taken the
+    /// place of this one.
+    pub(super) async fn accept(&mut self) -> anyhow::Result<UnixStream> {
+        loop {
+            let vigil = self.place.as_ref().and_then(|place| place.vigil.as_ref());
+            let stirred = async {
+                match vigil {
+                    Some(vigil) => vigil.stirred().await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                accepted = self.listener.accept() => return Ok(accepted?.0),
+                () = stirred => {}
+                () = tokio::time::sleep(REST), if self.is_lost => {}
+            }
+            tokio::time::sleep(SETTLE).await;
+            self.look_after()?;
+        }
+    }
+
+    /// Makes it anew where it is gone.
+    fn look_after(&mut self) -> anyhow::Result<()> {
+        let Some(place) = &mut self.place else { return Ok(()) };
+        let shown = place.path.display().to_string();
+        let trouble = loop {
+            if let Some(vigil) = &place.vigil {
+                vigil.over(&place.path);
+                if self.is_own {
+                    vigil.over(&lock_path(&place.path));
+                }
+            }
+            // Without the lock a second agent would take our place.
+            let is_safe = !self.is_own || self.lock.as_ref().is_some_and(|lock| is_locked_by(&place.path, lock));
+            if place.is_ours() && is_safe {
+                break None;
+            }
+            if !self.is_own {
+                let next = "`systemctl restart portwatch.socket` makes it anew";
+                break Some(format!("the socket {shown} of the service manager is gone; {next}"));
+            }
+            match listen(&place.path, &mut self.lock) {
+                Ok(listener) => {
+                    tracing::warn!("the socket {shown} was gone, and is made anew");
+                    (self.listener, place.id) = (listener, id_of(&place.path));
+                }
+                Err(error) if error.is::<AlreadyRunning>() => return Err(error),
+                Err(error) => break Some(format!("the socket {shown} is gone and cannot be made anew: {error:#}")),
+            }
+        };
+        self.is_lost = trouble.is_some();
+        self.troubles.set(About::Socket, trouble);
+        Ok(())
     }
 }
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        if let Some((path, _lock)) = &self.own {
+        if let Some(place) = &self.place
+            && self.is_own
+            && place.is_ours()
+        {
             // Gone already, or its directory is: nobody finds us by it in either case.
-            let _ = fs::remove_file(path);
+            let _ = fs::remove_file(&place.path);
         }
     }
 }
 
-/// Goes on with a socket that a service manager made: it sees to it that there is one agent.
-pub(super) fn adopt(listener: StdListener) -> anyhow::Result<Socket> {
-    let listener = UnixListener::from_std(listener).context("cannot poll the socket of the service manager")?;
-    Ok(Socket { listener, own: None })
-}
-
-/// Listens at `path`; everybody may connect, for who may do what is decided by who they are.
-pub(super) fn open(path: &Path) -> anyhow::Result<Socket> {
+/// Listens at `path`, with the lock that goes with it: the one at hand as long as it is the one that others would meet.
+fn listen(path: &Path, lock: &mut Option<File>) -> anyhow::Result<UnixListener> {
     if let Some(parent) = path.parent() {
         fs::create_dir_all(parent).with_context(|| format!("cannot make {}", parent.display()))?;
     }
-    let lock = lock(path)?;
+    if !lock.as_ref().is_some_and(|lock| is_locked_by(path, lock)) {
+        *lock = Some(self::lock(path)?);
+    }
     // We have the lock, so whatever is there is what an agent that was killed left behind.
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -58,14 +185,23 @@ pub(super) fn open(path: &Path) -> anyhow::Result<Socket> {
     fs::set_permissions(path, Permissions::from_mode(0o666))
         .with_context(|| format!("cannot let others connect to {}", path.display()))?;
     listener.set_nonblocking(true).context("cannot make the socket non-blocking")?;
-    let listener = UnixListener::from_std(listener).context("cannot poll the socket")?;
-    Ok(Socket { listener, own: Some((path.to_owned(), lock)) })
+    UnixListener::from_std(listener).context("cannot poll the socket")
+}
+
+fn lock_path(path: &Path) -> PathBuf {
+    let mut name = path.to_owned().into_os_string();
+    name.push(".lock");
+    PathBuf::from(name)
+}
+
+/// Whether a second agent would meet this lock: the file may have vanished with its directory.
+fn is_locked_by(path: &Path, lock: &File) -> bool {
+    let id = lock.metadata().ok().map(|meta| (meta.dev(), meta.ino()));
+    id.is_some() && id_of(&lock_path(path)) == id
 }
 
 fn lock(path: &Path) -> anyhow::Result<File> {
-    let mut name = path.to_owned().into_os_string();
-    name.push(".lock");
-    let name = PathBuf::from(name);
+    let name = lock_path(path);
     let file = File::options()
         .write(true)
         .create(true)

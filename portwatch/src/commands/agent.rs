@@ -1,11 +1,15 @@
 //! `portwatch agent`: the daemon.
 
 use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use clap::Args;
+use nix::unistd::{Group, Uid};
 use portwatch::agent::{self, AlreadyRunning, Config};
+use portwatch::config::{self, Access, ConfigError};
 use portwatch::history::{self, Retention};
 use portwatch::service;
 use portwatch::service::log::Filter;
@@ -13,7 +17,7 @@ use portwatch::service::log::Filter;
 use super::note;
 use super::watch::announce;
 use crate::cli::{Globals, duration};
-use crate::exit_codes::NO;
+use crate::exit_codes::{NO, Usage};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -21,8 +25,15 @@ Examples:
   portwatch agent
   portwatch agent --socket /run/portwatch/agent.sock --metrics 127.0.0.1:9464
 
-It ends at SIGTERM and SIGINT. As a service: portwatch/dist in the source has the units for systemd.")]
+In the configuration, [access] narrows what it does for others than root:
+  list = \"own\"     tells each user of their own listeners only (\"all\")
+  kill = \"wheel\"   ends processes for root and the members of this group only (\"all\")
+
+It ends at SIGTERM and SIGINT, and reads its configuration anew at SIGHUP. As a service: portwatch/dist in the source has the units for systemd.")]
 pub(crate) struct AgentArgs {
+    /// The configuration, which must exist [default: /etc/portwatch/config.toml, if it does]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
     /// Answer Prometheus at this address, at /metrics
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub(crate) metrics: Option<SocketAddr>,
@@ -49,7 +60,10 @@ pub(crate) fn run(args: &AgentArgs, globals: &Globals) -> anyhow::Result<ExitCod
     let activated = service::activated()?;
     service::log::start(args.log.clone())?;
     let retention = Retention { age: args.history_age, bytes: args.history_size << 20 };
+    // The directory may be another one by the time that it is read anew.
+    let file = args.config.as_ref().map(std::path::absolute).transpose().context("cannot find the configuration")?;
     let config = Config {
+        access: Box::new(move || access(file.as_deref())),
         socket: globals.socket.clone(),
         activated,
         metrics: args.metrics,
@@ -64,5 +78,16 @@ pub(crate) fn run(args: &AgentArgs, globals: &Globals) -> anyhow::Result<ExitCod
             Ok(ExitCode::from(NO))
         }
         Err(error) => Err(error),
+    }
+}
+
+fn access(file: Option<&Path>) -> anyhow::Result<Access> {
+    let gid_of = |name: &str| Group::from_name(name).ok().flatten().map(|group| group.gid.as_raw());
+    match config::access(file, Uid::effective().as_raw(), &gid_of) {
+        Err(ConfigError::Broken(what)) => Err(Usage(what).into()),
+        Err(ConfigError::Unreadable(path, error)) => {
+            Err(error).with_context(|| format!("cannot read the configuration {}", path.display()))
+        }
+        Ok(access) => Ok(access),
     }
 }

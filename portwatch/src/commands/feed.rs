@@ -14,7 +14,11 @@ impl Feed {
     pub(crate) async fn next(&mut self) -> anyhow::Result<Vec<Change>> {
         match self {
             Feed::Agent(subscription) => subscription.next().await,
-            Feed::Own(tracker) => tracker.next().await,
+            Feed::Own(tracker) => {
+                let changes = tracker.next().await?;
+                // The agent goes on and says so in its status; here there is nobody to ask.
+                tracker.trouble().map_or(Ok(changes), |trouble| Err(anyhow::anyhow!("{trouble}")))
+            }
         }
     }
 

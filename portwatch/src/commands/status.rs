@@ -53,7 +53,7 @@ pub(crate) fn run(args: &StatusArgs, globals: &Globals) -> anyhow::Result<ExitCo
     print(&text)?;
     let is_healthy = agent.as_ref().is_some_and(|agent| {
         let history = agent.history.as_ref();
-        history.is_none_or(|history| history.is_ok() || history.state == State::Starting)
+        agent.troubles.is_empty() && history.is_none_or(|history| history.is_ok() || history.state == State::Starting)
     });
     Ok(if is_healthy { ExitCode::SUCCESS } else { ExitCode::from(NO) })
 }
@@ -87,6 +87,9 @@ fn text(status: &Status<'_>) -> String {
         let dropped = if history.dropped > 0 { format!(", {} dropped", history.dropped) } else { String::new() };
         let note: String = note.collect();
         out.push_str(&format!("history:   {lives} lives, {size:.1} MiB{dropped} in {path}{note}\n"));
+    }
+    for trouble in &agent.troubles {
+        out.push_str(&format!("trouble:   {}\n", render::escape(trouble)));
     }
     out.push_str(&format!("memory:    {:.1} MiB\n", agent.memory as f64 / f64::from(1 << 20)));
     out

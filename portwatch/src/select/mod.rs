@@ -54,6 +54,7 @@ pub struct Selector {
     filters: Filters,
     /// The targets as bitmaps, one entry for each address named (`None`: any). Empty: every port.
     ports: Vec<Ports>,
+    only_of: Option<u32>,
 }
 
 #[derive(Clone, Debug)]
@@ -81,7 +82,18 @@ impl Selector {
                 ports[index].udp.insert(target.ports.clone());
             }
         }
-        Selector { targets, filters, ports }
+        Selector { targets, filters, ports, only_of: None }
+    }
+
+    /// From now on picks only what is of this user ([`Listener::is_of`]), whatever else it picks: not what somebody asks
+    /// for, but what they may see. `None` lifts that again.
+    pub fn show_only(&mut self, uid: Option<u32>) {
+        self.only_of = uid;
+    }
+
+    /// Whether whoever asks may see the listener.
+    pub fn may_see(&self, listener: &Listener) -> bool {
+        self.only_of.is_none_or(|uid| listener.is_of(uid))
     }
 
     /// Whether nothing says which listeners are meant: no target, address, owner, process, directory, container or age.
@@ -187,7 +199,10 @@ impl Selector {
     /// Whether the listener is meant. One holder that passes every process filter suffices; a ghost can pass by the
     /// owner of its socket only.
     pub fn matches(&self, listener: &Listener, now: BootNs) -> bool {
-        self.matches_socket(&listener.socket) && self.is_old_enough(listener, now) && self.matches_holders(listener)
+        self.matches_socket(&listener.socket)
+            && self.may_see(listener)
+            && self.is_old_enough(listener, now)
+            && self.matches_holders(listener)
     }
 
     fn matches_holders(&self, listener: &Listener) -> bool {

@@ -37,7 +37,7 @@ impl Shown {
                 let by = by.as_ref().is_some_and(|by| {
                     selector.matches_socket(&listener.socket) && selector.matches_process(by, &listener.socket)
                 });
-                known || by || Self::selects(selector, listener, *at)
+                known || (by && selector.may_see(listener)) || Self::selects(selector, listener, *at)
             }
             Change::Conflict { at, attempt, .. } => Self::selects(selector, &wanted(attempt), *at),
             Change::Resync { .. } => true,

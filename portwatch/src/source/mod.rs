@@ -23,7 +23,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::anyhow;
+use anyhow::{Context as _, anyhow};
 use serde::{Deserialize, Serialize};
 
 use crate::model::{BootNs, Event, Listener, Process, ProcessId, Snapshot, Socket, SocketId};
@@ -368,6 +368,8 @@ impl Live {
             }
             Feed::Poll(_) => self.scanner.scan(true, &|_| true)?,
         };
+        // With none left, what was read may lack what could not be opened.
+        process::check_descriptors().context("no descriptors left to read it by")?;
         snapshot.lost = lost;
         let mut events = self.pending(process::boot_ns_now());
         events.push(Event::Snapshot(snapshot));

@@ -4,6 +4,7 @@
 //! the process, not to the number: once the process is gone every read through it fails, even if the number is in use
 //! again. So nothing read here mixes two processes, without any second look.
 
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use jiff::Timestamp;
@@ -40,6 +41,17 @@ pub fn boot_ns_now() -> BootNs {
 /// This moment, on both clocks; local times are those of `tz`.
 pub fn clock(tz: TimeZone) -> Clock {
     Clock { now_boot_ns: boot_ns_now(), now_wall: Timestamp::now(), tz }
+}
+
+/// Descriptors without which a look at the host may be blind in part: a file that cannot be opened is else one that is
+/// gone.
+const DESCRIPTORS: usize = 16;
+
+/// Fails where this process, or the host, has hardly any descriptors left.
+pub fn check_descriptors() -> io::Result<()> {
+    let open = |_| rustix::fs::open("/proc/self", OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
+    (0..DESCRIPTORS).map(open).collect::<Result<Vec<OwnedFd>, Errno>>()?;
+    Ok(())
 }
 
 /// Whether the process of a pidfd has not ended (a zombie has). Does not wait.

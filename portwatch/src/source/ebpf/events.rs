@@ -276,9 +276,11 @@ impl Probes {
         if let Some(process) = self.processes.get(&id).filter(is_current) {
             return Arc::clone(process);
         }
-        let process = process::read_exact(id)
-            .unwrap_or_else(|| Process { uid: Some(record.task_uid), ..Process::bare(id, name) });
-        self.remember(Arc::new(process))
+        match process::read_exact(id) {
+            Some(process) => self.remember(Arc::new(process)),
+            // Not remembered: it is gone, or there was no descriptor to read it by.
+            None => Arc::new(Process { uid: Some(record.task_uid), ..Process::bare(id, name) }),
+        }
     }
 
     fn remember(&mut self, process: Arc<Process>) -> Arc<Process> {
@@ -343,8 +345,10 @@ impl Probes {
         if let Some(process) = self.processes.get(&id) {
             return Arc::clone(process);
         }
-        let process = process::read_exact(id).unwrap_or_else(|| Process::bare(id, "?"));
-        self.remember(Arc::new(process))
+        match process::read_exact(id) {
+            Some(process) => self.remember(Arc::new(process)),
+            None => Arc::new(Process::bare(id, "?")),
+        }
     }
 }
 
