@@ -5,6 +5,7 @@
 //! - `PORTWATCH_TEST_REQUIRE=kernel,fexit,tracepoint,mptcp,…` makes a test fail that is otherwise skipped because the
 //!   machine lacks that.
 //! - `PORTWATCH_TEST_STORM` is the number of listeners that a storm opens (default 20000).
+//! - `PORTWATCH_TEST_SWEEPS` is how often an adversary is fought (default: as often as fits into ten seconds).
 //!
 //! Tests run one after the other: several of them watch the whole host.
 
@@ -34,6 +35,7 @@ mod storm;
 mod stubborn;
 mod subject;
 mod supervised;
+mod sweep;
 mod terminal;
 mod user;
 mod wait;
@@ -76,6 +78,9 @@ fn main() -> ExitCode {
     if let Some(path) = env::var_os(history::WRITER_VARIABLE) {
         history::write_until_killed(path.as_ref());
     }
+    if let Some(place) = env::var_os(sweep::ADVERSARY_VARIABLE) {
+        sweep::play(place.as_ref());
+    }
     // Orphans of puppets come to this process, to be reaped.
     // SAFETY: takes integers.
     unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) };
@@ -109,6 +114,7 @@ fn main() -> ExitCode {
         user::trials(),
         history::trials(),
         replay::trials(),
+        sweep::trials(),
     ];
     let trials = tests.into_iter().flatten().map(|test| {
         Trial::test(test.name, move || {

@@ -7,7 +7,6 @@ use std::time::Duration;
 use clap::builder::{NonEmptyStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueHint};
 use globset::GlobMatcher;
-use jiff::{Span, SpanRelativeTo};
 use portwatch::agent::SOCKET;
 use portwatch::model::NetnsId;
 use portwatch::select::{Variable, cgroup_path, glob, unit_glob};
@@ -228,14 +227,7 @@ pub(crate) fn netns(text: &str) -> Result<Netns, String> {
 
 /// Anything that people write for a length of time: `90s`, `24h`, `1h 30m`, `2 days` (of 24 hours).
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {
-    if text == "0" {
-        return Ok(Duration::ZERO);
-    }
-    text.parse::<Span>()
-        .and_then(|span| span.to_duration(SpanRelativeTo::days_are_24_hours()))
-        .ok()
-        .and_then(|duration| Duration::try_from(duration).ok())
-        .ok_or_else(|| "use a duration such as 250ms, 90s or 24h".to_owned())
+    portwatch::config::duration(text)
 }
 
 #[cfg(test)]

@@ -12,9 +12,10 @@
 //! Tables that this version does not know are passed over. Owns which files are read, whether they may be trusted, and
 //! what they mean. Sets are asked for only where a target names one, so that a broken file never keeps a port from being
 //! freed by number. `[access]` is for the [agent](crate::agent) alone, which reads one file: the host's, or the one that
-//! it is told, and nobody's own. [`sets_in`] and [`access_in`] are pure.
+//! it is told, and nobody's own; so are the `[[rule]]`s. [`sets_in`], [`access_in`] and [`rules_in`] are pure.
 
 mod access;
+mod rules;
 
 use std::ffi::OsString;
 use std::fmt;
@@ -23,13 +24,17 @@ use std::io::{self, Read as _};
 use std::ops::Range;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use jiff::{Span, SpanRelativeTo};
 use nix::libc;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 pub use self::access::{Access, Killers, Told, access_in};
+pub use self::rules::{LookUp, rules_in};
 use crate::render::escape;
+use crate::rules::Rule;
 use crate::select::{Sets, Target, builtin_sets, parse_targets};
 
 /// The file of the host.
@@ -100,6 +105,33 @@ pub fn access(file: Option<&Path>, euid: u32, gid_of: &dyn Fn(&str) -> Option<u3
         Err(ConfigError::Unreadable(_, error)) if is_absent(&error) && file.is_none() => Ok(Access::default()),
         text => access_in(&text?, gid_of).map_err(|bad| bad.at(path)),
     }
+}
+
+/// The rules of the agent, from the same file as [`access`].
+///
+/// # Errors
+/// As [`access`].
+pub fn rules(file: Option<&Path>, euid: u32, look_up: &LookUp<'_>) -> Result<Vec<Rule>, ConfigError> {
+    let path = file.unwrap_or(Path::new(SYSTEM));
+    match read(path, Some(Reader { name: "the agent", trusts: euid })) {
+        Err(ConfigError::Unreadable(_, error)) if is_absent(&error) && file.is_none() => Ok(Vec::new()),
+        text => rules_in(&text?, look_up).map_err(|bad| bad.at(path)),
+    }
+}
+
+/// Anything that people write for a length of time: `90s`, `24h`, `1h 30m`, `2 days` (of 24 hours).
+///
+/// # Errors
+/// What to write, in a few words.
+pub fn duration(text: &str) -> Result<Duration, String> {
+    if text == "0" {
+        return Ok(Duration::ZERO);
+    }
+    text.parse::<Span>()
+        .and_then(|span| span.to_duration(SpanRelativeTo::days_are_24_hours()))
+        .ok()
+        .and_then(|duration| Duration::try_from(duration).ok())
+        .ok_or_else(|| "use a duration such as 250ms, 90s or 24h".to_owned())
 }
 
 fn is_absent(error: &io::Error) -> bool {

@@ -94,6 +94,7 @@ impl Actor {
                 let mailbox = self.mailbox.as_ref().ok_or_else(|| io::Error::other("no mailbox"))?;
                 sys::receive_fd(mailbox.as_raw_fd()).map(|fd| fd.to_string())
             }
+            ["chdir", path] => std::env::set_current_dir(path).map(done),
             ["fork"] => self.fork(None),
             ["fork-as", pid] => self.fork(Some(parse(pid)?)),
             ["exec"] => Err(self.exec()),

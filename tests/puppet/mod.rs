@@ -362,6 +362,11 @@ impl Puppet {
         }
     }
 
+    /// Its working directory from now on; no part of the path may contain a blank.
+    pub fn change_directory(&self, path: &std::path::Path) {
+        self.tell(&format!("chdir {}", path.display()));
+    }
+
     pub fn become_user(&self, uid: u32) {
         self.tell(&format!("become {uid}"));
     }

@@ -11,12 +11,14 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Args;
+use globset::GlobMatcher;
 use portwatch::kill::signal::SignalName;
 use portwatch::kill::{self, Concern, Options, Outcome, Plan, Reach, Terms, preview, text};
 use portwatch::render::table::Detail;
 use portwatch::render::{self, View, json};
 use portwatch::select::Selector;
 use portwatch::source::Probe;
+use portwatch::sweep::directory_glob;
 use portwatch::wire::{Kill, Selection};
 use rustix::process::Signal;
 
@@ -34,6 +36,7 @@ Examples:
   portwatch kill 3000-3005 --dry-run
   portwatch kill 8000 -s INT --grace 30s --no-force
   portwatch kill --cwd '/home/al/project*' -y
+  portwatch kill 8080-9500 --older-than 24h --cwd '/tmp/web_*' --remove-cwd '/tmp/web_*'
   portwatch kill -i --user al         pick from a list
   portwatch kill 80 --stop-unit       stop the service that would start it again
   portwatch kill --since before.json --yes --report leaks.json
@@ -91,6 +94,10 @@ pub(crate) struct KillArgs {
     /// process holds above all. Needs root, and a kernel with CONFIG_INET_DIAG_DESTROY; TCP alone
     #[arg(long, conflicts_with_all = ["tree", "group", "signal", "force", "no_force", "stop_container", "stop_unit"])]
     pub(crate) close_socket: bool,
+    /// Remove the working directories of those who were ended, where they match; as in a shell, * does not match /. Only a
+    /// directory of the user that the process ran as, in which nobody runs; never a home or a mount point
+    #[arg(long, value_name = "GLOB", value_parser = directory_glob, conflicts_with = "close_socket")]
+    pub(crate) remove_cwd: Option<GlobMatcher>,
     /// One JSON array
     #[arg(long)]
     pub(crate) json: bool,
@@ -180,6 +187,7 @@ impl KillArgs {
             ("--stop-container", self.stop_container),
             ("--stop-unit", self.stop_unit),
             ("--close-socket", self.close_socket),
+            ("--remove-cwd", self.remove_cwd.is_some()),
             ("--probe", globals.probe != Probe::Auto),
         ];
         options.into_iter().find_map(|(option, given)| given.then_some(option))
@@ -290,6 +298,7 @@ fn report(args: &KillArgs, outcomes: &[Outcome]) -> anyhow::Result<ExitCode> {
             if !args.quiet {
                 text += &line;
                 text.push('\n');
+                text += &text::directories(outcome);
                 text += &text::findings(outcome);
             } else if !outcome.is_done() {
                 note(&line);

@@ -18,6 +18,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use globset::GlobMatcher;
 use jiff::Timestamp;
 use serde::Serialize;
 
@@ -50,6 +51,7 @@ pub struct Cleanup {
     terms: Terms,
     options: Options,
     force_self: bool,
+    remove_cwd: Option<GlobMatcher>,
 }
 
 /// What was left behind, and what became of it.
@@ -96,7 +98,13 @@ impl Cleanup {
     /// `uids` are the users whose processes are meant, all where it is empty. What is published for containers, or runs in
     /// one, is meant whoever's it is where containers are stopped.
     pub fn new(selector: Selector, uids: Vec<u32>, terms: Terms, options: Options, force_self: bool) -> Cleanup {
-        Cleanup { selector, uids, terms, options, force_self }
+        Cleanup { selector, uids, terms, options, force_self, remove_cwd: None }
+    }
+
+    /// The same, and afterwards removes the working directories of those who ended, where `glob` matches them.
+    #[must_use]
+    pub fn removing(self, glob: Option<GlobMatcher>) -> Cleanup {
+        Cleanup { remove_cwd: glob, ..self }
     }
 
     /// What is to be ended now.
@@ -131,7 +139,7 @@ impl Cleanup {
     /// # Errors
     /// When the processes of the host cannot be read.
     pub fn prepare(&self, choice: Choice) -> anyhow::Result<Job> {
-        Job::prepare(choice, &self.terms, Guards::current(self.force_self))
+        Ok(Job::prepare(choice, &self.terms, Guards::current(self.force_self))?.removing(self.remove_cwd.clone()))
     }
 
     /// Ends it all. `agree` is asked about the first plan, and nothing is done without; `None` then.

@@ -12,7 +12,9 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use globset::GlobMatcher;
 
+use super::directories::Held;
 use super::execute::{Options, World, execute, planned};
 use super::guards::{Guards, Units};
 use super::kin::Reach;
@@ -64,6 +66,8 @@ pub struct Job {
     engine: Option<Engine>,
     left_out: Vec<Listener>,
     selector: Selector,
+    /// Which working directories of those who are ended are removed.
+    remove_cwd: Option<GlobMatcher>,
 }
 
 impl Choice {
@@ -102,7 +106,7 @@ impl Job {
         if terms.close_sockets {
             let guards = Guards::open();
             let plan = Plan::new(selected, &others, &named, &guards, &life::stat_of).closing();
-            return Ok(Job { plan, guards, engine: None, left_out, selector });
+            return Ok(Job { plan, guards, engine: None, left_out, selector, remove_cwd: None });
         }
         let units = Units::ask(&selected, terms.stop_units);
         let mut guards = guards.with_units(units).with_named(&selector.filters().pids);
@@ -119,7 +123,13 @@ impl Job {
             let all = stat::all().context("cannot read the processes in /proc")?;
             plan.reach_out(terms.reach, &all, seen, &process::read_exact, &guards, &life::stat_of);
         }
-        Ok(Job { plan, guards, engine, left_out, selector })
+        Ok(Job { plan, guards, engine, left_out, selector, remove_cwd: None })
+    }
+
+    /// Removes the working directories of those who are ended as well, where they match the glob and
+    /// [may be](crate::sweep) removed.
+    pub fn removing(self, directories: Option<GlobMatcher>) -> Job {
+        Job { remove_cwd: directories, ..self }
     }
 
     pub fn plan(&self) -> &Plan {
@@ -128,7 +138,13 @@ impl Job {
 
     /// The outcomes of a dry run.
     pub fn planned(self) -> Vec<Outcome> {
-        planned(self.plan)
+        let held = self.remove_cwd.as_ref().map(|_| Held::of(&self.plan));
+        let victims: Vec<u32> = self.plan.victims.iter().map(|victim| victim.process.id.pid).collect();
+        let mut outcomes = planned(self.plan);
+        if let (Some(held), Some(glob)) = (held, &self.remove_cwd) {
+            held.preview(glob, &victims, &mut outcomes);
+        }
+        outcomes
     }
 
     /// Does it, and says what became of each port, and why where it is not free. `progress` is told of each process.
@@ -144,7 +160,9 @@ impl Job {
         if !self.plan.closes {
             ask_managers(&mut self.plan);
         }
-        let Job { plan, guards, engine, left_out, selector } = self;
+        let Job { plan, guards, engine, left_out, selector, remove_cwd } = self;
+        // While they are there: afterwards nothing tells where they were.
+        let held = remove_cwd.filter(|_| !plan.closes).map(|glob| (Held::of(&plan), glob));
         let ports: BTreeSet<(u16, Protocol)> = plan.groups.iter().map(|group| (group.port, group.proto)).collect();
         // Whoever takes the port counts, whatever the selectors say of addresses and holders.
         let wanted = selector.filters().netns;
@@ -166,6 +184,9 @@ impl Job {
         )?;
         for outcome in &mut outcomes {
             outcome.correct(&left_out, &selector.named_addresses(outcome.port));
+        }
+        if let Some((held, glob)) = held {
+            held.sweep(&glob, options.grace, &mut outcomes);
         }
         aftermath::explain(&mut outcomes, scanner);
         Ok(outcomes)

@@ -7,7 +7,8 @@
 //!
 //! This module owns who is signalled ([`plan`], [`kin`]) and who never ([`guards`]), what a person should know before
 //! ([`preview`], [`concern`]), how it is made sure that nobody else is hit ([`target`]), the containers and units that are
-//! stopped instead ([`stop`]), the sockets that are closed without their holders ([`close`]), the waiting ([`execute`]) and what is said of it ([`outcome`], [`text`]). None of these scans:
+//! stopped instead ([`stop`]), the sockets that are closed without their holders ([`close`]), the directories that are removed
+//! after them ([`directories`]), the waiting ([`execute`]) and what is said of it ([`outcome`], [`text`]). None of these scans:
 //! [`job`], the whole way from a selector to the outcomes, hands them what was scanned, and a way to scan again; [`cleanup`]
 //! goes that way until nothing more appears.
 
@@ -15,6 +16,7 @@ mod aftermath;
 pub mod cleanup;
 mod close;
 pub mod concern;
+mod directories;
 pub mod execute;
 mod guards;
 pub mod job;
@@ -35,6 +37,7 @@ mod why;
 
 pub use cleanup::{Cleaned, Cleanup, Ended, Leak};
 pub use concern::Concern;
+pub use directories::Directories;
 pub use execute::{Options, World, execute};
 pub use guards::{Guards, Units};
 pub use job::{Choice, Job, Terms};

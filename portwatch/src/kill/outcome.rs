@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use super::directories::Directories;
 use super::stop::Whole;
 use crate::diagnose::Finding;
 use crate::model::{Listener, NetnsId, Protocol};
@@ -52,6 +53,8 @@ pub struct Outcome {
     /// Inodes of the sockets that were closed in the kernel.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub closed: Vec<u64>,
+    #[serde(flatten)]
+    pub directories: Directories,
     /// Where sockets are closed and nobody is signalled: the pids of their holders.
     #[serde(skip)]
     pub closes: Option<Vec<u32>>,
@@ -152,6 +155,7 @@ impl Outcome {
             failed: Vec::new(),
             stopped: Vec::new(),
             closed: Vec::new(),
+            directories: Directories::default(),
             closes: None,
             gone: Vec::new(),
             ghost: Vec::new(),
@@ -230,6 +234,7 @@ mod tests {
             failed: vec![Failure { pid: 9, reason: "no".into(), refused: true }],
             stopped: Vec::new(),
             closed: Vec::new(),
+            directories: Directories::default(),
             closes: None,
             gone: Vec::new(),
             ghost: vec![5],

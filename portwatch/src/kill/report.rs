@@ -7,6 +7,7 @@ use rustix::process::Signal;
 use rustix::thread::{CapabilitySet, capabilities};
 
 use super::close::{STAYS_BOUND, Unclosed};
+use super::directories::Directories;
 use super::execute::Run;
 use super::life::{Life, Stage};
 use super::outcome::{Diagnostics, Failure, Outcome, Owner, Status, Stopped};
@@ -362,6 +363,7 @@ impl<'a> End<'a> {
             failed,
             stopped: self.stopped(run).map(stopped).collect(),
             closed: run.closed.iter().filter(|id| self.group.wants(**id)).map(|id| id.inode).collect(),
+            directories: Directories::default(),
             closes: run.plan.closes.then(|| self.holders(run).map(|process| process.id.pid).collect()),
             gone: self.lives.iter().filter(|l| l.gone).map(|l| pid(l)).collect(),
             ghost: self.old.iter().filter(|l| l.is_ghost()).map(|l| l.socket.id.inode).collect(),

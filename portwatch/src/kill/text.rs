@@ -2,9 +2,11 @@
 
 use std::collections::BTreeSet;
 
+use super::directories::Directories;
 use super::outcome::{Outcome, Status, Stopped};
 use crate::diagnose::Kind;
 use crate::render::{escape, span};
+use crate::sweep::{Amount, Kept, Removed};
 
 /// One line on one port, without the line's end.
 pub fn outcome(outcome: &Outcome) -> String {
@@ -83,6 +85,37 @@ pub fn findings(outcome: &Outcome) -> String {
         }
     }
     out
+}
+
+/// The directories that were removed, or not: indented lines, each with its end.
+pub fn directories(outcome: &Outcome) -> String {
+    let Directories { removed, kept, planned } = &outcome.directories;
+    let mut out = String::new();
+    for Removed { path, amount } in removed {
+        out += &format!("  removed {} ({})\n", escape(path), amounts(amount));
+    }
+    for path in planned {
+        out += &format!("  would remove {}\n", escape(path));
+    }
+    for Kept { path, reason, amount } in kept {
+        let some = if *amount == Amount::default() { String::new() } else { format!(", removed {}", amounts(amount)) };
+        out += &format!("  kept {}: {}{some}\n", escape(path), escape(reason));
+    }
+    out
+}
+
+/// `3 files, 2 directories, 12 KiB`.
+fn amounts(Amount { files, directories, bytes }: &Amount) -> String {
+    let plural = |count: &u64, one: &str, many: &str| match count {
+        1 => format!("1 {one}"),
+        _ => format!("{count} {many}"),
+    };
+    let size = match *bytes {
+        bytes @ 0..1_024 => format!("{bytes} bytes"),
+        bytes @ 1_024..1_048_576 => format!("{} KiB", bytes >> 10),
+        bytes => format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20)),
+    };
+    format!("{}, {}, {size}", plural(files, "file", "files"), plural(directories, "directory", "directories"))
 }
 
 /// All outcomes in one line, without the line's end; `None` where that says no more than the one outcome does.
@@ -194,6 +227,24 @@ mod tests {
             names: vec![(1, "init".into()), (7, "python3".into()), (8, "e\u{1b}[31mvil\n".into())],
             ..Outcome::example(8000, Status::Cleaned)
         }
+    }
+
+    #[test]
+    fn directories_are_told_with_what_was_in_them() {
+        let amount = |files, directories, bytes| Amount { files, directories, bytes };
+        let path = || "/tmp/w\u{7}".to_owned();
+        let mut subject = sample();
+        subject.directories = Directories {
+            removed: vec![Removed { path: path(), amount: amount(1, 1, 4096) }],
+            kept: vec![
+                Kept { path: path(), reason: "no".into(), amount: amount(0, 0, 0) },
+                Kept { path: path(), reason: "e\u{1b}".into(), amount: amount(2, 0, 3 << 20) },
+            ],
+            planned: vec![path()],
+        };
+        let expected = "  removed /tmp/w\\x07 (1 file, 1 directory, 4 KiB)\n  would remove /tmp/w\\x07\n  \
+            kept /tmp/w\\x07: no\n  kept /tmp/w\\x07: e\\x1b, removed 2 files, 0 directories, 3.0 MiB\n";
+        assert_eq!(directories(&subject), expected);
     }
 
     #[test]

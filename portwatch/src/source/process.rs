@@ -27,6 +27,9 @@ const MAX_ENVIRONMENT_BYTES: usize = 2 * 1024 * 1024;
 /// A cgroup file has one line per hierarchy, each a path of at most 4 KiB.
 const MAX_CGROUP_BYTES: usize = 64 * 1024;
 
+/// About 1.5 KiB, and the supplementary groups, of which a process may have 65,536; what is read stands before them.
+const MAX_STATUS_BYTES: usize = 16 * 1024;
+
 /// Nanoseconds since boot, suspended time included (`CLOCK_BOOTTIME`).
 pub fn boot_ns_now() -> BootNs {
     // Fails on kernels before 2.6.39 only.
@@ -116,7 +119,19 @@ pub fn environment_for(id: ProcessId, reader: u32) -> Option<Vec<u8>> {
     is_told.then(|| read_up_to(file.as_fd(), MAX_ENVIRONMENT_BYTES))
 }
 
-fn open_exact(id: ProcessId) -> Option<OwnedFd> {
+/// Effective uid and gid of the process of a `/proc/PID` directory. `None`: it is gone.
+pub(crate) fn effective_ids(dir: BorrowedFd<'_>) -> Option<(u32, u32)> {
+    let status = read_up_to(open_at(dir, c"status")?.as_fd(), MAX_STATUS_BYTES);
+    let effective = |name: &str| {
+        let line = status.split(|&byte| byte == b'\n').find_map(|line| line.strip_prefix(name.as_bytes()))?;
+        // Real, effective, saved, of the file system.
+        std::str::from_utf8(line).ok()?.split_ascii_whitespace().nth(1)?.parse().ok()
+    };
+    Some((effective("Uid:")?, effective("Gid:")?))
+}
+
+/// The `/proc/PID` directory of this very process: all that is read through it is of that one. `None`: it is gone.
+pub(crate) fn open_exact(id: ProcessId) -> Option<OwnedFd> {
     let dir = open(id.pid)?;
     let start = stat::read_at(dir.as_fd(), c"stat")?.start;
     id.is_same(ProcessId { pid: id.pid, start }).then_some(dir)
@@ -279,6 +294,8 @@ mod tests {
         let process = read(pid).unwrap();
         assert_eq!(process.ppid, std::process::id());
         assert_eq!(process.uid, Some(nix::unistd::geteuid().as_raw()));
+        let own = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
+        assert_eq!(effective_ids(open_exact(process.id).unwrap().as_fd()), Some(own));
         assert_eq!(process.name, "sh");
         assert_eq!(process.command, ["weird \x1b[31m", "-c", "echo ready; read line"]);
         let exe = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap();

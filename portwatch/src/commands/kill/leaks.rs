@@ -80,7 +80,8 @@ pub(super) fn run(args: &KillArgs, selector: Selector, globals: &Globals) -> any
     };
     // Who it belongs to is judged there, where containers are known.
     let selector = selector.filtered(|filters| filters.uids.clear());
-    let cleanup = Cleanup::new(selector, uids, args.terms(), args.options(), args.force_self);
+    let cleanup =
+        Cleanup::new(selector, uids, args.terms(), args.options(), args.force_self).removing(args.remove_cwd.clone());
     if args.dry_run {
         return dry_run(args, &cleanup, &mut scanner);
     }

@@ -64,7 +64,8 @@ impl Way {
             // What was not picked is nobody's question.
             choice.named.clear();
         }
-        let job = Job::prepare(choice, &args.terms(), Guards::current(args.force_self))?;
+        let job =
+            Job::prepare(choice, &args.terms(), Guards::current(args.force_self))?.removing(args.remove_cwd.clone());
         Ok(ControlFlow::Continue(Way::Alone { job: Box::new(job), scanner }))
     }
 
