@@ -14,6 +14,7 @@ pub mod kill;
 pub mod metrics;
 pub mod model;
 pub mod render;
+pub mod run;
 pub mod select;
 pub mod service;
 pub mod source;

@@ -13,17 +13,21 @@ use portwatch::kill::signal::SignalName;
 use portwatch::kill::{
     self, Choice, Concern, Guards, Job, Options, Outcome, Plan, Reach, Terms, concern, preview, text,
 };
+use portwatch::model::Protocol;
 use portwatch::render::table::Detail;
 use portwatch::render::{self, View, json};
-use portwatch::select::Selector;
-use portwatch::source::Scanner;
+use portwatch::select::{Filters, Selector, Target};
 use portwatch::source::stat::{self, Stat};
+use portwatch::source::{Scanner, netns};
 use rustix::process::Signal;
 
 use super::progress::Display;
 use super::{Users, explain, note, print, selection, selector, view, view_on, works_alone};
 use crate::cli::{Globals, Selectors, TARGETS, duration};
 use crate::exit_codes::{self, NO, USAGE, Usage};
+
+/// How long [`free`] looks for something that takes the port again: the default of `--settle`.
+const SETTLE: Duration = Duration::from_millis(250);
 
 #[derive(Debug, Args)]
 #[command(after_help = format!("\
@@ -152,6 +156,34 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
     let outcomes = job.run(&mut scanner, args.options(), &mut |progress| display.show(progress))?;
     display.close();
     report(args, &outcomes)
+}
+
+/// Frees a TCP port for a server that is to start there, as `portwatch kill PORT` does, and tells of it on stderr alone.
+/// Whether it is free.
+pub(crate) fn free(port: u16, yes: bool, grace: Duration, globals: &Globals) -> anyhow::Result<bool> {
+    let target = Target { ports: port..=port, proto: Some(Protocol::Tcp), address: None };
+    let own = Some(netns::own()?);
+    let selector = Selector::new(vec![target], Filters { netns: own, ..Filters::default() });
+    let mut scanner = Scanner::open(globals.probe);
+    let choice = Choice::read(&mut scanner, &selector)?;
+    let job = Job::prepare(choice, &Terms::default(), Guards::current(false))?;
+    let concerns = match is_conversation() && !yes {
+        true => concern::concerns(job.plan(), Uid::effective().as_raw(), false, &stat_of),
+        false => Vec::new(),
+    };
+    preview(job.plan()).or_else(|error| if concerns.is_empty() { Ok(()) } else { Err(error) })?;
+    if !concerns.is_empty() && !is_confirmed(job.plan(), &concerns)? {
+        note("nothing was signalled");
+        return Ok(false);
+    }
+    let mut display = Display::new(false);
+    let options = Options { signal: Signal::TERM, grace, force: true, settle: SETTLE };
+    let outcomes = job.run(&mut scanner, options, &mut |progress| display.show(progress))?;
+    display.close();
+    for outcome in &outcomes {
+        note(&text::outcome(outcome));
+    }
+    Ok(kill::exit_code(&outcomes) == 0)
 }
 
 impl KillArgs {
