@@ -4,6 +4,7 @@
 //! - `PORTWATCH_BIN` names the binary under test (default: the one that cargo built).
 //! - `PORTWATCH_TEST_REQUIRE=kernel,fexit,tracepoint,mptcp,…` makes a test fail that is otherwise skipped because the
 //!   machine lacks that.
+//! - `PORTWATCH_TEST_ENDS` is how many random ends of `run` are tried (default: as many as fit in 20 s).
 //! - `PORTWATCH_TEST_STORM` is the number of listeners that a storm opens (default 20000).
 //!
 //! Tests run one after the other: several of them watch the whole host.
@@ -26,6 +27,7 @@ mod oracle;
 mod prefork;
 mod puppet;
 mod race;
+mod run;
 mod service;
 mod shell;
 mod storm;
@@ -74,6 +76,9 @@ fn main() -> ExitCode {
     if let Some(path) = env::var_os(history::WRITER_VARIABLE) {
         history::write_until_killed(path.as_ref());
     }
+    if env::var_os(run::actor::VARIABLE).is_some() {
+        run::actor::run();
+    }
     // Orphans of puppets come to this process, to be reaped.
     // SAFETY: takes integers.
     unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) };
@@ -98,6 +103,7 @@ fn main() -> ExitCode {
         container::trials(),
         diagnose::trials(),
         wait::trials(),
+        run::trials(),
         shell::trials(),
         agent::trials(),
         metrics::trials(),
