@@ -21,8 +21,11 @@ fn exit_codes() {
         let run = scene.run(&[], words).expect(code);
         assert_eq!((run.text(), run.errors()), (String::new(), String::new()), "{words:?}");
     }
-    let run = scene.portwatch(&["run", "--", "sh", "-c", "kill -9 $$"]).expect(137);
-    assert_eq!(run.errors(), "");
+    // A signal of the real-time kind is one as well.
+    for (word, code) in [("raise=9", 137), ("raise=15", 143), ("raise=40", 168)] {
+        let run = scene.run(&[], &[word]).expect(code);
+        assert_eq!(run.errors(), "");
+    }
     for (program, code, reason) in [
         ("/nonexistent/x\u{1b}[2J", 127, "cannot run x\\x1b[2J: No such file or directory (os error 2)"),
         ("/proc/self/status", 126, "cannot run status: Permission denied (os error 13)"),

@@ -67,6 +67,8 @@ fn act(words: &[&str]) -> ! {
                 grow(&mut Dice(number(seed) as u64 * 2 + 1), 0, path);
             }
             "exit" => exit(number(value)),
+            // SAFETY: takes an integer.
+            "raise" => drop(sys::check(unsafe { libc::raise(number(value)) })),
             "wait" => pause(),
             _ => panic!("no such word: {word}"),
         }

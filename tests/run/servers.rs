@@ -145,16 +145,18 @@ fn names_and_limits() {
     // By default, after the program; twice, with a number. Without a port there is nothing to wait for.
     let names: Vec<String> = (0..2)
         .map(|_| {
-            let run = scene.portwatch(&["run", "--background", "--", "sleep", "100"]).expect(0);
+            let run = scene.run(&["--background"], &["wait"]).expect(0);
             run.text().split(' ').next().expect("a name").to_owned()
         })
         .collect();
-    assert_eq!(names, ["sleep", "sleep-2"]);
+    assert_eq!(names[1], format!("{}-2", names[0]));
     let stopped = scene.portwatch(&["stop", "--all", "--json"]).expect(0).json();
     let mut stopped: Vec<&str> =
         stopped.as_array().expect("rows").iter().flat_map(|row| row["name"].as_str()).collect();
     stopped.sort_unstable();
-    assert_eq!(stopped, ["api", "more", "sleep", "sleep-2"]);
+    let mut want = vec!["api", "more", &names[0], &names[1]];
+    want.sort_unstable();
+    assert_eq!(stopped, want);
     for port in [one, two, three] {
         scene.expect_nothing_left(port);
     }

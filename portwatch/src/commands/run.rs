@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Args;
-use portwatch::model::{Listener, ProcessId};
+use portwatch::model::{Listener, ProcessId, Protocol};
 use portwatch::render::{self, escape, json, servers};
 use portwatch::run::port::{Claim, Ports};
 use portwatch::run::register::{self, Locked, Record, Register};
@@ -313,7 +313,8 @@ impl Session<'_> {
 
     async fn ready(&self, port: Option<u16>, answered: &RefCell<Option<(String, String)>>) -> anyhow::Result<Listener> {
         let Some(port) = port else { return std::future::pending().await };
-        let listener = ready::bound(port, self.supervised.watcher().pid, self.globals).await?;
+        let wanted = self.args.health.as_ref().map(|_| Protocol::Tcp);
+        let listener = ready::bound(port, wanted, self.supervised.watcher().pid, self.globals).await?;
         if let Some(path) = &self.args.health {
             let url = format!("{}{path}", ready::url(&listener));
             ready::well(&listener, path, &|answer| *answered.borrow_mut() = Some((url.clone(), answer))).await;

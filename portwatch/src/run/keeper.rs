@@ -33,7 +33,7 @@ pub struct Supervised {
 /// Who ends what the watcher left, because somebody killed it.
 #[derive(Debug)]
 struct Keeper {
-    watcher: u32,
+    watcher: ProcessId,
     /// SIGCHLD.
     signals: SignalFd,
     grace: Duration,
@@ -51,7 +51,7 @@ impl Supervised {
         signals::expect_children();
         let (signals, inherited) = signals::block(&SigSet::from(Signal::SIGCHLD))?;
         let front = stat::read(std::process::id()).context("cannot read /proc/self/stat")?.id();
-        let child = if order.background {
+        let own = if order.background {
             // SAFETY: there is one thread, so the child may do whatever this process may.
             match unsafe { fork() }.context("cannot fork")? {
                 ForkResult::Child => {
@@ -68,14 +68,15 @@ impl Supervised {
                     drop((control, signals));
                     watcher::watch(order, theirs, front, inherited)
                 }
-                ForkResult::Parent { child } => {
-                    Some(Keeper { watcher: child.as_raw().cast_unsigned(), signals, grace: order.grace })
-                }
+                ForkResult::Parent { .. } => Some(signals),
             }
         };
         drop(theirs);
         match control.receive(true).context("the supervisor says nonsense")? {
-            Some(FromWatcher::Hello { watcher, keeper }) => Ok(Supervised { control, watcher, keeper, own: child }),
+            Some(FromWatcher::Hello { watcher, keeper }) => {
+                let own = own.map(|signals| Keeper { watcher, signals, grace: order.grace });
+                Ok(Supervised { control, watcher, keeper, own })
+            }
             _ => anyhow::bail!("the supervisor did not start"),
         }
     }
@@ -185,7 +186,9 @@ fn keep(order: &Order, control: Control, inherited: SigSet) -> ! {
             ForkResult::Parent { child } => child.as_raw().cast_unsigned(),
         };
         drop(control);
-        let keeper = Keeper { watcher, signals, grace: order.grace };
+        // It is not reaped yet, whatever became of it.
+        let id = stat::read(watcher).context("cannot read the watcher's stat")?.id();
+        let keeper = Keeper { watcher: id, signals, grace: order.grace };
         let mut is_over = None;
         while is_over.is_none() {
             let some_left = tree::reap(&mut |pid, how| {

@@ -12,7 +12,8 @@
 //! its parent, however it daemonized, becomes the watcher's child. So the watcher has no descendants exactly when it
 //! has no children, which wait(2) tells ([`tree`]). Its parent, the *keeper*, is a subreaper too: the front itself in the
 //! foreground. Each of the two ends the whole tree when the other one is killed. When both are killed at once, the kernel
-//! kills the command itself (`PR_SET_PDEATHSIG`, which a set-user-ID program loses), and nobody the rest.
+//! kills the command itself (`PR_SET_PDEATHSIG`, which a set-user-ID program loses), and nobody the rest,
+//! in a cgroup of its own or not.
 //!
 //! ```text
 //!  Idle ─► Running ──────────────────────────────► Clearing ─────────────► over

@@ -34,6 +34,9 @@ const GIVE_UP: Duration = Duration::from_secs(10);
 /// (proc(5), /proc/PID/task/TID/children).
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
+/// Of those that do not end, so many are named.
+const NAMED: usize = 32;
+
 /// Generations that are looked at. What is deeper comes up as those above end.
 const MAX_DEPTH: usize = 256;
 
@@ -110,7 +113,7 @@ impl Clearing {
         }
         let since = *self.progress.get_or_insert(now);
         if now.duration_since(since) > GIVE_UP {
-            return Next::GaveUp(children().filter_map(|pid| named(pid)).collect());
+            return Next::GaveUp(children().filter_map(named).take(NAMED).collect());
         }
         if let Some(enclosure) = enclosure {
             enclosure.kill();
@@ -181,7 +184,7 @@ fn visit(parent: u32, parent_fd: Option<BorrowedFd<'_>>, depth: usize, found: &m
         let Ok(pidfd) = pidfd_open(number, PidfdFlags::empty()) else { continue };
         let Ok(stat) = stat::read(pid) else { continue };
         // See the module's words on why this is the process.
-        let is_ours = stat.ppid == parent && is_alive(&pidfd) && parent_fd.is_none_or(|parent| is_alive(parent));
+        let is_ours = stat.ppid == parent && is_alive(&pidfd) && parent_fd.is_none_or(is_alive);
         if is_ours {
             found(&stat, pidfd.as_fd());
             if depth > 0 {

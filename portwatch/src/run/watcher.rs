@@ -52,6 +52,10 @@ enum Stage {
     Clearing(Clearing),
 }
 
+/// Reads of output in a row: whoever writes without end must not keep the end from coming. A pipe holds 64 KiB, or 1 MiB
+/// where an ordinary user enlarged it (`fs.pipe-max-size`).
+const PASSES: usize = 16;
+
 /// The output of the command, on its way to the log.
 struct Pump {
     output: OwnedFd,
@@ -65,6 +69,7 @@ struct Watcher<'a> {
     /// A pidfd.
     keeper: OwnedFd,
     signals: SignalFd,
+    own: ProcessId,
     inherited: SigSet,
     stage: Stage,
     /// The command, while it is not reaped.
@@ -86,8 +91,7 @@ impl<'a> Watcher<'a> {
         let read = [nix::sys::signal::Signal::SIGCHLD, nix::sys::signal::Signal::SIGTERM].into_iter().collect();
         let (signals, _) = signals::block(&read)?;
         signals::expect_children();
-        let own = Pid::from_raw(1);
-        rustix::process::set_child_subreaper(own).context("cannot become a subreaper")?;
+        rustix::process::set_child_subreaper(Pid::from_raw(1)).context("cannot become a subreaper")?;
         let parent = i32::try_from(keeper.pid).ok().and_then(Pid::from_raw).context("a parent has a PID")?;
         let keeper_fd = pidfd_open(parent, PidfdFlags::empty()).context("cannot watch the parent")?;
         anyhow::ensure!(getppid() == Some(parent), "the parent is gone");
@@ -98,6 +102,7 @@ impl<'a> Watcher<'a> {
             control: Some(control),
             keeper: keeper_fd,
             signals,
+            own: watcher,
             inherited,
             stage: Stage::Idle,
             command: None,
@@ -247,8 +252,8 @@ impl<'a> Watcher<'a> {
     }
 
     fn spawn(&mut self, start: Start) -> io::Result<ProcessId> {
-        let own = std::process::id();
-        let enclosure = Enclosure::of(own);
+        let own = self.own.pid;
+        let enclosure = Enclosure::of(self.own);
         let entry = enclosure.as_ref().and_then(Enclosure::make);
         // Kept before anything can fail, to be removed at the end.
         self.enclosure = enclosure.filter(|_| entry.is_some());
@@ -317,10 +322,10 @@ enum Turn {
 }
 
 impl Pump {
-    /// Passes on what there is; whether there may be more.
+    /// Passes on what there is, but not for ever; whether more may come.
     fn pass(&mut self) -> bool {
         let mut bytes = [0u8; 64 * 1024];
-        loop {
+        for _ in 0..PASSES {
             match rustix::io::read(&self.output, &mut bytes[..]) {
                 Ok(0) => return false,
                 // A log that cannot be written, for want of room, is no reason to stop the command.
@@ -330,6 +335,7 @@ impl Pump {
                 Err(_) => return false,
             }
         }
+        true
     }
 }
 

@@ -38,12 +38,20 @@ pub(crate) fn listening(watcher: u32, port: Option<u16>) -> anyhow::Result<Vec<L
     Ok(listeners)
 }
 
-/// Waits until a descendant of the watcher listens on the port. Cancel safe.
-pub(super) async fn bound(port: u16, watcher: u32, globals: &Globals) -> anyhow::Result<Listener> {
+/// Waits until a descendant of the watcher listens on the port, by TCP if so `wanted`. Cancel safe.
+pub(super) async fn bound(
+    port: u16,
+    wanted: Option<Protocol>,
+    watcher: u32,
+    globals: &Globals,
+) -> anyhow::Result<Listener> {
     let own = netns::own()?;
     let is_it = |listener: &Listener| {
         let socket = &listener.socket;
-        socket.port == port && socket.netns == own && is_held_below(listener, watcher)
+        socket.port == port
+            && wanted.is_none_or(|wanted| wanted == socket.proto)
+            && socket.netns == own
+            && is_held_below(listener, watcher)
     };
     let mut feed = match reach_agent(globals).await? {
         Some(client) => {
@@ -51,7 +59,7 @@ pub(super) async fn bound(port: u16, watcher: u32, globals: &Globals) -> anyhow:
             let selector = Selector::new(vec![target], Filters { netns: Some(own), ..Filters::default() });
             Feed::Agent(Box::new(Subscription::begin(client, Selection::of(&selector)).await?))
         }
-        None => match attach(port, watcher, globals).await? {
+        None => match attach(port, wanted, watcher, globals).await? {
             Attached::Found(listener) => return Ok(*listener),
             Attached::Live(live) => Feed::Own(Box::new(Tracker::follow(*live)?)),
         },
@@ -70,19 +78,20 @@ enum Attached {
 }
 
 /// Looks until probes are attached, which takes a tenth of a second; for good, where there are none.
-async fn attach(port: u16, watcher: u32, globals: &Globals) -> anyhow::Result<Attached> {
+async fn attach(port: u16, wanted: Option<Protocol>, watcher: u32, globals: &Globals) -> anyhow::Result<Attached> {
     let probe = globals.probe;
     let mut opening = Some(tokio::task::spawn_blocking(move || Live::open(probe, None)));
     let mut known = None;
     let mut looked = Instant::now();
     loop {
         let mut sockets = diag::dump()?.sockets;
-        sockets.retain(|socket| socket.port == port);
+        sockets.retain(|socket| socket.port == port && wanted.is_none_or(|wanted| wanted == socket.proto));
         // A descriptor may be passed on without a change of sockets.
         let is_old = looked.elapsed() > Duration::from_millis(500);
         if !sockets.is_empty() && (known.as_ref() != Some(&sockets) || is_old) {
             looked = Instant::now();
-            if let Some(found) = listening(watcher, Some(port))?.into_iter().next() {
+            let mut found = listening(watcher, Some(port))?.into_iter();
+            if let Some(found) = found.find(|found| wanted.is_none_or(|wanted| wanted == found.socket.proto)) {
                 return Ok(Attached::Found(Box::new(found)));
             }
         }
