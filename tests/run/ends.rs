@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process_group};
 
 use super::actor::Dice;
-use super::scene::{Scene, kill};
+use super::scene::{Running, Scene, kill};
+use crate::subject::Run;
 use crate::{Test, test};
 
 /// How many ends there are to be; without, as many as fit in [`TIME`].
@@ -58,8 +59,9 @@ fn one_end(scene: &Scene, end: End, seed: u64) -> usize {
     let port = scene.port();
     let port_word = port.to_string();
     let mut arguments = vec!["--port", &port_word, "--grace", ["0", "50ms", "200ms"][dice.below(3) as usize]];
+    let lifetime = format!("{}ms", 100 + dice.below(600));
     if matches!(end, End::Lifetime) {
-        arguments.extend(["--lifetime", "300ms"]);
+        arguments.extend(["--lifetime", &lifetime]);
     }
     let grow = format!("grow={}:{}", seed % 1_000_000, notes.display());
     // Sometimes somebody below holds the port.
@@ -69,8 +71,35 @@ fn one_end(scene: &Scene, end: End, seed: u64) -> usize {
         _ => vec!["exit-on-usr1=5", &grow, "serve"],
     };
     words.push("wait");
-    let running = scene.start(&arguments, &words);
-    let begun = Instant::now();
+    let begun;
+    let run = if matches!(end, End::Lifetime) {
+        begun = Instant::now();
+        // In the midst of anything.
+        scene.run(&arguments, &words).expect(124)
+    } else {
+        let running = scene.start(&arguments, &words);
+        begun = Instant::now();
+        let (code, run) = bring_about(end, running);
+        if code.is_some() {
+            assert_eq!(run.code, code, "{context}: {}", run.errors());
+        }
+        run
+    };
+    assert!(!run.errors().contains("panicked"), "{context}: {}", run.errors());
+    scene.expect_nothing_left(port);
+    assert!(begun.elapsed() < Duration::from_secs(8), "{context} took {:?}", begun.elapsed());
+    let noted = fs::read_to_string(&notes).expect("notes");
+    for line in noted.lines() {
+        let (pid, start) = line.split_once(' ').expect("PID START");
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let now = stat.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(19));
+        assert_ne!(now, Some(start), "{context}: {pid} is still there");
+    }
+    noted.lines().count()
+}
+
+/// Its exit code, where that says something, and what came of it.
+fn bring_about(end: End, running: Running) -> (Option<i32>, Run) {
     let code = match end {
         End::Exit => {
             running.signal(Signal::USR1);
@@ -95,20 +124,7 @@ fn one_end(scene: &Scene, end: End, seed: u64) -> usize {
         }
         End::Lifetime => Some(124),
     };
-    let run = running.finish();
-    if code.is_some() {
-        assert_eq!(run.code, code, "{context}: {}", run.errors());
-    }
-    scene.expect_nothing_left(port);
-    assert!(begun.elapsed() < Duration::from_secs(8), "{context} took {:?}", begun.elapsed());
-    let noted = fs::read_to_string(&notes).expect("notes");
-    for line in noted.lines() {
-        let (pid, start) = line.split_once(' ').expect("PID START");
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        let now = stat.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(19));
-        assert_ne!(now, Some(start), "{context}: {pid} is still there");
-    }
-    noted.lines().count()
+    (code, running.finish())
 }
 
 pub fn trials() -> Vec<Test> {

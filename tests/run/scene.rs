@@ -129,7 +129,15 @@ impl Scene {
             let who = fs::read_to_string(format!("/proc/{}/cmdline", pid.as_raw_nonzero())).unwrap_or_default();
             assert!(wait_readable(&pidfd), "left behind: {who:?}");
         }
-        TcpListener::bind(("0.0.0.0", port)).unwrap_or_else(|error| panic!("port {port} is not free: {error}"));
+        // A bind could fail for a client of somebody else's: the kernel gives these ports to all.
+        for table in ["/proc/net/tcp", "/proc/net/tcp6"] {
+            let listens = fs::read_to_string(table).is_ok_and(|table| {
+                table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>()).any(|fields| {
+                    fields.get(1).is_some_and(|address| address.ends_with(&format!(":{port:04X}"))) && fields[3] == "0A"
+                })
+            });
+            assert!(!listens, "somebody listens on {port}");
+        }
     }
 }
 

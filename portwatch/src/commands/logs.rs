@@ -27,8 +27,9 @@ Examples:
   portwatch logs python3-8000
   portwatch logs python3-8000 -f -n 0
 
-Both outputs of the server, the last 4 to 8 MiB of them, also after its end. On a terminal, control characters are
-shown and not obeyed.
+Both outputs of the server, the last 4 to 8 MiB of them, also after its end. On a terminal, control
+characters are shown and not obeyed.
+
 Exit codes: 0 done, 1 there is no log by that name, 2 usage, 4 portwatch itself failed")]
 pub(crate) struct LogsArgs {
     /// The server, as `portwatch ps` names it

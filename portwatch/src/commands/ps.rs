@@ -19,7 +19,9 @@ Examples:
   portwatch ps
   portwatch ps --json
 
-HEALTH is asked now: `ok` is a server that listens on its port and, where it was started with --health, answers 2xx.
+HEALTH is asked now: `ok` is a server that listens on its port and, where it was started with
+--health, answers 2xx.
+
 Exit codes: 0 done, also where there are none, 3 not permitted, 4 portwatch itself failed")]
 pub(crate) struct PsArgs {
     /// One JSON array

@@ -46,10 +46,13 @@ Examples:
   portwatch run --port 8000 --background --lifetime 1h -- ./server
   portwatch run -- make test                               whatever it leaves behind is ended
 
-When the command ends, everything that came of it is ended: SIGTERM, the grace, SIGKILL; daemons, too, and also where
-portwatch itself is killed. Signals to portwatch are passed on; SIGTERM ends everything.
-Exit codes: the command's own, 128+N where signal N ended it, 124 where the lifetime was over; 126 and 127 where it
-cannot be run; 1 where the port is taken or it is not ready in time; 2, 3, 4 as for all verbs")]
+When the command ends, everything that came of it is ended: SIGTERM, the grace, SIGKILL; daemons
+too, and also where portwatch itself is killed. Signals to portwatch are passed on to the command;
+SIGTERM ends everything.
+
+Exit codes: the command's own; 128+N where signal N ended it; 124 where the lifetime was over;
+126 and 127 where it cannot be run; 1 where the port is taken or it is not ready in time;
+2, 3, 4 as for all verbs")]
 pub(crate) struct RunArgs {
     /// Port to run it on, as $PORT and in place of {port} in its arguments; of a range, the first that is free
     #[arg(long, value_name = "P|P-Q")]

@@ -23,8 +23,8 @@ Examples:
   portwatch stop --all
 
 Every process that came of the server gets SIGTERM, and SIGKILL after the grace that it was started with.
-Exit codes: 0 nothing of them is left, 1 there is none by that name or something is left, 2 usage, 3 not permitted,
-4 portwatch itself failed")]
+Exit codes: 0 nothing of them is left, 1 there is none by that name or something is left,
+2 usage, 3 not permitted, 4 portwatch itself failed")]
 pub(crate) struct StopArgs {
     /// Servers to end, as `portwatch ps` names them
     #[arg(value_name = "NAME", required_unless_present = "all", value_parser = check_name)]
