@@ -4,6 +4,7 @@
 //! - `PORTWATCH_BIN` names the binary under test (default: the one that cargo built).
 //! - `PORTWATCH_TEST_REQUIRE=kernel,fexit,tracepoint,mptcp,…` makes a test fail that is otherwise skipped because the
 //!   machine lacks that.
+//! - `PORTWATCH_TEST_ENDS` is how many random ends of `run` are tried (default: as many as fit in 20 s).
 //! - `PORTWATCH_TEST_STORM` is the number of listeners that a storm opens (default 20000).
 //! - `PORTWATCH_TEST_SWEEPS` is how often an adversary is fought (default: as often as fits into ten seconds).
 //!
@@ -29,6 +30,7 @@ mod prefork;
 mod puppet;
 mod race;
 mod replay;
+mod run;
 mod service;
 mod shell;
 mod storm;
@@ -81,6 +83,9 @@ fn main() -> ExitCode {
     if let Some(place) = env::var_os(sweep::ADVERSARY_VARIABLE) {
         sweep::play(place.as_ref());
     }
+    if env::var_os(run::actor::VARIABLE).is_some() {
+        run::actor::run();
+    }
     // Orphans of puppets come to this process, to be reaped.
     // SAFETY: takes integers.
     unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) };
@@ -106,6 +111,7 @@ fn main() -> ExitCode {
         container::trials(),
         diagnose::trials(),
         wait::trials(),
+        run::trials(),
         shell::trials(),
         agent::trials(),
         metrics::trials(),

@@ -18,9 +18,13 @@ use crate::commands::diagnose::DiagnoseArgs;
 use crate::commands::history::HistoryArgs;
 use crate::commands::kill::KillArgs;
 use crate::commands::list::ListArgs;
+use crate::commands::logs::LogsArgs;
 use crate::commands::man::ManArgs;
 use crate::commands::mark::MarkArgs;
+use crate::commands::ps::PsArgs;
+use crate::commands::run::RunArgs;
 use crate::commands::status::StatusArgs;
+use crate::commands::stop::StopArgs;
 use crate::commands::wait::WaitArgs;
 use crate::commands::watch::WatchArgs;
 use crate::commands::who::WhoArgs;
@@ -93,6 +97,14 @@ pub(crate) enum Verb {
     Wait(WaitArgs),
     /// Record what is listening now, for `kill --since`
     Mark(MarkArgs),
+    /// Run a command on a port of its own, and leave nothing of it behind
+    Run(RunArgs),
+    /// Show the servers that `run --background` started
+    Ps(PsArgs),
+    /// End servers that `run --background` started, with all that came of them
+    Stop(StopArgs),
+    /// Show what a server that `run --background` started has said
+    Logs(LogsArgs),
     /// Explain why a port is or stays taken, and what to do next
     Diagnose(DiagnoseArgs),
     /// Show who had a port, when, and how it ended

@@ -16,6 +16,7 @@ pub mod metrics;
 pub mod model;
 pub mod render;
 pub mod rules;
+pub mod run;
 pub mod select;
 pub mod service;
 pub mod source;

@@ -13,11 +13,12 @@ use anyhow::Context as _;
 use clap::Args;
 use globset::GlobMatcher;
 use portwatch::kill::signal::SignalName;
-use portwatch::kill::{self, Concern, Options, Outcome, Plan, Reach, Terms, preview, text};
+use portwatch::kill::{self, Choice, Concern, Guards, Job, Options, Outcome, Plan, Reach, Terms, preview, text};
+use portwatch::model::Protocol;
 use portwatch::render::table::Detail;
 use portwatch::render::{self, View, json};
-use portwatch::select::Selector;
-use portwatch::source::Probe;
+use portwatch::select::{Filters, Selector, Target};
+use portwatch::source::{Probe, Scanner, netns};
 use portwatch::sweep::directory_glob;
 use portwatch::wire::{Kill, Selection};
 use rustix::process::Signal;
@@ -165,6 +166,31 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
     let outcomes = way.run(args.options(), &mut |progress| display.show(progress))?;
     display.close();
     report(args, &outcomes)
+}
+
+/// Frees a TCP port for a server that is to start there, as `portwatch kill PORT` does, and tells of it on stderr alone.
+/// Whether it is free.
+pub(crate) fn free(port: u16, yes: bool, grace: Duration, globals: &Globals) -> anyhow::Result<bool> {
+    let target = Target { ports: port..=port, proto: Some(Protocol::Tcp), address: None };
+    let own = Some(netns::own()?);
+    let selector = Selector::new(vec![target], Filters { netns: own, ..Filters::default() });
+    let mut scanner = Scanner::open(globals.probe);
+    let choice = Choice::read(&mut scanner, &selector)?;
+    let job = Job::prepare(choice, &Terms::default(), Guards::current(false))?;
+    let way = Way::Alone { job: Box::new(job), scanner };
+    let concerns = if is_conversation() && !yes { way.concerns(false) } else { Vec::new() };
+    preview(way.plan()).or_else(|error| if concerns.is_empty() { Ok(()) } else { Err(error) })?;
+    if !agreed(way.plan(), &concerns)? {
+        note("nothing was signalled");
+        return Ok(false);
+    }
+    let mut display = Display::new(false);
+    let outcomes = way.run(Options { grace, ..Options::default() }, &mut |progress| display.show(progress))?;
+    display.close();
+    for outcome in &outcomes {
+        note(&text::outcome(outcome));
+    }
+    Ok(kill::exit_code(&outcomes) == 0)
 }
 
 impl KillArgs {

@@ -140,7 +140,7 @@ fn examples(roff: &mut Roff, after_help: &str) {
 }
 
 /// What the exit codes mean for a verb; for all of them where it is none.
-fn exit_codes(verb: &str) -> [(&'static str, &'static str); 5] {
+fn exit_codes(verb: &str) -> Vec<(&'static str, &'static str)> {
     let (yes, no) = match verb {
         "list" => ("Done, also where nothing is listening.", "Not used."),
         "who" => ("Somebody is there.", "Nothing is listening there."),
@@ -148,17 +148,32 @@ fn exit_codes(verb: &str) -> [(&'static str, &'static str); 5] {
         "wait" => ("It is true.", "Time ran out."),
         "diagnose" => ("Nothing is in the way.", "Something is."),
         "history" => ("There is a history, also where nothing in it is meant.", "There is none."),
+        "run" => (
+            "The command's own, as any other code of it. In the background: it is ready.",
+            "The port is taken, it was not ready in time, or there is no room for one more. Nothing is left running.",
+        ),
+        "ps" => ("Done, also where there are none.", "Not used."),
+        "stop" => ("Nothing of them is left.", "There is none by that name, or something of it does not end."),
+        "logs" => ("Done.", "There is no log by that name."),
         "agent" => ("It ended as it was told to.", "Another agent serves that socket."),
         "status" => ("The agent is there and healthy.", "It is not."),
         _ => ("Done; the answer is yes.", "The answer is no."),
     };
-    [
+    let mut codes = vec![
         ("0", yes),
         ("1", no),
         ("2", "The command line or the configuration means nothing."),
         ("3", "Not permitted."),
         ("4", "portwatch itself failed."),
-    ]
+    ];
+    if verb == "run" {
+        codes.extend([
+            ("124", "The lifetime was over."),
+            ("126, 127", "The command cannot be run, or was not found."),
+            ("128+N", "Signal N ended the command."),
+        ]);
+    }
+    codes
 }
 
 fn files_and_environment(roff: &mut Roff) {

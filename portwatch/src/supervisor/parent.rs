@@ -138,6 +138,7 @@ const KNOWN: &[Known] = &[
             "docker-init",
             "dumb-init",
             "catatonit",
+            "portwatch",
         ],
         role: Run,
     },

@@ -1,0 +1,426 @@
+//! `portwatch run -- CMD`: a command on a port of its own, of which nothing is left behind.
+//!
+//! ```text
+//!  fork the supervisor ─► choose (or free) the port ─► start ─► listens? well? ─► (background: leave) ─► over
+//! ```
+//! The supervisor is forked first, before there are threads; what it does is [`portwatch::run`]'s. Here is what people
+//! see of it: the port, the waiting, the signals passed on, and the words.
+
+pub(super) mod ready;
+
+use std::cell::RefCell;
+use std::ffi::OsString;
+use std::io;
+use std::path::Path;
+use std::pin::pin;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use clap::Args;
+use portwatch::model::{Listener, ProcessId, Protocol};
+use portwatch::render::{self, escape, json, servers};
+use portwatch::run::port::{Claim, Ports};
+use portwatch::run::register::{self, Locked, Record, Register};
+use portwatch::run::{Cause, LIFETIME_OVER, Order, Over, Signals, Start, Status, Supervised, Told, health, log};
+use portwatch::source::process;
+use rustix::process::Signal;
+
+use super::{Users, kill, note, print, view};
+use crate::cli::{Globals, duration};
+use crate::exit_codes::{FAILED, NO, Usage};
+
+/// As shells have it: the command was found and cannot be run, or was not found.
+const CANNOT_RUN: u8 = 126;
+const NOT_FOUND: u8 = 127;
+
+/// Lines of its log that are shown of a server in the background that did not come up.
+const LAST_WORDS: usize = 10;
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  portwatch run --port 8000 -- python3 -m http.server {port}
+  portwatch run --port 3000-3010 -- npm run dev            the first free one, as $PORT
+  portwatch run --port 8000 --replace -y --health /up -- ./server
+  portwatch run --port 8000 --background --lifetime 1h -- ./server
+  portwatch run -- make test                               whatever it leaves behind is ended
+
+When the command ends, everything that came of it is ended: SIGTERM, the grace, SIGKILL; daemons
+too, and also where portwatch itself is killed. Signals to portwatch are passed on to the command;
+SIGTERM ends everything.
+
+Exit codes: the command's own; 128+N where signal N ended it; 124 where the lifetime was over;
+126 and 127 where it cannot be run; 1 where the port is taken or it is not ready in time;
+2, 3, 4 as for all verbs")]
+pub(crate) struct RunArgs {
+    /// Port to run it on, as $PORT and in place of {port} in its arguments; of a range, the first that is free
+    #[arg(long, value_name = "P|P-Q")]
+    pub(crate) port: Option<Ports>,
+    /// Free the port first, as `portwatch kill` does; of a range where none is free, the first one
+    #[arg(long, requires = "port")]
+    pub(crate) replace: bool,
+    /// Do not ask before the port is freed
+    #[arg(short, long, requires = "replace")]
+    pub(crate) yes: bool,
+    /// Take the next free port above, where the port is taken
+    #[arg(long, requires = "port", conflicts_with = "replace")]
+    pub(crate) fallback: bool,
+    /// How long it may take until it listens there, and is well
+    #[arg(long, requires = "port", default_value = "30s", value_name = "DURATION", value_parser = duration)]
+    pub(crate) wait_bound: Duration,
+    /// It is ready when GET of this path answers 2xx
+    #[arg(long, requires = "port", value_name = "PATH", value_parser = health::path)]
+    pub(crate) health: Option<String>,
+    /// End it after this time
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub(crate) lifetime: Option<Duration>,
+    /// How long it may take to end after SIGTERM before it gets SIGKILL; then the same for what it left behind
+    #[arg(long, default_value = "5s", value_name = "DURATION", value_parser = duration)]
+    pub(crate) grace: Duration,
+    /// Go to the background once it is ready, and print its name, PID and port
+    #[arg(long)]
+    pub(crate) background: bool,
+    /// What to call it; by default after the program and the port
+    #[arg(long, requires = "background", value_name = "NAME", value_parser = register::check_name)]
+    pub(crate) name: Option<String>,
+    /// Start nothing where so many servers of this user are in the background already
+    #[arg(long, requires = "background", value_name = "N")]
+    pub(crate) max_servers: Option<usize>,
+    /// One JSON object instead of the line
+    #[arg(long, requires = "background")]
+    pub(crate) json: bool,
+    /// The command and its arguments
+    #[arg(last = true, required = true, value_name = "CMD")]
+    pub(crate) command: Vec<OsString>,
+}
+
+pub(crate) fn run(args: &RunArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
+    let (program, arguments) = args.command.split_first().context("clap requires a command")?;
+    if program.is_empty() {
+        return Err(Usage("the command is empty; try: portwatch run -- ./server".to_owned()).into());
+    }
+    let order = Order {
+        program: program.clone(),
+        arguments: arguments.to_vec(),
+        grace: args.grace,
+        lifetime: args.lifetime,
+        background: args.background,
+    };
+    // Before anything starts a thread.
+    let supervised = Supervised::prepare(&order)?;
+    let register = if args.background { Some(Register::open()?) } else { None };
+    if let Some(register) = &register
+        && let Err(refusal) = admit(register, args, None)?
+    {
+        return no(&refusal);
+    }
+    let claim = match args.port {
+        None => None,
+        Some(ports) => match claim(ports, args, globals)? {
+            Ok(claim) => Some(claim),
+            Err(refusal) => return no(&refusal),
+        },
+    };
+    let mut runtime = tokio::runtime::Builder::new_current_thread();
+    let runtime = runtime.enable_all().thread_keep_alive(Duration::ZERO).build();
+    let runtime = runtime.context("cannot start the event loop")?;
+    let code = runtime.block_on(async {
+        let signals = Signals::open()?;
+        let session = Session { args, globals, supervised, signals, program: shown(program) };
+        session.start(claim, register).await
+    });
+    // Where it was ready while probes were being attached, nobody waits for them.
+    runtime.shutdown_background();
+    code
+}
+
+fn no(refusal: &str) -> anyhow::Result<ExitCode> {
+    note(&format!("error: {refusal}"));
+    Ok(ExitCode::from(NO))
+}
+
+fn shown(program: &OsString) -> String {
+    let name = Path::new(program).file_name().unwrap_or(program);
+    escape(&name.to_string_lossy()).into_owned()
+}
+
+/// The name of a new server, or why there is to be none.
+fn admit(register: &Register, args: &RunArgs, port: Option<u16>) -> anyhow::Result<Result<String, String>> {
+    let living = register.living()?;
+    if let (Some(max), Some(oldest)) = (args.max_servers, living.first())
+        && living.len() >= max
+    {
+        let (count, name) = (living.len(), &oldest.name);
+        let servers = if count == 1 { "server runs" } else { "servers run" };
+        return Ok(Err(format!(
+            "{count} {servers} in the background already, and --max-servers is {max}; end the oldest: portwatch stop {name}"
+        )));
+    }
+    match &args.name {
+        Some(name) if living.iter().any(|record| record.name == *name) => {
+            Ok(Err(format!("a server called {name} runs already; end it: portwatch stop {name}")))
+        }
+        Some(name) => Ok(Ok(name.clone())),
+        None => Ok(Ok(register.free_name(&register::default_name(&args.command[0], port)))),
+    }
+}
+
+/// The port to use, or why there is none. It may be freed for that.
+fn claim(ports: Ports, args: &RunArgs, globals: &Globals) -> anyhow::Result<Result<Claim, String>> {
+    let locks = register::locks();
+    if let Some(claim) = Claim::first_of(ports.candidates(args.fallback), locks.as_deref()) {
+        return Ok(Ok(claim));
+    }
+    let port = ports.first;
+    if args.replace {
+        let is_free = kill::free(port, args.yes, args.grace, globals)?;
+        let claim = if is_free { Claim::one(port, locks.as_deref()).ok() } else { None };
+        return Ok(claim.ok_or_else(|| format!("{port} is not free; nothing was started")));
+    }
+    let taken = match ready::holder(port) {
+        Some(who) => format!("{port} is taken by {who}"),
+        None => match Claim::one(port, locks.as_deref()) {
+            Err(portwatch::run::port::Unclaimed::Chosen) => format!("{port} was just chosen by another portwatch run"),
+            _ => format!("nothing listens on {port}, but it cannot be bound; see `portwatch diagnose {port}`"),
+        },
+    };
+    Ok(Err(if args.fallback {
+        format!("no port from {port} up is free: {taken}")
+    } else if ports.first == ports.last {
+        format!("{taken}; --replace frees it first, --fallback takes the next free port")
+    } else {
+        format!("no port of {ports} is free: {taken}; --replace frees {port} first")
+    }))
+}
+
+/// A command under supervision, and who hears of it.
+struct Session<'a> {
+    args: &'a RunArgs,
+    globals: &'a Globals,
+    supervised: Supervised,
+    signals: Signals,
+    /// The name of the program, to be shown.
+    program: String,
+}
+
+/// A server in the background, on its way.
+struct Server {
+    register: Register,
+    record: Record,
+}
+
+impl Session<'_> {
+    async fn start(self, claim: Option<Claim>, register: Option<Register>) -> anyhow::Result<ExitCode> {
+        let port = claim.as_ref().map(|claim| claim.port);
+        let mut start = Start { port, ..Start::default() };
+        // Held until the record is there, so that nobody else takes the name.
+        let mut place: Option<(Register, Locked, String)> = None;
+        if let Some(register) = register {
+            let lock = register.lock()?;
+            match admit(&register, self.args, port)? {
+                Err(refusal) => return no(&refusal),
+                Ok(name) => {
+                    start.log = Some(register.log_path(&name));
+                    start.record = Some(register.record_path(&name));
+                    place = Some((register, lock, name));
+                }
+            }
+        }
+        let process = match self.supervised.start(start)? {
+            Ok(process) => process,
+            Err(error) => {
+                note(&format!("error: cannot run {}: {error}", self.program));
+                let is_missing = error.kind() == io::ErrorKind::NotFound;
+                return Ok(ExitCode::from(if is_missing { NOT_FOUND } else { CANNOT_RUN }));
+            }
+        };
+        let server = match place {
+            Some((register, _lock, name)) => {
+                let record = self.record(name, port, process, &register);
+                register.write(&record)?;
+                Some(Server { register, record })
+            }
+            None => None,
+        };
+        self.attend(claim, server).await
+    }
+
+    fn record(&self, name: String, port: Option<u16>, process: ProcessId, register: &Register) -> Record {
+        let port_in = |word: &OsString| {
+            let word = word.to_string_lossy();
+            port.map_or_else(|| word.to_string(), |port| word.replace("{port}", &port.to_string()))
+        };
+        Record {
+            name,
+            port,
+            address: None,
+            health: self.args.health.clone(),
+            command: self.args.command.iter().map(port_in).collect(),
+            cwd: std::env::current_dir().ok().map(|path| path.to_string_lossy().into_owned()),
+            process,
+            watcher: self.supervised.watcher(),
+            keeper: self.supervised.keeper(),
+            began: process::boot_ns_now(),
+            grace_ms: u64::try_from(self.args.grace.as_millis()).unwrap_or(u64::MAX),
+            host: register.host().clone(),
+        }
+    }
+
+    /// From the start to the end; in the background, until it is ready.
+    async fn attend(self, claim: Option<Claim>, mut server: Option<Server>) -> anyhow::Result<ExitCode> {
+        let port = claim.as_ref().map(|claim| claim.port);
+        let mut claim = claim;
+        // What its health was asked for last.
+        let answered = RefCell::new(None);
+        let mut is_ready = port.is_none();
+        let mut was_late = false;
+        {
+            let mut over = pin!(self.supervised.over());
+            let mut ready = pin!(self.ready(port, &answered));
+            let mut late = pin!(tokio::time::sleep(self.args.wait_bound));
+            loop {
+                if is_ready && server.is_some() {
+                    break;
+                }
+                tokio::select! {
+                    biased;
+                    over = &mut over => return self.finish(&over?, port.filter(|_| !is_ready), was_late, server.as_ref()),
+                    told = self.signals.next() => self.pass_on(told.context("cannot read signals")?),
+                    found = &mut ready, if !is_ready && !was_late => {
+                        let listener = found?;
+                        // It listens: nobody else will take the port for a free one.
+                        claim = None;
+                        is_ready = true;
+                        if let Some(server) = &mut server {
+                            server.record.address = Some(health::reachable(&listener.socket));
+                            server.register.write(&server.record)?;
+                        } else {
+                            note(&format!("ready: {}", ready::url(&listener)));
+                        }
+                    }
+                    () = &mut late, if !is_ready && !was_late => {
+                        was_late = true;
+                        note(&format!("error: {}", self.why_late(port.unwrap_or(0), answered.take())));
+                        self.supervised.end();
+                    }
+                }
+            }
+        }
+        drop(claim);
+        match server {
+            Some(server) => self.leave(&server),
+            None => Ok(ExitCode::SUCCESS),
+        }
+    }
+
+    async fn ready(&self, port: Option<u16>, answered: &RefCell<Option<(String, String)>>) -> anyhow::Result<Listener> {
+        let Some(port) = port else { return std::future::pending().await };
+        let wanted = self.args.health.as_ref().map(|_| Protocol::Tcp);
+        let listener = ready::bound(port, wanted, self.supervised.watcher().pid, self.globals).await?;
+        if let Some(path) = &self.args.health {
+            let url = format!("{}{path}", ready::url(&listener));
+            ready::well(&listener, path, &|answer| *answered.borrow_mut() = Some((url.clone(), answer))).await;
+        }
+        Ok(listener)
+    }
+
+    fn why_late(&self, port: u16, answered: Option<(String, String)>) -> String {
+        let (program, limit) = (&self.program, self.args.wait_bound);
+        match answered {
+            Some((url, answer)) => format!("{program} is not well after {limit:?}: GET {url}: {}", escape(&answer)),
+            None => {
+                let instead = ready::instead(port, self.supervised.watcher().pid);
+                format!("{program} does not listen on {port} after {limit:?}: {instead}")
+            }
+        }
+    }
+
+    fn pass_on(&self, told: Told) {
+        let ends =
+            |signal: i32| [Signal::INT, Signal::QUIT, Signal::HUP].iter().any(|ending| ending.as_raw() == signal);
+        match told {
+            Told::End => self.supervised.end(),
+            // It has no terminal: who interrupts the start of a server wants none.
+            Told::Shared(signal) | Told::Forward(signal) if self.args.background && ends(signal) => {
+                self.supervised.end()
+            }
+            Told::Forward(signal) => self.supervised.signal(signal),
+            Told::Shared(_) => {}
+        }
+    }
+
+    /// It is ready, and goes on without us.
+    fn leave(self, server: &Server) -> anyhow::Result<ExitCode> {
+        let Record { name, process, port, .. } = &server.record;
+        let text = if self.args.json {
+            let users = Users::default();
+            let user = |uid| users.name(uid);
+            let log = server.register.log_path(name).to_string_lossy().into_owned();
+            json::line(&servers::json(&server.record, log, None, &view(&user))) + "\n"
+        } else {
+            let port = port.map(|port| format!(" port {port}")).unwrap_or_default();
+            format!("{name} pid {}{port}\n", process.pid)
+        };
+        self.supervised.detach()?;
+        print(&text)?;
+        Ok(ExitCode::SUCCESS)
+    }
+
+    /// `waited_for`: the port that it did not come to listen on.
+    fn finish(
+        &self,
+        over: &Over,
+        waited_for: Option<u16>,
+        was_late: bool,
+        server: Option<&Server>,
+    ) -> anyhow::Result<ExitCode> {
+        let program = &self.program;
+        let mut code = over.code();
+        match (over.cause, waited_for) {
+            _ if was_late => code = NO,
+            (Cause::Ended, Some(port)) => {
+                let how = match over.status {
+                    Some(Status::Exited(0)) if over.leftovers > 0 => {
+                        "went to the background by itself; start it in the foreground".to_owned()
+                    }
+                    Some(Status::Exited(code)) => format!("ended with exit code {code}"),
+                    Some(Status::Signalled(signal)) => format!("was ended by signal {signal}"),
+                    None => "ended".to_owned(),
+                };
+                note(&format!("error: {program} {how} before it was ready on {port}"));
+                code = if code == 0 { NO } else { code };
+            }
+            (Cause::Abandoned, _) => note("error: the supervisor was killed; everything that it left was ended"),
+            _ => {}
+        }
+        if code == LIFETIME_OVER
+            && over.cause == Cause::Lifetime
+            && let Some(lifetime) = self.args.lifetime
+        {
+            note(&format!("{program} was ended: its lifetime of {} is over", render::span(lifetime)));
+        }
+        if over.cause == Cause::Ended && over.leftovers > 0 {
+            let processes = if over.leftovers == 1 { "process" } else { "processes" };
+            note(&format!("ended {} {processes} that {program} left behind", over.leftovers));
+        }
+        if let Some(Server { register, record }) = server {
+            last_words(&register.log_path(&record.name));
+        }
+        if !over.unended.is_empty() {
+            let named: Vec<String> =
+                over.unended.iter().map(|left| format!("{} ({})", escape(&left.name), left.pid)).collect();
+            note(&format!("error: these do not end, not even by SIGKILL: {}", named.join(", ")));
+            return Ok(ExitCode::from(FAILED));
+        }
+        Ok(ExitCode::from(code))
+    }
+}
+
+/// What a server that did not come up said last.
+fn last_words(path: &Path) {
+    let Ok((bytes, _)) = log::tail(path, LAST_WORDS) else { return };
+    for line in String::from_utf8_lossy(&bytes).lines() {
+        note(&format!("| {}", escape(line)));
+    }
+}

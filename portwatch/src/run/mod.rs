@@ -1,0 +1,61 @@
+//! Supervises a command so that nothing of it is left behind: whatever it started is gone when it is over.
+//!
+//! ```text
+//!  in the foreground                        in the background
+//!  front ── control ──┐                     front ───────── control ──────────┐  (leaves once it is ready)
+//!    └► watcher ◄─────┘                       └► keeper (session of its own)   │
+//!         └► the command                            └► watcher ◄──────────────┘
+//!              └► its descendants                        └► the command
+//! ```
+//! The *watcher* is a process of its own, in a session of its own: neither a terminal nor a signal to the process group
+//! of the front reaches it. It starts the command and is the subreaper of all that comes of it: a descendant that loses
+//! its parent, however it daemonized, becomes the watcher's child. So the watcher has no descendants exactly when it
+//! has no children, which wait(2) tells ([`tree`]). Its parent, the *keeper*, is a subreaper too: the front itself in the
+//! foreground. Each of the two ends the whole tree when the other one is killed. When both are killed at once, the kernel
+//! kills the command itself (`PR_SET_PDEATHSIG`, which a set-user-ID program loses), and nobody the rest,
+//! in a cgroup of its own or not.
+//!
+//! ```text
+//!  Idle ─► Running ──────────────────────────────► Clearing ─────────────► over
+//!             │       the command ended               │  the others: SIGTERM, after the grace SIGKILL, until
+//!             └─► Asked ──► (SIGKILL after the grace) ┘  wait(2) says that there is no child
+//!                 SIGTERM: asked to end, lifetime over, front or keeper gone
+//! ```
+//! Where a cgroup of its own can be made ([`enclosure`]) the last step kills by that, too, in one go of the kernel.
+//!
+//! A process that somebody else starts on behalf of the command (systemd, a container engine, cron) is no descendant.
+
+mod control;
+mod enclosure;
+pub mod health;
+mod keeper;
+pub mod log;
+pub mod port;
+pub mod register;
+mod signals;
+mod tree;
+mod watcher;
+
+use std::ffi::OsString;
+use std::time::Duration;
+
+pub use control::{Cause, Over, Start, Status};
+pub use keeper::Supervised;
+pub use signals::{Signals, Told};
+
+/// Exit code where the lifetime was over, as timeout(1) has it.
+pub const LIFETIME_OVER: u8 = 124;
+
+/// What is to be run.
+#[derive(Clone, Debug)]
+pub struct Order {
+    pub program: OsString,
+    /// `{port}` in them becomes the port, where there is one.
+    pub arguments: Vec<OsString>,
+    /// How long the command, and after it everything that it left behind, may take to end after SIGTERM.
+    pub grace: Duration,
+    /// How long it may run.
+    pub lifetime: Option<Duration>,
+    /// Whether it goes on without the front, with its output in a log.
+    pub background: bool,
+}

@@ -1,0 +1,389 @@
+//! `run` in the foreground: the port, the waiting, signals, streams and exit codes; and that nothing is left.
+
+pub mod actor;
+mod ends;
+mod scene;
+mod servers;
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+
+use crate::subject::{program, skip};
+use crate::terminal::Terminal;
+use crate::{Test, test};
+use scene::{Scene, kill, with_input};
+
+fn exit_codes() {
+    let scene = Scene::new();
+    for (words, code) in [(&["exit=0"][..], 0), (&["exit=7"], 7), (&["exit=255"], 255), (&[], 0)] {
+        let run = scene.run(&[], words).expect(code);
+        assert_eq!((run.text(), run.errors()), (String::new(), String::new()), "{words:?}");
+    }
+    // A signal of the real-time kind is one as well.
+    for (word, code) in [("raise=9", 137), ("raise=15", 143), ("raise=40", 168)] {
+        let run = scene.run(&[], &[word]).expect(code);
+        assert_eq!(run.errors(), "");
+    }
+    for (program, code, reason) in [
+        ("/nonexistent/x\u{1b}[2J", 127, "cannot run x\\x1b[2J: No such file or directory (os error 2)"),
+        ("/proc/self/status", 126, "cannot run status: Permission denied (os error 13)"),
+    ] {
+        let run = scene.portwatch(&["run", "--", program]).expect(code);
+        assert_eq!(run.errors(), format!("portwatch: error: {reason}\n"));
+    }
+    let run = scene.run(&["--lifetime", "10ms"], &["wait"]).expect(124);
+    assert!(run.errors().contains("was ended: its lifetime of 10ms is over"), "{}", run.errors());
+    let ignoring = scene.run(&["--lifetime", "10ms", "--grace", "50ms"], &["ignore-term", "wait"]);
+    ignoring.expect(124);
+}
+
+fn usage() {
+    let scene = Scene::new();
+    for (arguments, want) in [
+        (&["--"][..], "<CMD>"),
+        (&["--", ""], "the command is empty"),
+        (&["--port", "0", "--", "true"], "use a port such as 8000, or a range such as 8000-8010"),
+        (&["--port", "9-8", "--", "true"], "use a port such as 8000"),
+        (&["--replace", "--", "true"], "--port <P|P-Q>"),
+        (&["--port", "8000", "--replace", "--fallback", "--", "true"], "cannot be used with"),
+        (&["--port", "8000", "--health", "up", "--", "true"], "use a path such as /healthz"),
+        (&["--name", "x", "--", "true"], "--background"),
+        (&["--background", "--name", "a/b", "--", "true"], "a name is made of A-Z"),
+    ] {
+        let run = scene.portwatch(&[&["run"], arguments].concat()).expect(2);
+        assert!(run.errors().contains(want), "{arguments:?}: {}", run.errors());
+    }
+}
+
+fn streams() {
+    let scene = Scene::new();
+    let run = with_input(scene.run_command(&[], &["copy", "complain=oh"]), "one\0\ntwo").expect(0);
+    assert_eq!((run.text(), run.errors()), ("one\0\ntwo".to_owned(), "oh\n".to_owned()));
+}
+
+fn the_port_is_given() {
+    let scene = Scene::new();
+    let port = scene.port();
+    let word = port.to_string();
+    let running =
+        scene.start(&["--port", &word], &["say={port}:{port}", "port", "serve={port}", "exit-on-usr1=3", "wait"]);
+    assert_eq!(running.said, format!("portwatch: ready: http://127.0.0.1:{port}\n"));
+    running.signal(Signal::USR1);
+    let run = running.finish().expect(3);
+    assert_eq!(run.text(), format!("{port}:{port}\n{port}\n"));
+    scene.expect_nothing_left(port);
+    // Without a port, the braces are the command's own.
+    assert_eq!(scene.run(&[], &["say={port}"]).expect(0).text(), "{port}\n");
+}
+
+fn a_descendant_may_listen() {
+    let scene = Scene::new();
+    let port = scene.port();
+    let running = scene
+        .start(&["--port", &port.to_string(), "--grace", "50ms"], &["child=daemon+serve+ignore-term+wait", "wait"]);
+    running.signal(Signal::TERM);
+    running.finish().expect(143);
+    scene.expect_nothing_left(port);
+}
+
+fn a_taken_port() {
+    let scene = Scene::new();
+    let holder = scene.bystander();
+    let port = holder.serve().port();
+    let word = port.to_string();
+    let run = scene.run(&["--port", &word], &["say=started"]).expect(1);
+    let name = fs::read_to_string(format!("/proc/{}/comm", holder.pid)).expect("comm");
+    let who = format!("{} ({})", name.trim(), holder.pid);
+    assert_eq!(
+        (run.text(), run.errors()),
+        (
+            String::new(),
+            format!(
+                "portwatch: error: {port} is taken by {who}; --replace frees it first, --fallback takes the next free port\n"
+            )
+        )
+    );
+    let range = format!("{port}-{port}");
+    scene.run(&["--port", &range], &["say=started"]).expect(1);
+    // A socket that is bound and does not listen is in the way as well.
+    let bound = holder.bind("127.0.0.1:0", "").port();
+    let run = scene.run(&["--port", &bound.to_string()], &["say=started"]).expect(1);
+    assert!(run.errors().contains(&format!("see `portwatch diagnose {bound}`")), "{}", run.errors());
+    assert!(holder.is_alive());
+}
+
+fn fallback() {
+    let scene = Scene::new();
+    let holder = scene.bystander();
+    let taken = holder.serve().port();
+    // Two at once, neither of which listens before both have chosen: each waits for a line that tells of the other.
+    let word = taken.to_string();
+    let one = scene.start(&["--port", &word, "--fallback"], &["port", "serve", "exit-on-usr1=0", "wait"]);
+    let other = scene.start(&["--port", &word, "--fallback"], &["port", "serve", "exit-on-usr1=0", "wait"]);
+    let ports = [one, other].map(|running| {
+        running.signal(Signal::USR1);
+        let run = running.finish().expect(0);
+        run.text().trim().parse::<u16>().expect("a port")
+    });
+    assert!(ports[0] > taken && ports[1] > ports[0], "{taken}: {ports:?}");
+    assert!(holder.is_alive());
+}
+
+/// Several that are started at the same time, and take their time to listen, choose different ports.
+fn fallback_race() {
+    let scene = Scene::new();
+    let first = scene.bystander().serve().port();
+    let word = first.to_string();
+    let (mut children, mut inputs) = (Vec::new(), Vec::new());
+    for _ in 0..4 {
+        let mut command =
+            scene.run_command(&["--port", &word, "--fallback"], &["port", "copy", "serve", "exit-on-usr1=0", "wait"]);
+        let mut child = command.stdin(std::process::Stdio::piped()).spawn().expect("portwatch");
+        inputs.push(child.stdin.take().expect("piped"));
+        children.push(child);
+    }
+    let mut ports = Vec::new();
+    let mut outputs = Vec::new();
+    for child in &mut children {
+        // It has its port, and does not listen: it reads.
+        let mut output = std::io::BufReader::new(child.stdout.take().expect("piped"));
+        let mut line = String::new();
+        std::io::BufRead::read_line(&mut output, &mut line).expect("a port");
+        ports.push(line.trim().parse::<u16>().expect("a port"));
+        outputs.push(output);
+    }
+    drop(inputs);
+    for mut child in children {
+        let mut errors = std::io::BufReader::new(child.stderr.take().expect("piped"));
+        let mut line = String::new();
+        std::io::BufRead::read_line(&mut errors, &mut line).expect("ready");
+        assert!(line.starts_with("portwatch: ready: "), "{line}");
+        rustix::process::pidfd_send_signal(crate::subject::pidfd(&child), Signal::USR1).expect("signal");
+        assert_eq!(child.wait().expect("wait").code(), Some(0));
+    }
+    let count = ports.len();
+    ports.sort_unstable();
+    ports.dedup();
+    assert_eq!(ports.len(), count, "{ports:?}");
+    assert_eq!(fs::read_dir(scene.stage.path("runtime/portwatch/ports")).expect("locks").count(), 0);
+}
+
+fn replace() {
+    let scene = Scene::new();
+    let holder = scene.bystander();
+    let port = holder.serve().port();
+    let running =
+        scene.start(&["--port", &port.to_string(), "--replace", "-y"], &["serve", "say=up", "exit-on-usr1=0", "wait"]);
+    assert!(!holder.is_alive());
+    assert!(running.said.contains(&format!("portwatch: {port}/tcp freed: terminated ")), "{}", running.said);
+    running.signal(Signal::USR1);
+    let run = running.finish().expect(0);
+    assert_eq!(run.text(), "up\n", "what is said of the kill is on stderr");
+    scene.expect_nothing_left(port);
+    // A port that nobody has needs no kill.
+    let running = scene.start(&["--port", &port.to_string(), "--replace"], &["serve", "exit-on-usr1=0", "wait"]);
+    assert_eq!(running.said, format!("portwatch: ready: http://127.0.0.1:{port}\n"));
+    running.signal(Signal::USR1);
+    running.finish().expect(0);
+}
+
+fn not_ready() {
+    let scene = Scene::new();
+    let (port, elsewhere) = (scene.port(), scene.port());
+    let (word, serve) = (port.to_string(), format!("serve={elsewhere}"));
+    let limits = ["--port", &word, "--wait-bound", "1s"];
+    let run = scene.run(&limits, &[&serve, "wait"]).expect(1);
+    let instead = format!("does not listen on {port} after 1s: it listens on 127.0.0.1:{elsewhere}/tcp instead\n");
+    assert!(run.errors().ends_with(&instead), "{}", run.errors());
+    scene.expect_nothing_left(elsewhere);
+    let run = scene.run(&["--port", &word, "--wait-bound", "100ms"], &["wait"]).expect(1);
+    assert!(run.errors().ends_with(&format!("does not listen on {port} after 100ms: it listens nowhere\n")));
+    // A stranger who is quicker is none of its own.
+    let stranger = scene.bystander();
+    let command = scene.run_command(&["--port", &word, "--wait-bound", "2s"], &["say=started", "wait"]);
+    let stranger_takes_it = |mut command: std::process::Command| {
+        let mut child = command.spawn().expect("portwatch");
+        let mut output = std::io::BufReader::new(child.stdout.take().expect("piped"));
+        std::io::BufRead::read_line(&mut output, &mut String::new()).expect("a line");
+        stranger.tcp(&format!("127.0.0.1:{port}"), "");
+        crate::subject::finish(child)
+    };
+    let run = stranger_takes_it(command).expect(1);
+    assert!(run.errors().ends_with(" has that port, and is none of its processes\n"), "{}", run.errors());
+    assert!(stranger.is_alive());
+    drop(stranger);
+    // Nor is it ready when it ends; a daemon of its own making ends with it.
+    let run = scene.run(&limits, &["exit=4"]).expect(4);
+    assert!(
+        run.errors().ends_with(&format!("ended with exit code 4 before it was ready on {port}\n")),
+        "{}",
+        run.errors()
+    );
+    let run = scene.run(&limits, &["child=setsid+wait", "exit=0"]).expect(1);
+    assert!(run.errors().contains("went to the background by itself; start it in the foreground"), "{}", run.errors());
+    scene.expect_nothing_left(port);
+}
+
+fn healthy() {
+    let scene = Scene::new();
+    let port = scene.port();
+    let word = port.to_string();
+    let running = scene.start(&["--port", &word, "--health", "/up"], &["http=503,404,200"]);
+    running.signal(Signal::TERM);
+    running.finish().expect(143);
+    let run = scene.run(&["--port", &word, "--health", "/up", "--wait-bound", "1s"], &["http=503"]).expect(1);
+    let want = format!("is not well after 1s: GET http://127.0.0.1:{port}/up: 503\n");
+    assert!(run.errors().ends_with(&want), "{}", run.errors());
+    scene.expect_nothing_left(port);
+}
+
+fn signals_are_passed_on() {
+    let scene = Scene::new();
+    let port = scene.port();
+    let running = scene.start(&["--port", &port.to_string(), "--grace", "100ms"], &["tell-signals", "serve", "wait"]);
+    for signal in [Signal::INT, Signal::HUP, Signal::QUIT, Signal::USR1, Signal::USR2, Signal::WINCH] {
+        running.signal(signal);
+    }
+    // This one ends it, by force after the grace.
+    running.signal(Signal::TERM);
+    let run = running.finish().expect(137);
+    let mut told: Vec<&str> = std::str::from_utf8(&run.stdout).expect("names").lines().collect();
+    told.sort_unstable();
+    assert_eq!(told, ["HUP", "INT", "QUIT", "TERM", "USR1", "USR2", "WINCH"]);
+    scene.expect_nothing_left(port);
+}
+
+/// SIGKILL for both supervisors: the command itself dies of it.
+fn both_killed() {
+    let scene = Scene::new();
+    let port = scene.port();
+    let running = scene.start(&["--port", &port.to_string()], &["serve", "ignore-term", "wait"]);
+    let watcher = running.watcher();
+    // The front first, stopped, so that it does nothing meanwhile.
+    running.signal(Signal::STOP);
+    kill(watcher);
+    running.signal(Signal::KILL);
+    assert_eq!(running.finish().code, None);
+    scene.expect_nothing_left(port);
+}
+
+/// Orphans are reaped as they end, not at the end.
+fn zombies() {
+    let scene = Scene::new();
+    let port = scene.port();
+    let words = ["child=daemon+exit=0", "child=daemon+exit=0", "serve", "wait"];
+    let running = scene.start(&["--port", &port.to_string()], &words);
+    let (watcher, command) = (running.watcher(), running.command());
+    let until = Instant::now() + Duration::from_secs(10);
+    loop {
+        let children = fs::read_to_string(format!("/proc/{watcher}/task/{watcher}/children")).expect("children");
+        if children.trim() == command.to_string() {
+            break;
+        }
+        assert!(Instant::now() < until, "children of the supervisor: {children}, the command is {command}");
+        std::thread::yield_now();
+    }
+    running.signal(Signal::TERM);
+    running.finish().expect(143);
+    scene.expect_nothing_left(port);
+}
+
+fn bystanders() {
+    let scene = Scene::new();
+    let bystander = scene.bystander();
+    let sock = bystander.serve();
+    // In the process group of the front, and no descendant of it.
+    let port = scene.port();
+    let running = scene.start(&["--port", &port.to_string(), "--grace", "0"], &["child=setsid+wait", "serve", "wait"]);
+    running.signal(Signal::TERM);
+    running.finish();
+    scene.expect_nothing_left(port);
+    assert!(bystander.is_alive());
+    bystander.connect(sock.address);
+}
+
+fn interrupted_at_a_terminal() {
+    let scene = Scene::new();
+    let port = scene.port();
+    let mut terminal = Terminal::new(100);
+    let word = port.to_string();
+    let child = terminal.lead(
+        &mut scene
+            .run_command(&["--port", &word], &["tell-signals", "serve", "child=exit=0", "exit-on-usr1=9", "wait"]),
+    );
+    terminal.until("ready: http://127.0.0.1");
+    terminal.type_keys("\u{3}");
+    terminal.until("INT\n");
+    // The terminal gave it to the command once, and portwatch did not pass it on again.
+    rustix::process::pidfd_send_signal(crate::subject::pidfd(&child), Signal::USR1).expect("signal");
+    let code = terminal.end(child);
+    assert_eq!(terminal.said.matches("INT\n").count(), 1, "{}", terminal.said);
+    assert_eq!(code, Some(9));
+    // As a command takes it that does nothing about it.
+    let mut terminal = Terminal::new(100);
+    let child = terminal.lead(&mut scene.run_command(&["--port", &word], &["serve", "wait"]));
+    terminal.until("ready: ");
+    terminal.type_keys("\u{3}");
+    assert_eq!(terminal.end(child), Some(130));
+    scene.expect_nothing_left(port);
+}
+
+/// Job control of a shell: stopped by Ctrl-Z with all that it runs, and brought back.
+fn stopped_at_a_terminal() {
+    if program("bash").is_none() {
+        skip("bash", "a shell with job control is needed");
+        return;
+    }
+    let scene = Scene::new();
+    let port = scene.port();
+    let mut terminal = Terminal::new(200);
+    let run = scene.run_command(&["--port", &port.to_string()], &["serve", "wait"]);
+    let words: Vec<String> = std::iter::once(run.get_program())
+        .chain(run.get_args())
+        .map(|word| format!("'{}'", word.to_str().expect("UTF-8")))
+        .collect();
+    let mut shell = std::process::Command::new("bash");
+    shell.args(["--norc", "--noprofile", "-i"]).env("PS1", "$ ").env("TERM", "xterm").env("HISTFILE", "");
+    for (name, value) in run.get_envs() {
+        shell.env(name, value.unwrap_or_default());
+    }
+    let child = terminal.lead(&mut shell);
+    terminal.answer("$ ", &format!("{}\n", words.join(" ")));
+    terminal.until("ready: http://");
+    terminal.type_keys("\u{1a}");
+    terminal.until("Stopped");
+    terminal.answer("$ ", "fg\n");
+    terminal.until("run");
+    terminal.type_keys("\u{3}");
+    terminal.answer("$ ", "echo code=$?; exit\n");
+    terminal.until("code=130");
+    terminal.end(child);
+    scene.expect_nothing_left(port);
+}
+
+pub fn trials() -> Vec<Test> {
+    let mut tests = vec![
+        test("run::exit_codes_are_the_commands_own", exit_codes),
+        test("run::a_bad_command_line_is_a_usage_error", usage),
+        test("run::streams_pass_through", streams),
+        test("run::the_port_is_given_to_the_command", the_port_is_given),
+        test("run::a_descendant_may_be_the_one_that_listens", a_descendant_may_listen),
+        test("run::a_taken_port_is_refused_with_its_holder", a_taken_port),
+        test("run::fallback_takes_the_next_free_port", fallback),
+        test("run::runs_at_once_choose_different_ports", fallback_race),
+        test("run::replace_frees_the_port_first", replace),
+        test("run::who_is_not_ready_in_time_is_ended", not_ready),
+        test("run::ready_is_who_answers_2xx", healthy),
+        test("run::signals_are_passed_on", signals_are_passed_on),
+        test("run::the_command_dies_with_both_supervisors", both_killed),
+        test("run::orphans_are_reaped", zombies),
+        test("run::nobody_else_is_hit", bystanders),
+        test("run::ctrl_c_reaches_the_command_once", interrupted_at_a_terminal),
+        test("run::ctrl_z_stops_it_and_fg_brings_it_back", stopped_at_a_terminal),
+    ];
+    tests.extend(servers::trials());
+    tests.extend(ends::trials());
+    tests
+}
