@@ -38,7 +38,7 @@ impl Agent {
         Agent::of(with_socket(&[&["agent"], arguments].concat(), &socket), socket)
     }
 
-    fn of(mut command: Command, socket: PathBuf) -> Agent {
+    pub fn of(mut command: Command, socket: PathBuf) -> Agent {
         let mut child = command.spawn().expect("cannot run portwatch agent");
         let mut line = String::new();
         let mut errors = BufReader::new(child.stderr.take().expect("piped"));
