@@ -134,7 +134,7 @@ pub(super) struct Killed {
 /// Why a kill does not begin.
 pub(super) type Refusal = (ErrorKind, String);
 
-/// Begins a kill: its plan comes first.
+/// Begins a kill, if this peer may have one at all: its plan comes first.
 pub(super) fn begin(
     request: Kill,
     selector: Selector,
@@ -149,7 +149,6 @@ pub(super) fn begin(
         ));
     }
     let options = Options { pidfds: PIDFDS, ..request.options().map_err(usage)? };
-    // Whether this peer may ask for kills at all is to be decided here.
     let guards = identity.guards(request.force_self).map_err(|message| (ErrorKind::Denied, message))?;
     let busy = || (ErrorKind::Busy, "too many kills are under way; try again later".to_owned());
     let place = kills.enter(identity.uid).ok_or_else(busy)?;

@@ -8,8 +8,9 @@
 //! ```
 //! One task, [`core`], owns the table: it applies every event and answers every question between two of them, so nothing
 //! is locked and a subscription begins exactly where its first answer ends. Each connection is a task of its own
-//! ([`peer`]) that knows nothing but its socket and how to ask. Everything is bounded: requests in bytes, connections
-//! in all and of one user, changes that wait for a subscriber. Nothing here runs by the clock while nobody is connected.
+//! ([`peer`]) that knows nothing but its socket and how to ask. A kill runs on a thread ([`kill`]), by the rights of who
+//! asks for it ([`access`]). Everything is bounded: requests in bytes, connections in all and of one user, kills, changes
+//! that wait for a subscriber. Nothing here runs by the clock while nobody is connected.
 
 mod access;
 mod core;
