@@ -416,7 +416,7 @@ pub fn trials() -> Vec<Test> {
                     _ => {}
                 }
             }
-            assert_eq!(answers, 4);
+            assert_eq!(answers, 8);
         }),
         test("agent::a_connection_begins_with_hello_in_the_right_version", || {
             let stage = Stage::new();

@@ -14,6 +14,7 @@
 #![expect(missing_debug_implementations, reason = "nobody prints a test or a running watch")]
 
 mod agent;
+mod agent_kill;
 mod container;
 mod diagnose;
 mod dockerd;
@@ -114,6 +115,7 @@ fn main() -> ExitCode {
         run::trials(),
         shell::trials(),
         agent::trials(),
+        agent_kill::trials(),
         metrics::trials(),
         service::trials(),
         hostile::trials(),

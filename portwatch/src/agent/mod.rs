@@ -8,10 +8,10 @@
 //! ```
 //! One task, [`core`], owns the table: it applies every event and answers every question between two of them, so nothing
 //! is locked and a subscription begins exactly where its first answer ends. Each connection is a task of its own
-//! ([`peer`]) that knows nothing but its socket and how to ask. Everything is bounded: requests in bytes and a second,
-//! connections in all and of one user ([`load`]), answers under way, changes that wait for subscribers. Nothing here
-//! runs by the clock while nobody is connected and nothing is amiss. What is amiss is in [`troubles`], and the agent goes
-//! on.
+//! ([`peer`]) that knows nothing but its socket and how to ask. A kill runs on a thread ([`kill`]), by the rights of who
+//! asks for it ([`access`]). Everything is bounded: requests in bytes and a second, connections in all and of one user
+//! ([`load`]), answers and kills under way, changes that wait for subscribers. Nothing here runs by the clock while nobody
+//! is connected and nothing is amiss. What is amiss is in [`troubles`], and the agent goes on.
 
 mod access;
 mod core;
