@@ -4,6 +4,7 @@
 //! - `PORTWATCH_BIN` names the binary under test (default: the one that cargo built).
 //! - `PORTWATCH_TEST_REQUIRE=kernel,fexit,tracepoint,mptcp,…` makes a test fail that is otherwise skipped because the
 //!   machine lacks that.
+//! - `PORTWATCH_TEST_SEED` repeats a round of chaos.
 //! - `PORTWATCH_TEST_STORM` is the number of listeners that a storm opens (default 20000).
 //!
 //! Tests run one after the other: several of them watch the whole host.
@@ -12,9 +13,11 @@
 #![expect(missing_debug_implementations, reason = "nobody prints a test or a running watch")]
 
 mod agent;
+mod chaos;
 mod container;
 mod diagnose;
 mod dockerd;
+mod faults;
 mod gate;
 mod history;
 mod hostile;
@@ -100,6 +103,8 @@ fn main() -> ExitCode {
         wait::trials(),
         shell::trials(),
         agent::trials(),
+        faults::trials(),
+        chaos::trials(),
         metrics::trials(),
         service::trials(),
         hostile::trials(),

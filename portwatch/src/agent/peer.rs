@@ -29,13 +29,16 @@ const SILENCE: Duration = Duration::from_secs(60);
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How long a peer may take to read the whole of an answer that others wait for.
-const READING: Duration = Duration::from_secs(60);
+const READING: Duration = Duration::from_secs(30);
 
 /// After a failed accept, such as for want of descriptors.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
 /// Lives that one answer about history tells at most.
 const MAX_LIVES: usize = 10_000;
+
+/// Listeners that any connection may have in memory. An answer of more waits for its turn.
+const FEW: usize = 64;
 
 /// Bytes of answers that are gathered before they are written, and that the kernel keeps until they are read (it takes
 /// twice as many for what they come in).
@@ -227,10 +230,16 @@ impl Peer {
         ancestors: bool,
     ) -> Result<(), End> {
         let Some(selector) = self.selector(selection, identity).await? else { return Ok(()) };
-        let _turn = place.turn(Answer::List).await;
-        let listeners = match self.ask(|reply| Ask::List { selector: Box::new(selector), reply }).await? {
-            Ok(listeners) => listeners,
-            Err(trouble) => return self.refuse(ErrorKind::Failed, &trouble).await,
+        let mut turn = None;
+        let listeners = loop {
+            let selector = Box::new(selector.clone());
+            match self.ask(|reply| Ask::List { selector, reply }).await? {
+                // Asked anew in its turn: answers that wait take no memory.
+                Ok(listeners) if listeners.len() > FEW && turn.is_none() => drop(listeners),
+                Ok(listeners) => break listeners,
+                Err(trouble) => return self.refuse(ErrorKind::Failed, &trouble).await,
+            }
+            turn = Some(place.turn(Answer::List).await);
         };
         let tell = async {
             let count = listeners.len();
