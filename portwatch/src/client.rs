@@ -12,11 +12,19 @@ use tokio::net::UnixStream;
 use tokio::time::timeout;
 use tokio_util::codec::{Framed, LinesCodec};
 
-use crate::model::{BootNs, Change, Listener, SocketId};
-use crate::wire::{ErrorKind, Request, Response, Selection, VERSION};
+use crate::kill::{Concern, Outcome, Plan, Progress};
+use crate::model::{BootNs, Change, Listener, Process, ProcessId, SocketId};
+use crate::wire::{ErrorKind, Kill, Request, Response, Selection, VERSION};
 
 /// How long the agent may take to greet. One that takes longer hangs.
 const PATIENCE: Duration = Duration::from_secs(2);
+
+/// How long the agent may take for the plan of a kill: a scan, and what container engines and systemd are asked.
+const PLANNING: Duration = Duration::from_secs(20);
+
+/// How long the agent may say nothing during a kill. It speaks each second while it waits for a process, but not while one
+/// that got SIGKILL is torn down (a minute at most).
+const KILLING: Duration = Duration::from_secs(120);
 
 /// The longest line from the agent in bytes: a listener with thousands of holders.
 const MAX_RESPONSE: usize = 256 << 20;
@@ -51,7 +59,9 @@ impl Client {
     }
 
     pub async fn send(&mut self, request: &Request) -> anyhow::Result<()> {
-        self.lines.send(serde_json::to_string(request)?).await.context("cannot write to the agent")
+        // Its text alone: to those above, a broken pipe is that of standard output.
+        let sent = self.lines.send(serde_json::to_string(request)?).await;
+        sent.map_err(|error| anyhow!("cannot write to the agent: {error}"))
     }
 
     /// The next line. Cancel safe.
@@ -78,6 +88,65 @@ impl Client {
                 Response::End { count, more } if count == answer.len() => return Ok((answer, more)),
                 Response::End { count, .. } => bail!("the agent told {} of {count}", answer.len()),
                 response => answer.push(response),
+            }
+        }
+    }
+}
+
+/// A kill that the agent has planned, and does not begin before it is told to. Dropped, nobody is signalled.
+#[derive(Debug)]
+pub struct PlannedKill {
+    client: Client,
+    is_dry_run: bool,
+    /// Its listeners are told without their holders.
+    pub plan: Plan,
+    pub concerns: Vec<Concern>,
+}
+
+impl Client {
+    /// Asks for a kill, and for its plan first.
+    ///
+    /// # Errors
+    /// The agent does not do it, or is lost. Nobody was signalled.
+    pub async fn plan_kill(mut self, kill: Kill) -> anyhow::Result<PlannedKill> {
+        let is_dry_run = kill.dry_run;
+        let ask = async {
+            self.send(&Request::Kill(Box::new(Kill { confirm: true, ..kill }))).await?;
+            self.read().await
+        };
+        match timeout(PLANNING, ask).await.map_err(|_| anyhow!("the agent makes no plan"))?? {
+            Response::Plan { plan, concerns } => Ok(PlannedKill { client: self, is_dry_run, plan: *plan, concerns }),
+            other => bail!("the agent makes no plan, but says {other:?}"),
+        }
+    }
+}
+
+impl PlannedKill {
+    /// Has it done, and waits for what became of each port; of a dry run, what would. `progress` is told of each process.
+    ///
+    /// # Errors
+    /// The agent failed or is lost: who was signalled by then is not known.
+    pub async fn carry_out(mut self, progress: &mut dyn FnMut(&Progress<'_>)) -> anyhow::Result<Vec<Outcome>> {
+        if !self.is_dry_run {
+            self.client.send(&Request::Confirm {}).await.context("nothing was signalled; try again")?;
+        }
+        let port = self.plan.groups.first().map_or(0, |group| group.port);
+        let told = self.outcomes(progress).await;
+        told.with_context(|| format!("it is not known what became of the kill; see: portwatch who {port}"))
+    }
+
+    async fn outcomes(&mut self, progress: &mut dyn FnMut(&Progress<'_>)) -> anyhow::Result<Vec<Outcome>> {
+        let mut outcomes = Vec::new();
+        loop {
+            let response = timeout(KILLING, self.client.read()).await;
+            match response.map_err(|_| anyhow!("the agent says nothing any more"))?? {
+                Response::Progress { pid, name, step } => {
+                    let process = Process::bare(ProcessId { pid, start: 0 }, name);
+                    progress(&Progress { process: &process, step });
+                }
+                Response::Outcome(told) => outcomes.push(Outcome::from(*told)),
+                Response::End { count, .. } if count == outcomes.len() => return Ok(outcomes),
+                other => bail!("the agent does not tell what became of {} ports: {other:?}", self.plan.groups.len()),
             }
         }
     }

@@ -12,14 +12,18 @@
 //! with the connection. Requests are bounded to [`MAX_REQUEST`] bytes; no answer's line is longer than a listener.
 //! Times are nanoseconds since boot of the host that both share.
 
+mod kill;
+
 use std::net::IpAddr;
 use std::time::Duration;
 
 use globset::GlobMatcher;
 use serde::{Deserialize, Serialize};
 
+pub use self::kill::{Kill, MAX_WAIT_MS, Told};
 use crate::engine::Wanted;
 use crate::history::{Health, Life};
+use crate::kill::{Concern, Plan, Step};
 use crate::model::{Ancestor, BootNs, Change, Listener, NetnsId};
 use crate::select::{Filters, Selector, Sets, glob, parse_targets, unit_glob};
 use crate::source::{Refusal, Tier};
@@ -61,6 +65,10 @@ pub enum Request {
         from: u64,
         limit: usize,
     },
+    /// Free the ports that the selection picks. Whom the peer may not signal is left alone.
+    Kill(Box<Kill>),
+    /// Carry out the plan that was just told.
+    Confirm {},
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -94,6 +102,22 @@ pub enum Response {
     },
     Status(Status),
     Life(Box<Life>),
+    /// What a kill would do. The holders of its listeners are left out: they are its victims, and those refused.
+    Plan {
+        plan: Box<Plan>,
+        /// What a person should think about before.
+        concerns: Vec<Concern>,
+    },
+    /// What happens to a process during a kill.
+    Progress {
+        pid: u32,
+        /// Hostile text.
+        name: String,
+        #[serde(flatten)]
+        step: Step,
+    },
+    /// What became of a port.
+    Outcome(Box<Told>),
     /// The answer is complete.
     End {
         count: usize,

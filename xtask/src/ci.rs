@@ -40,9 +40,24 @@ const REQUIRED: &[&str] = &[
     "runit",
 ];
 
-pub(crate) fn run() -> Result<()> {
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Leave out `cargo test`, which has been run
+    #[arg(long)]
+    tested: bool,
+    /// Only print what `cargo test` requires in CI, for PORTWATCH_TEST_REQUIRE
+    #[arg(long)]
+    requirements: bool,
+}
+
+pub(crate) fn run(args: &Args) -> Result<()> {
+    if args.requirements {
+        println!("{}", REQUIRED.join(","));
+        return Ok(());
+    }
     let mut failures = Vec::new();
-    for args in STEPS {
+    let steps: Vec<_> = STEPS.iter().filter(|&&step| !(args.tested && step == TESTS)).collect();
+    for args in &steps {
         let step = args.join(" ");
         println!("\n=== {step}");
         let started = Instant::now();
@@ -57,10 +72,10 @@ pub(crate) fn run() -> Result<()> {
         }
     }
     if failures.is_empty() {
-        println!("\nall {} steps passed", STEPS.len());
+        println!("\nall {} steps passed", steps.len());
         return Ok(());
     }
-    println!("\n{} of {} steps failed:", failures.len(), STEPS.len());
+    println!("\n{} of {} steps failed:", failures.len(), steps.len());
     failures.iter().for_each(|failure| println!("  {failure:#}"));
     bail!("ci failed")
 }
@@ -71,18 +86,18 @@ const STEPS: &[&[&str]] = &[
     &["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"],
     &["test", "--quiet", "--package", "xtask", "--package", "portwatch-ebpf"],
     &["xtask", "ebpf", "--check"],
-    SCENARIOS,
+    TESTS,
     &["xtask", "vm", "--kernel", "all"],
     &["xtask", "bench", "--quick"],
 ];
 
-/// The kernel tests on this very machine, as root.
-const SCENARIOS: &[&str] = &["test", "--package", "portwatch", "--test", "scenarios"];
+/// The README's command: unit tests, and the scenarios on this very machine, as root.
+const TESTS: &[&str] = &["test"];
 
 fn run_step(args: &[&str]) -> Result<()> {
     let mut command = cargo();
     command.args(args);
-    if args == SCENARIOS {
+    if args == TESTS {
         command.env("PORTWATCH_TEST_REQUIRE", REQUIRED.join(","));
         if !Uid::effective().is_root() {
             command.env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER", "sudo --preserve-env");

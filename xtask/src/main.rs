@@ -34,7 +34,7 @@ enum Verb {
     /// Measure portwatch and its peers side by side, as Markdown
     Bench(bench::Args),
     /// Run everything that CI runs, and list every failure
-    Ci,
+    Ci(ci::Args),
     #[command(hide = true)]
     World(world::Args),
     #[command(hide = true)]
@@ -46,7 +46,7 @@ fn main() -> ExitCode {
         Verb::Ebpf(args) => ebpf::run(&args),
         Verb::Vm(args) => vm::run(&args),
         Verb::Bench(args) => bench::run(&args),
-        Verb::Ci => ci::run(),
+        Verb::Ci(args) => ci::run(&args),
         Verb::World(args) => world::run(&args),
         Verb::Server(args) => server::run(&args),
     };

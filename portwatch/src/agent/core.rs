@@ -5,9 +5,10 @@ use std::time::Duration;
 
 use tokio::sync::{broadcast, mpsc, oneshot};
 
+use super::kill::Killed;
 use super::load::Load;
 use super::troubles::{About, Troubles};
-use crate::history::Recorder;
+use crate::history::{self, Recorder};
 use crate::metrics::{Metrics, Totals};
 use crate::model::{BootNs, Change, Listener};
 use crate::select::Selector;
@@ -30,13 +31,16 @@ pub(super) enum Ask {
         selector: Box<Selector>,
         reply: Reply<Vec<Listener>>,
     },
-    /// The listeners now, and every change from now on.
+    /// The same, and every change from now on, whatever it is about.
     Watch {
+        selector: Box<Selector>,
         reply: Reply<Subscription>,
     },
     Status {
         reply: oneshot::Sender<Status>,
     },
+    /// No question: something to be remembered.
+    Killed(Box<Killed>),
 }
 
 /// Where a subscriber begins and how it goes on.
@@ -124,8 +128,8 @@ impl Core {
             for (_, ask) in std::mem::take(&mut self.waiting) {
                 match ask {
                     Ask::List { reply, .. } => drop(reply.send(Err(trouble.clone()))),
-                    Ask::Watch { reply } => drop(reply.send(Err(trouble.clone()))),
-                    Ask::Status { .. } => self.answer(ask),
+                    Ask::Watch { reply, .. } => drop(reply.send(Err(trouble.clone()))),
+                    Ask::Status { .. } | Ask::Killed(_) => self.answer(ask),
                 }
             }
             return;
@@ -165,19 +169,31 @@ impl Core {
         let now = process::boot_ns_now();
         match ask {
             Ask::List { selector, reply } => {
-                let all = self.tracker.table().listeners();
-                let _ = reply.send(Ok(all.filter(|listener| selector.matches(listener, now)).cloned().collect()));
+                let _ = reply.send(Ok(self.listeners(&selector, now)));
             }
-            Ask::Watch { reply } => {
+            Ask::Watch { selector, reply } => {
                 let changes = self.subscribers.subscribe();
-                let listeners = self.tracker.table().listeners().cloned().collect();
+                let listeners = self.listeners(&selector, now);
                 self.metrics.subscribers(self.subscribers.receiver_count());
                 let _ = reply.send(Ok(Subscription { at: now, listeners, changes }));
             }
             Ask::Status { reply } => {
                 let _ = reply.send(self.status());
             }
+            Ask::Killed(killed) => self.remember(*killed),
         }
+    }
+
+    fn remember(&mut self, Killed { at, by, targets, listeners, outcomes }: Killed) {
+        outcomes.iter().for_each(|outcome| self.metrics.kill(outcome.status));
+        if let Some(history) = &mut self.history {
+            let killed = history::Killed { at, by, targets, listeners: &listeners, outcomes: &outcomes };
+            history.killed(killed, &super::clock());
+        }
+    }
+
+    fn listeners(&self, selector: &Selector, now: BootNs) -> Vec<Listener> {
+        self.tracker.table().listeners().filter(|listener| selector.matches(listener, now)).cloned().collect()
     }
 
     fn status(&self) -> Status {

@@ -15,6 +15,7 @@
 
 mod access;
 mod core;
+mod kill;
 mod load;
 mod peer;
 mod policy;
@@ -35,6 +36,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::LocalSet;
 
+use self::kill::Kills;
 use self::load::Load;
 use self::peer::Shared;
 use self::policy::Policy;
@@ -125,6 +127,7 @@ async fn serve(config: Config, descriptors: usize, ready: impl FnOnce(&Tracker))
     let load = Load::new(descriptors);
     let metrics = Arc::new(Metrics::new(tracker.live().tier()));
     let mut core = core::Core::new(tracker, load.clone(), troubles.clone(), Arc::clone(&metrics), history);
+    let shared = Shared { asks, load, kills: Kills::default(), policy: policy.clone() };
     let scraped = async {
         match scrapes {
             Some(listener) => http::serve(listener, move || metrics.text()).await,
@@ -134,7 +137,7 @@ async fn serve(config: Config, descriptors: usize, ready: impl FnOnce(&Tracker))
     service::ready(WELL);
     let ended = tokio::select! {
         ended = core.run(questions) => ended,
-        ended = peer::accept(socket, Shared { asks, load, policy: policy.clone() }) => ended.map(|never| match never {}),
+        ended = peer::accept(socket, shared) => ended.map(|never| match never {}),
         never = reload(hangup, &*config.access, &policy, &troubles) => match never {},
         () = scraped => Ok(()),
         _ = terminate.recv() => Ok(()),

@@ -13,6 +13,7 @@ use tokio_util::codec::{Framed, LinesCodec, LinesCodecError};
 use super::AlreadyRunning;
 use super::access::Identity;
 use super::core::{Ask, Subscription};
+use super::kill::{self, Kills};
 use super::load::{Answer, Load, Place};
 use super::policy::Policy;
 use super::socket::Socket;
@@ -20,10 +21,13 @@ use crate::history::{self, Lives, Reader};
 use crate::model::{Ancestor, Change, Listener};
 use crate::select::{Selector, Shown};
 use crate::source::stat;
-use crate::wire::{ErrorKind, MAX_REQUEST, Request, Response, Selection, VERSION};
+use crate::wire::{ErrorKind, Kill, MAX_REQUEST, Request, Response, Selection, VERSION};
 
 /// How long a peer may stay silent between two requests (a subscriber may for ever).
 const SILENCE: Duration = Duration::from_secs(60);
+
+/// How long somebody may think about a plan.
+const QUESTION: Duration = Duration::from_secs(600);
 
 /// How long a peer may take to read an answer's next piece.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -50,6 +54,7 @@ const KERNEL_BUFFER: usize = 32 << 10;
 pub(super) struct Shared {
     pub(super) asks: mpsc::Sender<Ask>,
     pub(super) load: Load,
+    pub(super) kills: Kills,
     pub(super) policy: Policy,
 }
 
@@ -147,6 +152,8 @@ impl Peer {
                 Request::History { selection, from, limit } => {
                     self.history(&selection, identity, place, from, limit).await?;
                 }
+                Request::Kill(kill) => self.kill(*kill, identity, place).await?,
+                Request::Confirm {} => self.refuse(ErrorKind::Usage, "there is no plan to confirm").await?,
                 Request::Watch { selection } => return self.watch(&selection, identity, place).await,
                 Request::Status {} => {
                     let status = self.status().await?;
@@ -288,17 +295,54 @@ impl Peer {
         timeout(READING, tell).await.map_err(|_| End::Gone)?
     }
 
+    async fn kill(&mut self, request: Kill, identity: Identity, place: &Place) -> Result<(), End> {
+        if let Err(message) = self.shared.policy.may_kill(identity, self.lines.get_ref()) {
+            return self.refuse(ErrorKind::Denied, &message).await;
+        }
+        let Some(selector) = self.selector(&request.selection, identity).await? else { return Ok(()) };
+        let is_asked = request.confirm && !request.dry_run;
+        let mut begun = match kill::begin(request, selector, identity, &self.shared.kills, &self.shared.asks) {
+            Ok(begun) => begun,
+            Err((kind, message)) => return self.refuse(kind, &message).await,
+        };
+        if !is_asked {
+            begun.go();
+        }
+        while let Some(response) = begun.told.recv().await {
+            let is_plan = matches!(response, Response::Plan { .. });
+            let is_last = matches!(response, Response::End { .. } | Response::Error { .. });
+            self.send(&response).await?;
+            self.flush().await?;
+            if is_last {
+                return Ok(());
+            }
+            if is_plan && is_asked {
+                match self.read(QUESTION, place).await? {
+                    Some(Request::Confirm {}) => begun.go(),
+                    Some(_) => return self.refuse(ErrorKind::Usage, "not confirmed: nothing was signalled").await,
+                    None => return Ok(()),
+                }
+            }
+        }
+        self.refuse(ErrorKind::Failed, "the kill ended before its time; see: portwatch who").await
+    }
+
     async fn watch(&mut self, selection: &Selection, identity: Identity, place: &Place) -> Result<(), End> {
         let Some(mut selector) = self.selector(selection, identity).await? else { return Ok(()) };
         loop {
-            let turn = place.turn(Answer::List).await;
-            let Subscription { at, listeners, mut changes } = match self.ask(|reply| Ask::Watch { reply }).await? {
-                Ok(subscription) => subscription,
-                Err(trouble) => return self.refuse(ErrorKind::Failed, &trouble).await,
+            let mut turn = None;
+            let Subscription { at, listeners, mut changes } = loop {
+                let selector = Box::new(selector.clone());
+                match self.ask(|reply| Ask::Watch { selector, reply }).await? {
+                    Ok(subscription) if subscription.listeners.len() > FEW && turn.is_none() => drop(subscription),
+                    Ok(subscription) => break subscription,
+                    Err(trouble) => return self.refuse(ErrorKind::Failed, &trouble).await,
+                }
+                turn = Some(place.turn(Answer::List).await);
             };
             let mut shown = Shown::default();
             let begin = async {
-                for listener in listeners.into_iter().filter(|listener| selector.matches(listener, at)) {
+                for listener in listeners {
                     shown.add(&listener);
                     self.send(&Response::Listener { listener, ancestors: Vec::new() }).await?;
                 }

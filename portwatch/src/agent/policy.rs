@@ -33,7 +33,6 @@ impl Policy {
     ///
     /// # Errors
     /// A sentence for the peer.
-    #[expect(dead_code, reason = "asked by the request to kill, before anything is looked at")]
     pub(super) fn may_kill(&self, identity: Identity, stream: &UnixStream) -> Result<(), String> {
         self.0.borrow().may_kill(identity.uid, || groups_of(stream))
     }

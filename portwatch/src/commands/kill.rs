@@ -1,39 +1,29 @@
 //! `portwatch kill`: frees ports by ending the processes that hold them.
 
-mod aftermath;
 mod pick;
+mod way;
 
-use std::collections::BTreeSet;
 use std::io::{self, IsTerminal as _, Write as _};
+use std::ops::ControlFlow;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Args;
-use nix::unistd::Uid;
-use portwatch::cgroup::Manager;
-use portwatch::engine::{self, Container, Engine};
 use portwatch::kill::signal::SignalName;
-use portwatch::kill::{
-    self, Concern, Guards, Options, Outcome, Plan, Reach, StopError, Stopping, Units, Whole, World, concern, preview,
-    text,
-};
-use portwatch::model::{Listener, Protocol, Socket};
+use portwatch::kill::{self, Concern, Options, Outcome, Plan, Reach, Terms, preview, text};
 use portwatch::render::table::Detail;
 use portwatch::render::{self, View, json};
-use portwatch::select::{Filters, Selector, Target};
-use portwatch::source::stat::{self, Stat};
-use portwatch::source::{Scanner, process, procfs};
-use portwatch::supervisor::systemd;
+use portwatch::select::Selector;
+use portwatch::source::Probe;
+use portwatch::wire::{Kill, Selection};
 use rustix::process::Signal;
 
+use self::way::{End, Way};
 use super::progress::Display;
-use super::{Users, explain, note, print, selection, selector, view, view_on, works_alone};
-use crate::cli::{Globals, Netns, Selectors, TARGETS, duration};
+use super::{Users, note, print, selection, selector, view, view_on};
+use crate::cli::{Globals, Selectors, TARGETS, duration};
 use crate::exit_codes::{self, NO, USAGE, Usage};
-
-/// How long systemd may take to stop a unit: `DefaultTimeoutStopSec=` of 90 s, after which it sends SIGKILL, and a margin.
-const STOP_UNIT: Duration = Duration::from_secs(100);
 
 #[derive(Debug, Args)]
 #[command(after_help = format!("\
@@ -106,7 +96,11 @@ pub(crate) struct KillArgs {
 }
 
 pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
-    works_alone(globals)?;
+    let why_alone = args.why_alone(globals);
+    if let (Some(option), true) = (why_alone, globals.agent) {
+        let message = format!("{option} is carried out without the agent; leave out --agent");
+        return Err(Usage(message).into());
+    }
     let selector = selector(&args.targets, &args.selectors)?;
     if args.interactive && !is_conversation() {
         return Err(Usage(
@@ -117,78 +111,41 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
     if selector.is_empty() && !args.interactive {
         return name_a_port(&selector, args, globals);
     }
-    if std::fs::read_link("/proc/self").ok() != Some(std::process::id().to_string().into()) {
-        anyhow::bail!(
-            "/proc belongs to another pid namespace, so its PIDs mean nothing here; mount one of this namespace"
-        );
-    }
-    let mut scanner = Scanner::open(globals.probe);
-    if let Some(reason) = scanner.refusal() {
-        explain(globals, &format!("holders are read from {}: {reason}", scanner.method()));
-    }
-    let all_netns = args.selectors.netns != Netns::Own;
-    let mut choice = read(&mut scanner, &selector, all_netns)?;
-    if choice.selected.is_empty() && (args.interactive || selector.named_ports().is_empty()) {
+    let told = if why_alone.is_none() { Way::through_agent(args, &selector, globals)? } else { None };
+    let way = match told {
+        Some(way) => way,
+        None => match Way::alone(args, &selector, globals)? {
+            ControlFlow::Continue(way) => way,
+            ControlFlow::Break(End::NothingThere) => return nothing_there(args, &selector),
+            ControlFlow::Break(End::NothingPicked) => return nothing_signalled(),
+        },
+    };
+    if way.plan().groups.is_empty() {
         return nothing_there(args, &selector);
     }
-    let mut named = selector.named_ports();
-    if args.interactive {
-        let Some(picked) = pick::pick(choice.selected)? else { return nothing_signalled() };
-        choice.selected = picked.chosen;
-        choice.left_out.extend(picked.others);
-        // What was not picked is nobody's question.
-        named.clear();
-    }
-    let Prepared { mut plan, guards, engine } = prepare(args, choice.selected, &choice.left_out, &named)?;
     let concerns = match is_conversation() && !args.yes && !args.dry_run {
-        true => concern::concerns(&plan, Uid::effective().as_raw(), args.interactive, &stat_of),
+        true => way.concerns(args.interactive),
         false => Vec::new(),
     };
     let is_shown = !args.json && !args.quiet && !args.dry_run;
     if is_shown || !concerns.is_empty() {
         // Somebody who asked for a port to be freed gets it freed, also where nobody reads this.
-        preview(&plan).or_else(|error| if concerns.is_empty() { Ok(()) } else { Err(error) })?;
+        preview(way.plan()).or_else(|error| if concerns.is_empty() { Ok(()) } else { Err(error) })?;
     }
     if args.dry_run {
         if !args.json && !args.quiet {
             let users = Users::default();
             let name = |uid| users.name(uid);
-            print(&summary(&plan, &view(&name)))?;
+            print(&summary(way.plan(), &view(&name)))?;
         }
-        return report(args, &kill::planned(plan));
+        return report(args, &way.planned()?);
     }
-    if !concerns.is_empty() && !is_confirmed(&plan, &concerns)? {
+    if !concerns.is_empty() && !is_confirmed(way.plan(), &concerns)? {
         return nothing_signalled();
     }
-    if !plan.closes {
-        ask_managers(&mut plan);
-    }
-    let ports: BTreeSet<(u16, Protocol)> = plan.groups.iter().map(|group| (group.port, group.proto)).collect();
-    // Whoever takes the port counts, whatever the selectors say of addresses and holders.
-    let netns = selector.filters().netns;
-    let is_of_interest = |socket: &Socket| {
-        ports.contains(&(socket.port, socket.proto)) && netns.is_none_or(|netns| netns == socket.netns)
-    };
     let mut display = Display::new(args.json || args.quiet);
-    let mut outcomes = kill::execute(
-        plan,
-        args.options(),
-        &mut World {
-            rescan: &mut || Ok(scanner.scan(all_netns, &is_of_interest)?.listeners),
-            holds: &procfs::holds,
-            guards: &guards,
-            stop: &mut |wholes, grace| stop(engine.as_ref(), wholes, grace),
-            // Of a namespace where nobody has the port, there may be nothing to go by.
-            addresses: &|port| match args.selectors.netns {
-                Netns::Id(_) => Vec::new(),
-                Netns::Own | Netns::All => selector.named_addresses(port),
-            },
-            progress: &mut |progress| display.show(progress),
-        },
-    )?;
+    let outcomes = way.run(args.options(), &mut |progress| display.show(progress))?;
     display.close();
-    outcomes.iter_mut().for_each(|outcome| outcome.correct(&choice.left_out, &selector.named_addresses(outcome.port)));
-    aftermath::explain(&mut outcomes, globals.probe);
     report(args, &outcomes)
 }
 
@@ -200,7 +157,27 @@ impl KillArgs {
             grace: self.grace,
             force: !self.no_force,
             settle: self.settle,
+            ..Options::default()
         }
+    }
+
+    /// The option that takes the rights, or the terminal, of who calls: the agent does not do that.
+    fn why_alone(&self, globals: &Globals) -> Option<&'static str> {
+        let options = [
+            ("--interactive", self.interactive),
+            ("--stop-container", self.stop_container),
+            ("--stop-unit", self.stop_unit),
+            ("--close-socket", self.close_socket),
+            ("--probe", globals.probe != Probe::Auto),
+        ];
+        options.into_iter().find_map(|(option, given)| given.then_some(option))
+    }
+
+    /// What is asked of the agent.
+    fn request(&self, selector: &Selector) -> Kill {
+        let selection = Selection::of(selector);
+        let Self { dry_run, force_self, .. } = *self;
+        Kill { dry_run, force_self, ..Kill::new(selection, self.options(), self.reach()) }
     }
 
     fn reach(&self) -> Reach {
@@ -208,6 +185,15 @@ impl KillArgs {
             (true, _) => Reach::Tree,
             (_, true) => Reach::Group,
             _ => Reach::Holders,
+        }
+    }
+
+    fn terms(&self) -> Terms {
+        Terms {
+            reach: self.reach(),
+            stop_containers: self.stop_container,
+            stop_units: self.stop_unit,
+            close_sockets: self.close_socket,
         }
     }
 }
@@ -239,116 +225,6 @@ fn nothing_there(args: &KillArgs, selector: &Selector) -> anyhow::Result<ExitCod
 fn nothing_signalled() -> anyhow::Result<ExitCode> {
     note("nothing was signalled");
     Ok(ExitCode::from(NO))
-}
-
-/// What the selectors pick, and the listeners on the same ports that they leave out: a port that one of these has is
-/// not free.
-struct Choice {
-    selected: Vec<Listener>,
-    left_out: Vec<Listener>,
-}
-
-fn read(scanner: &mut Scanner, selector: &Selector, all_netns: bool) -> anyhow::Result<Choice> {
-    let Filters { tcp, udp, netns, .. } = *selector.filters();
-    // On any address: a listener on another one may be in the way all the same.
-    let targets = selector.targets().iter().map(|target| Target { address: None, ..target.clone() }).collect();
-    let ports = Selector::new(targets, Filters { tcp, udp, netns, ..Filters::default() });
-    let snapshot = scanner.scan(all_netns, &|socket| ports.matches_socket(socket))?;
-    let (selected, left_out) = snapshot
-        .listeners
-        .into_iter()
-        .partition(|listener| selector.matches_socket(&listener.socket) && selector.matches(listener, snapshot.at));
-    Ok(Choice { selected, left_out })
-}
-
-/// What is decided before anything is done.
-struct Prepared {
-    plan: Plan,
-    guards: Guards,
-    /// Where a container is involved and an engine answers.
-    engine: Option<Engine>,
-}
-
-fn prepare(
-    args: &KillArgs,
-    selected: Vec<Listener>,
-    left_out: &[Listener],
-    named: &[(u16, Option<Protocol>)],
-) -> anyhow::Result<Prepared> {
-    let others: Vec<Socket> = left_out.iter().map(|listener| listener.socket.clone()).collect();
-    if args.close_socket {
-        let guards = Guards::open();
-        let plan = Plan::new(selected, &others, named, &guards, &stat_of).closing();
-        return Ok(Prepared { plan, guards, engine: None });
-    }
-    let units = Units::ask(&selected, args.stop_unit);
-    let mut guards = Guards::current(args.force_self).with_units(units).with_named(&args.selectors.pids);
-    let mut engine = None;
-    // A plain port costs no question.
-    if engine::is_involved_in(&selected) {
-        let roster;
-        (engine, roster) = engine::ask();
-        guards = guards.with_containers(roster, args.stop_container);
-    }
-    let mut plan = Plan::new(selected, &others, named, &guards, &stat_of);
-    let reach = args.reach();
-    if reach != Reach::Holders {
-        let seen = process::boot_ns_now();
-        let all = stat::all().context("cannot read the processes in /proc")?;
-        plan.reach_out(reach, &all, seen, &process::read_exact, &guards, &stat_of);
-    }
-    Ok(Prepared { plan, guards, engine })
-}
-
-/// Containers all at once, then the units one after the other, in the order given.
-fn stop(engine: Option<&Engine>, wholes: &[&Whole], grace: Duration) -> Vec<Stopping> {
-    let containers: Vec<&Container> = wholes
-        .iter()
-        .filter_map(|whole| match whole {
-            Whole::Container(container) => Some(container),
-            Whole::Unit { .. } => None,
-        })
-        .collect();
-    let ids: Vec<&str> = containers.iter().map(|container| container.id.as_str()).collect();
-    // Who plans to stop a container was told of it by an engine.
-    let mut stopped = engine.map(|engine| engine.stop(&ids, grace)).unwrap_or_default().into_iter();
-    let each = wholes.iter().map(|whole| match whole {
-        Whole::Container(container) => match stopped.next() {
-            Some(Err(error)) => Err(StopError::of_container(container, &error)),
-            _ => Ok(Vec::new()),
-        },
-        Whole::Unit { name, manager } => {
-            systemd::stop_unit(name, *manager, STOP_UNIT).map(|stopped| stopped.triggered_by).map_err(StopError::from)
-        }
-    });
-    each.collect()
-}
-
-/// Learns which units start their processes again: where none does, nobody has to look out for that. A manager that does
-/// not answer is asked once.
-fn ask_managers(plan: &mut Plan) {
-    let mut silent: Vec<Manager> = Vec::new();
-    let mut known: Vec<(String, Manager, Option<bool>)> = Vec::new();
-    for supervisor in plan.victims.iter_mut().filter_map(|victim| victim.supervisor.as_mut()) {
-        let manager = supervisor.user_manager.map_or(Manager::System, Manager::User);
-        let Some(unit) = supervisor.unit.clone().filter(|_| supervisor.restarts.is_none()) else { continue };
-        if let Some((.., restarts)) = known.iter().find(|(name, of, _)| *name == unit && *of == manager) {
-            supervisor.restarts = *restarts;
-            continue;
-        }
-        if silent.contains(&manager) || !systemd::is_there(manager) {
-            continue;
-        }
-        supervisor.ask();
-        match supervisor.restarts {
-            Some(_) => known.push((unit, manager, supervisor.restarts)),
-            None => silent.push(manager),
-        }
-    }
-}
-
-fn stat_of(pid: u32) -> Option<Stat> {
-    stat::read(pid).ok()
 }
 
 /// Who would be hit, and who would not although it holds the port.

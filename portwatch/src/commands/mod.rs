@@ -150,8 +150,11 @@ pub(crate) fn works_alone(globals: &Globals) -> anyhow::Result<()> {
 
 /// Runs what talks to the agent.
 pub(crate) fn block_on<T>(future: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    runtime.context("cannot start the event loop")?.block_on(future)
+    runtime()?.block_on(future)
+}
+
+pub(crate) fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the event loop")
 }
 
 /// What the selector picks, sorted by port, protocol and address, with the ancestors of each holder if wanted.

@@ -27,7 +27,7 @@ mod sysctl;
 
 use std::net::IpAddr;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 pub use self::bind::Trial;
 pub use self::facts::{Attached, Extent, Facts, Published, read};
@@ -35,7 +35,7 @@ pub use self::kernel::Tunnel;
 pub use self::stash::{Place, Stash};
 pub use self::sysctl::Sysctls;
 use crate::model::{NetnsId, Protocol};
-use crate::source::{Probe, Scanner, netns};
+use crate::source::{Scanner, netns};
 
 /// The port that is asked about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -47,7 +47,7 @@ pub struct Question {
 }
 
 /// What a finding is about.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
     /// A listener that somebody visible holds.
@@ -109,7 +109,7 @@ impl Kind {
 }
 
 /// One thing that was found, for people: not escaped.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Finding {
     pub kind: Kind,
     /// One sentence, without a full stop.
@@ -143,10 +143,10 @@ impl Diagnosis {
 ///
 /// # Errors
 /// When the namespace cannot be entered or its listeners cannot be read.
-pub fn findings(port: u16, proto: Protocol, namespace: NetnsId, probe: Probe) -> anyhow::Result<Vec<Finding>> {
+pub fn findings(port: u16, proto: Protocol, namespace: NetnsId, scanner: &mut Scanner) -> anyhow::Result<Vec<Finding>> {
     let question = Question { port, proto, address: None };
-    let look = || {
-        let facts = read(&[question], &mut Scanner::open(probe), Extent::Sockets)?;
+    let mut look = || {
+        let facts = read(&[question], scanner, Extent::Sockets)?;
         Ok(facts.diagnose(question).findings)
     };
     if netns::own()? == namespace { look() } else { netns::enter(&netns::open(namespace)?, look) }
@@ -157,15 +157,17 @@ mod tests {
     use std::net::TcpListener;
 
     use super::*;
+    use crate::source::Probe;
 
     #[test]
     fn a_listener_of_this_process_is_found_without_bind_and_firewall() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let own = netns::own().unwrap();
-        let found = findings(port, Protocol::Tcp, own, Probe::Auto).unwrap();
+        let mut scanner = Scanner::open(Probe::Auto);
+        let found = findings(port, Protocol::Tcp, own, &mut scanner).unwrap();
         assert_eq!(found[0].kind, Kind::Held);
         assert!(found[0].message.contains(&std::process::id().to_string()), "{found:?}");
-        assert!(findings(port, Protocol::Tcp, 1, Probe::Auto).is_err());
+        assert!(findings(port, Protocol::Tcp, 1, &mut scanner).is_err());
     }
 }

@@ -4,6 +4,8 @@
 
 use std::collections::BTreeSet;
 
+use serde::{Deserialize, Serialize};
+
 use super::kin::Relation;
 use super::plan::{Plan, Victim};
 use super::stop::Whole;
@@ -62,7 +64,8 @@ const UNITS: [&str; 15] = [
 const SYSTEMD: &str = "systemd-";
 
 /// A reason to ask before anybody is signalled.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Concern {
     /// So many families: processes of which none descends from another one's.
     Unrelated(usize),

@@ -27,6 +27,7 @@ use super::progress::{Progress, Step};
 use super::prove::Blocked;
 use super::report;
 use super::sight::{LOOK_EVERY, Sight};
+use super::signal::SignalName;
 use super::stop::{Stopper, Stopping};
 use super::target::{SignalError, Verdict, prove_by_proc};
 use super::why;
@@ -59,11 +60,19 @@ pub struct Options {
     pub force: bool,
     /// How long to look out for a new owner where something could bring one.
     pub settle: Duration,
+    /// How many pidfds may be kept open, if there is room for them.
+    pub pidfds: usize,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { signal: Signal::TERM, grace: Duration::from_secs(5), force: true, settle: Duration::from_millis(250) }
+        Options {
+            signal: Signal::TERM,
+            grace: Duration::from_secs(5),
+            force: true,
+            settle: Duration::from_millis(250),
+            pidfds: usize::MAX,
+        }
     }
 }
 
@@ -183,7 +192,7 @@ impl Run {
 
     /// All pidfds first: the earlier they are open, the earlier nothing can be confused.
     fn open_all(&mut self, world: &mut World<'_>) {
-        self.spare = spare_descriptors(self.lives.len());
+        self.spare = spare_descriptors(self.lives.len()).min(self.options.pidfds);
         for index in 0..self.lives.len() {
             let firmly = self.claim();
             self.lives[index].open(firmly, false);
@@ -327,7 +336,7 @@ impl Run {
                 continue;
             };
             let mut broken = None;
-            let verdict = target.verify(&mut |id, inodes| match prove_by_proc(id, inodes, world.holds) {
+            let mut proof = |id, inodes: &[u64]| match prove_by_proc(id, inodes, world.holds) {
                 // /proc will not say; a scan that reads the kernel's own tables may.
                 Err(error) if is_silent(&error) && target.is_alive() => {
                     let listeners = (world.rescan)().map_err(|e| {
@@ -338,7 +347,8 @@ impl Run {
                     if seen { Ok(true) } else { Err(io::ErrorKind::PermissionDenied.into()) }
                 }
                 answer => answer,
-            });
+            };
+            let verdict = target.verify(&mut proof, &|pid| world.guards.forbid(pid));
             let mut resumed = false;
             let sent = match verdict {
                 Verdict::Verified(holder) => {
@@ -354,6 +364,7 @@ impl Run {
                     self.stale = true;
                     continue;
                 }
+                Verdict::Forbidden(reason) => Err(SignalError::Forbidden(reason)),
                 Verdict::Unknown(error) if is_silent(&error) => Err(SignalError::Denied),
                 Verdict::Unknown(error) => Err(SignalError::Failed(error)),
             };
@@ -365,7 +376,7 @@ impl Run {
             life.sent(sent, signal, stage, began);
             self.began |= is_sent;
             if is_sent {
-                tell(&self.lives[index], Step::Sent { signal, resumed }, world);
+                tell(&self.lives[index], Step::Sent { signal: SignalName(signal), resumed }, world);
             } else if let Some(failed) = &self.lives[index].failure {
                 tell(&self.lives[index], Step::Failed { reason: failed.reason.clone() }, world);
             } else {

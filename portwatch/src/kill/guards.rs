@@ -1,6 +1,8 @@
 //! Whom portwatch does not signal, whatever was selected, and what is done instead. Pure: it is handed what was read.
 
 use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
 
 use super::plan::same_socket;
 use super::stop::{StopError, Whole};
@@ -16,7 +18,7 @@ use crate::supervisor::{self, Managing, Supervisor, is_manager, systemd, systemd
 /// Whom portwatch does not signal.
 #[derive(Clone, Debug, Default)]
 pub struct Guards {
-    own: u32,
+    own: Vec<u32>,
     /// portwatch's process group; 0 where not known.
     pub(super) group: u32,
     ancestors: Vec<u32>,
@@ -28,6 +30,18 @@ pub struct Guards {
     named: Vec<u32>,
     /// Nobody is signalled, so nobody has to be spared.
     is_open: bool,
+    /// `None`: who asks is who signals, and the kernel decides.
+    permission: Option<Permission>,
+}
+
+/// Whom somebody else may signal through us.
+#[derive(Clone)]
+struct Permission(Arc<dyn Fn(u32) -> Option<String> + Send + Sync>);
+
+impl fmt::Debug for Permission {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Permission")
+    }
 }
 
 /// What is known of the units of systemd.
@@ -89,7 +103,26 @@ impl Guards {
     /// `own` is portwatch's pid; `force_self` gives up the protection of its ancestors.
     pub fn new(own: u32, force_self: bool, stat: &dyn Fn(u32) -> Option<Stat>) -> Guards {
         let group = stat(own).map_or(0, |own| own.process_group);
-        Guards { own, group, ancestors: stat::ancestors(own, stat), force_self, ..Guards::default() }
+        Guards { own: vec![own], group, ancestors: stat::ancestors(own, stat), force_self, ..Guards::default() }
+    }
+
+    /// Guards for a kill that process `peer` asks us for: it is spared as if it were ours, with its ancestors, and so are we.
+    /// `forbidden` says why it may not signal the process with some PID now, if so.
+    pub fn for_peer(
+        peer: u32,
+        force_self: bool,
+        stat: &dyn Fn(u32) -> Option<Stat>,
+        forbidden: impl Fn(u32) -> Option<String> + Send + Sync + 'static,
+    ) -> Guards {
+        let mut guards = Guards::new(peer, force_self, stat);
+        guards.own.push(std::process::id());
+        Guards { permission: Some(Permission(Arc::new(forbidden))), ..guards }
+    }
+
+    /// Why the one who asks may not signal the process with this PID, if so. Whoever acts on it makes sure afterwards
+    /// that it is the one meant.
+    pub(super) fn forbid(&self, pid: u32) -> Option<String> {
+        self.permission.as_ref().and_then(|Permission(forbidden)| forbidden(pid))
     }
 
     /// The guards of this process, from `/proc`.
@@ -125,10 +158,22 @@ impl Guards {
             managing.or_else(|| is_proxy(process).then(|| "it holds ports for containers".to_owned()))
         };
         let is_named = self.named.contains(&process.id.pid);
-        self.refuse(process.id.pid, stat).or_else(|| works_for_others().filter(|_| !is_named))
+        let spared = self.refuse(process.id.pid, stat).or_else(|| works_for_others().filter(|_| !is_named));
+        spared.or_else(|| self.forbid(process.id.pid))
     }
 
     pub(super) fn judge(&self, process: &Process, socket: &Socket, stat: &dyn Fn(u32) -> Option<Stat>) -> Verdict {
+        match self.judge_role(process, socket, stat) {
+            Verdict::Signal => match self.forbid(process.id.pid) {
+                Some(reason) => Verdict::Refuse { reason, denied: true },
+                None => Verdict::Signal,
+            },
+            other => other,
+        }
+    }
+
+    /// By what the process is, whoever asks.
+    fn judge_role(&self, process: &Process, socket: &Socket, stat: &dyn Fn(u32) -> Option<Stat>) -> Verdict {
         if self.is_open {
             return Verdict::Signal;
         }
@@ -209,7 +254,7 @@ impl Guards {
     pub fn refuse(&self, pid: u32, stat: &dyn Fn(u32) -> Option<Stat>) -> Option<String> {
         let reason = if pid <= 1 {
             "init is never signalled"
-        } else if pid == self.own {
+        } else if self.own.contains(&pid) {
             "portwatch itself holds the port"
         } else if self.ancestors.contains(&pid) && !self.force_self {
             "portwatch was started by it; --force-self signals it all the same"

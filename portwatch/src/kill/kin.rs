@@ -22,11 +22,14 @@
 
 use std::collections::{HashMap, HashSet};
 
+use serde::{Deserialize, Serialize};
+
 use crate::model::{BootNs, ProcessId};
 use crate::source::stat::{self, Stat};
 
 /// Who is meant besides the holders.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Reach {
     #[default]
     Holders,
@@ -37,7 +40,8 @@ pub enum Reach {
 }
 
 /// In what a process is related to a holder.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Relation {
     /// It descends from this process, or is it.
     Tree(ProcessId),
@@ -46,7 +50,7 @@ pub enum Relation {
 }
 
 /// Why a process that holds nothing is meant.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Kin {
     pub relation: Relation,
     /// A moment before it was seen to be related.

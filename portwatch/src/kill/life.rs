@@ -206,10 +206,8 @@ impl Life {
                 self.over(began);
                 return;
             }
-            Err(SignalError::Denied) => {
-                let owner = self.victim.process.uid.map_or_else(|| "another user".to_owned(), report::user);
-                Failed { reason: format!("not permitted: it runs as {owner}; try sudo"), denied: true }
-            }
+            Err(SignalError::Denied) => Failed { reason: report::not_permitted(self.victim.process.uid), denied: true },
+            Err(SignalError::Forbidden(reason)) => Failed { reason, denied: true },
             Err(SignalError::Failed(error)) => {
                 let reason = format!("cannot send {} to {}: {error}", SignalName(signal), self.pid());
                 Failed { reason, denied: false }

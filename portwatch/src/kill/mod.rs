@@ -7,13 +7,15 @@
 //!
 //! This module owns who is signalled ([`plan`], [`kin`]) and who never ([`guards`]), what a person should know before
 //! ([`preview`], [`concern`]), how it is made sure that nobody else is hit ([`target`]), the containers and units that are
-//! stopped instead ([`stop`]), the sockets that are closed without their holders ([`close`]), the waiting ([`execute`]) and what is said of it ([`outcome`], [`text`]). It does not scan:
-//! its callers hand it what was scanned, and a way to scan again.
+//! stopped instead ([`stop`]), the sockets that are closed without their holders ([`close`]), the waiting ([`execute`]) and what is said of it ([`outcome`], [`text`]). None of these scans:
+//! [`job`], the whole way from a selector to the outcomes, hands them what was scanned, and a way to scan again.
 
+mod aftermath;
 mod close;
 pub mod concern;
 pub mod execute;
 mod guards;
+pub mod job;
 pub mod kin;
 mod life;
 pub mod outcome;
@@ -30,12 +32,14 @@ pub mod text;
 mod why;
 
 pub use concern::Concern;
-pub use execute::{Options, World, execute, planned};
+pub use execute::{Options, World, execute};
 pub use guards::{Guards, Units};
+pub use job::{Choice, Job, Terms};
 pub use kin::Reach;
 pub use outcome::{Outcome, Status, exit_code};
 pub use plan::Plan;
 pub use progress::{Progress, Step};
+pub(crate) use report::not_permitted;
 pub use stop::{StopError, Stopper, Stopping, Whole};
 
 #[cfg(test)]

@@ -3,14 +3,14 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::stop::Whole;
 use crate::diagnose::Finding;
 use crate::model::{Listener, NetnsId, Protocol};
 use crate::supervisor::Supervisor;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Status {
     /// Nobody had it.
@@ -33,7 +33,7 @@ pub enum Status {
 }
 
 /// One port of one protocol, afterwards. The order of the fields is the order in JSON.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Outcome {
     pub port: u16,
     pub proto: Protocol,
@@ -47,10 +47,10 @@ pub struct Outcome {
     pub forced: Vec<u32>,
     pub failed: Vec<Failure>,
     /// Containers and units that were stopped. Their processes were not signalled, and are not in `killed`.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub stopped: Vec<Stopped>,
     /// Inodes of the sockets that were closed in the kernel.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub closed: Vec<u64>,
     /// Where sockets are closed and nobody is signalled: the pids of their holders.
     #[serde(skip)]
@@ -63,7 +63,7 @@ pub struct Outcome {
     pub still_listening: bool,
     /// Pids that hold the port now.
     pub remaining_pids: Vec<u32>,
-    #[serde(rename = "elapsed_ms", serialize_with = "milliseconds")]
+    #[serde(rename = "elapsed_ms", serialize_with = "milliseconds", deserialize_with = "from_milliseconds")]
     pub elapsed: Duration,
     pub diagnostics: Option<Diagnostics>,
     /// Names of the processes mentioned, for people. Hostile text.
@@ -75,7 +75,7 @@ pub struct Outcome {
 }
 
 /// Something that was stopped.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Stopped {
     Container {
@@ -111,7 +111,7 @@ impl Stopped {
 }
 
 /// A holder that was not ended.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failure {
     pub pid: u32,
     pub reason: String,
@@ -121,18 +121,18 @@ pub struct Failure {
 }
 
 /// What a person should know of an outcome that is not plain.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Diagnostics {
     /// Empty where [`Outcome::failed`] says it all.
     pub message: String,
     pub new_owners: Vec<Owner>,
     pub supervisor: Option<Supervisor>,
     /// What was found on the port afterwards, where it is not free.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub findings: Vec<Finding>,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Owner {
     pub pid: u32,
     pub name: String,
@@ -209,6 +209,10 @@ pub fn exit_code(outcomes: &[Outcome]) -> u8 {
 
 fn milliseconds<S: Serializer>(elapsed: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_u64(u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX))
+}
+
+fn from_milliseconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    u64::deserialize(deserializer).map(Duration::from_millis)
 }
 
 #[cfg(test)]

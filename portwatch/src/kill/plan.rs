@@ -20,6 +20,8 @@ use std::collections::btree_map::Entry;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use super::guards::{Guards, Verdict};
 use super::kin::{self, Kin, Reach, Relation};
 use super::stop::Whole;
@@ -28,12 +30,13 @@ use crate::source::stat::{self, Stat};
 use crate::supervisor::Supervisor;
 
 /// What is to be freed and how.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Plan {
     /// By port, protocol and namespace.
     pub groups: Vec<Group>,
     pub victims: Vec<Victim>,
-    /// Containers and units to be stopped, whose processes are not signalled.
+    /// Containers and units to be stopped, whose processes are not signalled. Only on the command line.
+    #[serde(skip)]
     pub stops: Vec<Stop>,
     pub refused: Vec<Refused>,
     /// Relatives of holders that are not signalled; they are not in the way of any port.
@@ -42,12 +45,13 @@ pub struct Plan {
     pub listeners: Vec<Listener>,
     /// Who is meant besides the holders.
     pub reach: Reach,
-    /// Whether the sockets are closed in the kernel, and the victims, who hold them, live on.
+    /// Whether the sockets are closed in the kernel, and the victims, who hold them, live on. Only on the command line.
+    #[serde(skip)]
     pub closes: bool,
 }
 
 /// One port of one protocol in one network namespace: what an outcome reports on.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Group {
     pub port: u16,
     pub proto: Protocol,
@@ -62,7 +66,7 @@ pub struct Group {
 }
 
 /// A process to be signalled.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Victim {
     pub process: Arc<Process>,
     /// Of the sockets that it must still hold (one of them) when it is signalled.
@@ -87,7 +91,7 @@ pub struct Stop {
 }
 
 /// A holder that is not signalled.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Refused {
     pub process: Arc<Process>,
     pub groups: Vec<usize>,
@@ -97,7 +101,8 @@ pub struct Refused {
 }
 
 /// Somebody related to a holder who is not signalled.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Spared {
     Relative {
         process: Arc<Process>,

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use rustix::process::Signal;
+use serde::{Deserialize, Serialize};
 
 use super::signal::SignalName;
 use crate::model::Process;
@@ -17,26 +17,55 @@ pub struct Progress<'a> {
 }
 
 /// What happened to it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "step", rename_all = "snake_case")]
 pub enum Step {
     /// The signal was sent; where `resumed`, SIGCONT after it, for the process was stopped.
-    Sent { signal: Signal, resumed: bool },
+    Sent { signal: SignalName, resumed: bool },
     /// It is waited for. Told when the waiting begins, and each second; no fact for a log.
-    Waiting { left: Duration },
+    Waiting {
+        #[serde(rename = "left_ns", with = "nanoseconds")]
+        left: Duration,
+    },
     /// The grace is over, and it is still there: why, where that can be seen.
-    Outlived { grace: Duration, why: Option<String> },
+    Outlived {
+        #[serde(rename = "grace_ns", with = "nanoseconds")]
+        grace: Duration,
+        why: Option<String>,
+    },
     /// It ended, so long after its first signal.
-    Ended { after: Duration },
+    Ended {
+        #[serde(rename = "after_ns", with = "nanoseconds")]
+        after: Duration,
+    },
     /// It ended before anything was sent to it.
     Gone,
     /// It closed its ports and goes on, maybe to end later.
-    LetGo { after: Duration },
+    LetGo {
+        #[serde(rename = "after_ns", with = "nanoseconds")]
+        after: Duration,
+    },
     /// What it runs in, or holds the port for, is being stopped instead.
     Stopping { what: String },
     /// A socket of its was closed; nothing was sent to it.
     Closed,
     /// It could not be signalled.
     Failed { reason: String },
+}
+
+/// A duration as a number that every language reads.
+mod nanoseconds {
+    use std::time::Duration;
+
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_u64(u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+        u64::deserialize(deserializer).map(Duration::from_nanos)
+    }
 }
 
 impl Step {
@@ -49,9 +78,9 @@ impl Step {
 impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Step::Sent { signal, resumed: false } => write!(f, "{} sent", SignalName(*signal)),
+            Step::Sent { signal, resumed: false } => write!(f, "{signal} sent"),
             Step::Sent { signal, resumed: true } => {
-                write!(f, "{} sent, and SIGCONT, for it was stopped", SignalName(*signal))
+                write!(f, "{signal} sent, and SIGCONT, for it was stopped")
             }
             Step::Waiting { left: Duration::ZERO } => f.write_str("still ending"),
             Step::Waiting { left } => write!(f, "still alive, {} s left", left.as_millis().div_ceil(1000)),
@@ -76,14 +105,17 @@ pub fn who(process: &Process) -> String {
 
 #[cfg(test)]
 mod tests {
+    use rustix::process::Signal;
+
     use super::*;
 
     #[test]
-    fn each_step_reads_well() {
+    fn each_step_reads_well_and_survives_the_wire() {
+        let term = SignalName(Signal::TERM);
         let second = Duration::from_millis(1200);
         for (step, expected) in [
-            (Step::Sent { signal: Signal::TERM, resumed: false }, "SIGTERM sent"),
-            (Step::Sent { signal: Signal::TERM, resumed: true }, "SIGTERM sent, and SIGCONT, for it was stopped"),
+            (Step::Sent { signal: term, resumed: false }, "SIGTERM sent"),
+            (Step::Sent { signal: term, resumed: true }, "SIGTERM sent, and SIGCONT, for it was stopped"),
             (Step::Waiting { left: second }, "still alive, 2 s left"),
             (Step::Waiting { left: Duration::ZERO }, "still ending"),
             (Step::Outlived { grace: second, why: None }, "still alive after 1.2s"),
@@ -96,6 +128,8 @@ mod tests {
             (Step::Failed { reason: "no".into() }, "not signalled: no"),
         ] {
             assert_eq!(step.to_string(), expected);
+            let line = serde_json::to_string(&step).unwrap();
+            assert_eq!(serde_json::from_str::<Step>(&line).unwrap(), step, "{line}");
         }
     }
 }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use nix::unistd::{Uid, User};
 use rustix::process::Signal;
+use rustix::thread::{CapabilitySet, capabilities};
 
 use super::close::{STAYS_BOUND, Unclosed};
 use super::execute::Run;
@@ -24,6 +25,12 @@ pub(super) fn user(uid: u32) -> String {
         Ok(Some(user)) => format!("{} (uid {uid})", user.name),
         _ => format!("uid {uid}"),
     }
+}
+
+/// Why a process of this user is not signalled.
+pub(crate) fn not_permitted(uid: Option<u32>) -> String {
+    let owner = uid.map_or_else(|| "another user".to_owned(), user);
+    format!("not permitted: it runs as {owner}; try sudo")
 }
 
 pub(super) fn planned(run: &Run) -> Vec<Outcome> {
@@ -167,11 +174,13 @@ impl<'a> End<'a> {
         self.stops(run).filter(|(_, result)| matches!(result, Some(Ok(_)))).map(|(stop, _)| stop)
     }
 
-    /// The other user whose processes must hold what has no visible holder: an ordinary user does not see them.
+    /// The other user whose processes must hold what has no visible holder: an ordinary user does not see them. The agent
+    /// does, root or not.
     fn hidden_owner(&self) -> Option<u32> {
         let own = Uid::effective();
         let hidden = self.old.iter().find(|l| l.is_ghost() && l.socket.uid != own.as_raw());
-        hidden.filter(|_| !own.is_root()).map(|l| l.socket.uid)
+        let sees_all = || capabilities(None).is_ok_and(|own| own.effective.contains(CapabilitySet::SYS_PTRACE));
+        hidden.filter(|_| !own.is_root() && !sees_all()).map(|l| l.socket.uid)
     }
 
     fn refused(&self, run: &Run) -> Vec<Failure> {

@@ -4,6 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use rustix::process::Signal;
+use serde::{Deserialize, Serialize};
 
 /// Those that a kill may begin with, by name. Numbers differ between architectures, so they come from the kernel's.
 const NAMES: [(&str, Signal); 22] = [
@@ -32,7 +33,8 @@ const NAMES: [(&str, Signal); 22] = [
 ];
 
 /// A signal as the user may write it: `TERM`, `SIGTERM`, `term` or `15`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct SignalName(pub Signal);
 
 impl FromStr for SignalName {
@@ -47,6 +49,20 @@ impl FromStr for SignalName {
             .find(|(known, signal)| *known == name || number == Some(signal.as_raw()))
             .map(|&(_, signal)| SignalName(signal))
             .ok_or_else(|| format!("no signal '{s}' that could end a process; use a name such as TERM, INT or HUP"))
+    }
+}
+
+impl TryFrom<String> for SignalName {
+    type Error = String;
+
+    fn try_from(name: String) -> Result<Self, String> {
+        name.parse()
+    }
+}
+
+impl From<SignalName> for String {
+    fn from(name: SignalName) -> String {
+        name.to_string()
     }
 }
 

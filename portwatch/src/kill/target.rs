@@ -8,11 +8,12 @@
 //! A PID names a process only as long as that process is not reaped; a pidfd names one process for ever. So:
 //! 1. `open` the pidfd: from now on it stands for one process, the planned one or one that recycled its PID before;
 //! 2. read by PID whether the process started when the planned one did and holds the planned socket;
-//! 3. ask the pidfd whether its process is still alive. If it is, it owned its PID all through step 2, thus what was
+//! 3. where somebody else asks for the signal, read by PID whether that one may send it;
+//! 4. ask the pidfd whether its process is still alive. If it is, it owned its PID all through 2 and 3, thus what was
 //!    read there was read of it, and the pidfd is proved to be the planned holder. If not, nothing is signalled;
-//! 4. signal through the pidfd, which reaches this process or nobody (ESRCH).
+//! 5. signal through the pidfd, which reaches this process or nobody (ESRCH).
 //!
-//! Only step 3 makes a [`Verified`], and only a [`Verified`] can signal: no path leads around the proof.
+//! Only step 4 makes a [`Verified`], and only a [`Verified`] can signal: no path leads around the proof.
 //!
 //! A process that is meant for its kinship (`--tree`, `--group`) is proved the same way, step 2 being [`Kin::is_proved`].
 //! There a proof lasts: what a pidfd was once proved to stand for, it stands for. It is asked for as soon as the
@@ -65,6 +66,8 @@ pub enum Verdict<'a> {
     Gone,
     /// Alive, but nobody would tell what it holds.
     Unknown(io::Error),
+    /// It is the one, and who asks may not signal it: why not.
+    Forbidden(String),
 }
 
 /// A proved holder, or relative of one: what can be signalled.
@@ -78,6 +81,8 @@ pub enum SignalError {
     Gone,
     /// EPERM: another user's process.
     Denied,
+    /// Whoever asked for it is not permitted: why not.
+    Forbidden(String),
     Failed(io::Error),
 }
 
@@ -88,7 +93,7 @@ impl Target {
             Ok(pidfd) => {
                 let open = OpenTarget { target: self, pidfd, certain: Cell::new(false) };
                 if open.target.kin.is_some() {
-                    open.verify(&mut |_, _| Ok(false));
+                    open.verify(&mut |_, _| Ok(false), &|_| None);
                 }
                 Ok(open)
             }
@@ -120,8 +125,9 @@ impl OpenTarget {
         info.lines().find_map(|line| line.strip_prefix("Pid:")).and_then(|pid| pid.trim().parse().ok())
     }
 
-    /// Asks `proof` by PID, then makes sure that the answer was about the process of this pidfd.
-    pub fn verify(&self, proof: &mut Proof<'_>) -> Verdict<'_> {
+    /// Asks `proof` by PID, and `forbidden` why whoever asks may not signal the process with this PID, then makes sure
+    /// that the answers were about the process of this pidfd.
+    pub fn verify(&self, proof: &mut Proof<'_>, forbidden: &dyn Fn(u32) -> Option<String>) -> Verdict<'_> {
         let Target { id, inodes, kin } = &self.target;
         let is_kin = kin.is_some_and(|kin| kin.is_proved(*id, self.certain.get(), &|pid| stat::read(pid).ok()));
         let answer = match is_kin {
@@ -129,6 +135,7 @@ impl OpenTarget {
             false if inodes.is_empty() => Ok(false),
             false => proof(*id, inodes),
         };
+        let forbidden = if matches!(answer, Ok(true)) { forbidden(id.pid) } else { None };
         if !self.is_alive() {
             return Verdict::Gone;
         }
@@ -137,7 +144,10 @@ impl OpenTarget {
             Ok(true) if self.pid_in_proc() != Some(id.pid) => Verdict::NotHolder,
             Ok(true) => {
                 self.certain.set(true);
-                Verdict::Verified(Verified { pidfd: self.pidfd.as_fd() })
+                match forbidden {
+                    Some(reason) => Verdict::Forbidden(reason),
+                    None => Verdict::Verified(Verified { pidfd: self.pidfd.as_fd() }),
+                }
             }
             Ok(false) => Verdict::NotHolder,
             Err(error) => Verdict::Unknown(error),

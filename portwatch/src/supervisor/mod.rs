@@ -11,7 +11,7 @@ pub mod systemd;
 use std::borrow::Cow;
 
 use nix::unistd::{Uid, User};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 pub use self::manager::{Managing, is_manager, systemd_of};
 use crate::cgroup::{Container, Engine, Manager, Unit};
@@ -20,7 +20,7 @@ use crate::source::process;
 use crate::source::stat::Stat;
 
 /// What sort of supervisor it is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
     /// A service of systemd.
@@ -49,7 +49,7 @@ pub enum Kind {
 }
 
 /// Who may bring a process back. The order of the fields is the order in JSON.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Supervisor {
     /// The process that would do it; `None` for units and containers.
     pub pid: Option<u32>,
@@ -59,7 +59,7 @@ pub struct Supervisor {
     /// The first 12 digits of a container's id.
     pub container: Option<String>,
     /// Its name, where an engine told it.
-    #[serde(skip)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub container_name: Option<String>,
     pub kind: Kind,
     /// The uid of the user whose systemd runs the unit; `None`: the system's.

@@ -196,9 +196,9 @@ fn what_happens_is_told_in_order() {
     told.retain(|step| !matches!(step, Step::Waiting { .. }));
     let why = Some("it ignores SIGTERM".to_owned());
     let grace = Duration::from_millis(100);
-    assert_eq!(told[0], Step::Sent { signal: Signal::TERM, resumed: false });
+    assert_eq!(told[0], Step::Sent { signal: SignalName(Signal::TERM), resumed: false });
     assert_eq!(told[1], Step::Outlived { grace, why });
-    assert_eq!(told[2], Step::Sent { signal: Signal::KILL, resumed: false });
+    assert_eq!(told[2], Step::Sent { signal: SignalName(Signal::KILL), resumed: false });
     assert!(matches!(told[3], Step::Ended { after } if after >= grace), "{told:?}");
     assert_eq!(told.len(), 4, "{told:?}");
 }
@@ -458,7 +458,7 @@ fn a_pid_recycled_around_verification_is_told_apart_at_each_step() {
         let target = Target { id: victim.id(), inodes: vec![port.inode], kin: None };
         let Some((mut stranger, _other)) = recycle(victim, serving) else { return };
         let open = target.open().unwrap();
-        let verdict = open.verify(&mut |id, inodes| prove_by_proc(id, inodes, &holds));
+        let verdict = open.verify(&mut |id, inodes| prove_by_proc(id, inodes, &holds), &|_| None);
         assert!(matches!(verdict, Verdict::NotHolder), "{verdict:?}");
         assert!(stranger.is_alive());
 
@@ -466,14 +466,15 @@ fn a_pid_recycled_around_verification_is_told_apart_at_each_step() {
         let (victim, port) = serve(POLITE);
         let open = Target { id: victim.id(), inodes: vec![port.inode], kin: None }.open().unwrap();
         let Some((mut stranger, _other)) = recycle(victim, serving) else { return };
-        let verdict = open.verify(&mut |_, _| Ok(true));
+        let verdict = open.verify(&mut |_, _| Ok(true), &|_| None);
         assert!(matches!(verdict, Verdict::Gone), "{verdict:?}");
         assert!(stranger.is_alive());
 
         // After the check, before the signal.
         let (victim, port) = serve(POLITE);
         let open = Target { id: victim.id(), inodes: vec![port.inode], kin: None }.open().unwrap();
-        let Verdict::Verified(verified) = open.verify(&mut |id, inodes| prove_by_proc(id, inodes, &holds)) else {
+        let Verdict::Verified(verified) = open.verify(&mut |id, inodes| prove_by_proc(id, inodes, &holds), &|_| None)
+        else {
             panic!("the victim is not verified");
         };
         let Some((mut stranger, _other)) = recycle(victim, serving) else { return };

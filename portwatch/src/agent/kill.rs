@@ -1,0 +1,261 @@
+//! Kills that peers ask for, each on a thread of its own: what blocks must not hold up the table.
+//!
+//! ```text
+//!  Peer ── begin ──► thread: scan ─► plan ──────────► wait ─► run ─► Ask::Killed ──► Core: history, metrics
+//!   │ ◄── told: plan ───────────────┘                  ▲        │
+//!   │ ─── go (confirmed, or nobody is to be asked) ────┘        │
+//!   │ ◄── told: progress, outcomes, end ────────────────────────┘
+//! ```
+//! The plan is made here from a scan of this moment and stays here: a peer agrees to it, and can neither make nor change
+//! one. A peer that is gone before it agreed has asked for nothing; afterwards the kill goes on without it.
+//!
+//! Who may be ended is decided twice, by [`Identity::guards`]: for the plan, and of the very process right before each
+//! signal to it.
+
+use std::collections::HashMap;
+use std::sync::mpsc as std_mpsc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+
+use tokio::sync::mpsc;
+
+use super::access::Identity;
+use super::core::Ask;
+use crate::history::Requester;
+use crate::kill::{Choice, Guards, Job, Options, Outcome, Plan, concern};
+use crate::model::{BootNs, Listener};
+use crate::select::Selector;
+use crate::source::{Probe, Scanner, process, stat};
+use crate::wire::{ErrorKind, Kill, Response};
+
+/// Kills at once: of all users, and of one that is not root. The last few are root's.
+const KILLS: usize = 12;
+const KILLS_OF_ONE: usize = 4;
+const RESERVED: usize = 2;
+
+/// Answers that wait for a peer to read them.
+const QUEUE: usize = 1024;
+
+/// Of the descriptors that connections need as well, so many may be pidfds of one kill.
+const PIDFDS: usize = 256;
+
+/// The kills that are under way, by the uid that asked for them.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Kills(Arc<Mutex<HashMap<u32, usize>>>);
+
+impl Kills {
+    /// Takes a place, if there is one.
+    fn enter(&self, uid: u32) -> Option<Place> {
+        let mut kills = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (total, own) = (kills.values().sum::<usize>(), kills.get(&uid).copied().unwrap_or(0));
+        let most = if uid == 0 { KILLS } else { KILLS - RESERVED };
+        if total >= most || (uid != 0 && own >= KILLS_OF_ONE) {
+            return None;
+        }
+        kills.insert(uid, own + 1);
+        Some(Place { kills: self.clone(), uid })
+    }
+}
+
+/// A place among the kills; given back when dropped.
+#[derive(Debug)]
+struct Place {
+    kills: Kills,
+    uid: u32,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut kills = self.kills.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(own) = kills.get_mut(&self.uid) {
+            *own -= 1;
+            if *own == 0 {
+                kills.remove(&self.uid);
+            }
+        }
+    }
+}
+
+/// A kill as its peer sees it. Dropped before [`Begun::go`], nobody is signalled.
+#[derive(Debug)]
+pub(super) struct Begun {
+    /// What there is to tell, the last of it `end` or `error`. Ends without one where the thread failed.
+    pub(super) told: mpsc::Receiver<Response>,
+    go: std_mpsc::Sender<()>,
+}
+
+impl Begun {
+    /// Lets the plan be carried out, once it is made.
+    pub(super) fn go(&self) {
+        // Nobody waits for it where there is nothing to do.
+        let _ = self.go.send(());
+    }
+}
+
+/// A kill that is over, for those who keep count.
+#[derive(Debug)]
+pub(super) struct Killed {
+    /// When it was asked for.
+    pub(super) at: BootNs,
+    pub(super) by: Requester,
+    pub(super) targets: String,
+    pub(super) listeners: Vec<Listener>,
+    pub(super) outcomes: Vec<Outcome>,
+}
+
+/// Why a kill does not begin.
+pub(super) type Refusal = (ErrorKind, String);
+
+/// Begins a kill: its plan comes first.
+pub(super) fn begin(
+    request: Kill,
+    selector: Selector,
+    identity: Identity,
+    kills: &Kills,
+    asks: &mpsc::Sender<Ask>,
+) -> Result<Begun, Refusal> {
+    let usage = |message| (ErrorKind::Usage, message);
+    if selector.is_empty() {
+        return Err(usage(
+            "a kill names a target or another part of a selection: this one picks everything".to_owned(),
+        ));
+    }
+    let options = Options { pidfds: PIDFDS, ..request.options().map_err(usage)? };
+    let guards = identity.guards(request.force_self).map_err(|message| (ErrorKind::Denied, message))?;
+    let busy = || (ErrorKind::Busy, "too many kills are under way; try again later".to_owned());
+    let place = kills.enter(identity.uid).ok_or_else(busy)?;
+    let (teller, told) = mpsc::channel(QUEUE);
+    let (go, gate) = std_mpsc::channel();
+    let name = stat::read(identity.pid()).map_or_else(|_| "?".to_owned(), |stat| stat.name);
+    let work = Work {
+        by: Requester { uid: identity.uid, pid: identity.pid(), name },
+        at: process::boot_ns_now(),
+        targets: request.selection.words(),
+        options,
+        request,
+        selector,
+        guards,
+        teller,
+        gate,
+        asks: asks.clone(),
+        _place: place,
+    };
+    let spawned = thread::Builder::new().name("kill".to_owned()).spawn(move || work.done());
+    spawned.map_err(|error| (ErrorKind::Failed, format!("cannot start a thread for the kill: {error}")))?;
+    Ok(Begun { told, go })
+}
+
+/// What the thread of a kill needs.
+#[derive(Debug)]
+struct Work {
+    at: BootNs,
+    by: Requester,
+    targets: String,
+    request: Kill,
+    selector: Selector,
+    options: Options,
+    guards: Guards,
+    teller: mpsc::Sender<Response>,
+    gate: std_mpsc::Receiver<()>,
+    asks: mpsc::Sender<Ask>,
+    _place: Place,
+}
+
+impl Work {
+    fn done(mut self) {
+        let last = match self.work() {
+            Ok(Some(count)) => Response::End { count, more: false },
+            Ok(None) => return,
+            Err(error) => {
+                let message = format!("{error:#}");
+                tracing::warn!(uid = self.by.uid, pid = self.by.pid, targets = %self.targets, error = %message, "kill failed");
+                Response::Error { kind: ErrorKind::Failed, message }
+            }
+        };
+        self.tell(last);
+        super::give_back_memory();
+    }
+
+    /// How many outcomes were told; `None` where the peer did not agree.
+    fn work(&mut self) -> anyhow::Result<Option<usize>> {
+        let mut scanner = Scanner::open(Probe::Auto);
+        let choice = Choice::read(&mut scanner, &self.selector)?;
+        let job = Job::prepare(choice, &self.request.terms(), self.guards.clone())?;
+        let concerns = concern::concerns(job.plan(), self.by.uid, false, &|pid| stat::read(pid).ok());
+        self.tell(Response::Plan { plan: Box::new(without_holders(job.plan())), concerns });
+        if self.request.dry_run {
+            return Ok(Some(self.report(job.planned())));
+        }
+        if job.plan().groups.is_empty() {
+            return Ok(Some(0));
+        }
+        if self.gate.recv().is_err() {
+            tracing::info!(uid = self.by.uid, pid = self.by.pid, targets = %self.targets, "kill not confirmed");
+            return Ok(None);
+        }
+        let listeners = job.plan().listeners.clone();
+        let teller = self.teller.clone();
+        let outcomes = job.run(&mut scanner, self.options, &mut |progress| {
+            let name = progress.process.name.clone();
+            // A peer that does not read misses some of it, and holds up nobody.
+            let _ =
+                teller.try_send(Response::Progress { pid: progress.process.id.pid, name, step: progress.step.clone() });
+        })?;
+        self.log(&outcomes);
+        let killed = Killed {
+            at: self.at,
+            by: self.by.clone(),
+            targets: self.targets.clone(),
+            listeners,
+            outcomes: outcomes.clone(),
+        };
+        // Fails only where the agent ends.
+        let _ = self.asks.blocking_send(Ask::Killed(Box::new(killed)));
+        Ok(Some(self.report(outcomes)))
+    }
+
+    fn log(&self, outcomes: &[Outcome]) {
+        let Requester { uid, pid, .. } = self.by;
+        for Outcome { port, proto, status, killed, failed, .. } in outcomes {
+            let failed: Vec<u32> = failed.iter().map(|failure| failure.pid).collect();
+            tracing::info!(uid, pid, targets = %self.targets, port, %proto, ?status, ?killed, ?failed, "kill");
+        }
+    }
+
+    fn report(&self, outcomes: Vec<Outcome>) -> usize {
+        let count = outcomes.len();
+        outcomes.into_iter().for_each(|outcome| self.tell(Response::Outcome(Box::new(outcome.into()))));
+        count
+    }
+
+    /// Waits for a peer that reads slowly, until it is given up.
+    fn tell(&self, response: Response) {
+        let _ = self.teller.blocking_send(response);
+    }
+}
+
+fn without_holders(plan: &Plan) -> Plan {
+    let mut plan = plan.clone();
+    plan.listeners.iter_mut().for_each(|listener| listener.holders.clear());
+    plan
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_can_keep_the_others_from_killing() {
+        let kills = Kills::default();
+        let of_one: Vec<Place> = (0..10).map_while(|_| kills.enter(1000)).collect();
+        assert_eq!(of_one.len(), KILLS_OF_ONE);
+        let of_others: Vec<Place> = (2000..2100).map_while(|uid| kills.enter(uid)).collect();
+        assert_eq!(of_one.len() + of_others.len(), KILLS - RESERVED);
+        let of_root: Vec<Place> = (0..10).map_while(|_| kills.enter(0)).collect();
+        assert_eq!(of_root.len(), RESERVED);
+        drop(of_one);
+        assert!(kills.enter(1000).is_some());
+        drop((of_others, of_root));
+        assert!(kills.0.lock().unwrap().is_empty());
+    }
+}

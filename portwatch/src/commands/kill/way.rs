@@ -1,0 +1,112 @@
+//! The two ways of a kill, which look the same: through the agent where one answers, else alone.
+
+use std::ops::ControlFlow;
+
+use nix::unistd::Uid;
+use portwatch::client::PlannedKill;
+use portwatch::kill::{Choice, Concern, Guards, Job, Options, Outcome, Plan, Progress, concern};
+use portwatch::render;
+use portwatch::select::Selector;
+use portwatch::source::{Scanner, stat};
+use tokio::runtime::Runtime;
+
+use super::{KillArgs, pick};
+use crate::cli::Globals;
+use crate::commands::{explain, note, reach_agent, runtime};
+
+/// A kill that is planned, and by whom it is carried out.
+pub(super) enum Way {
+    Agent { kill: Box<PlannedKill>, runtime: Runtime },
+    Alone { job: Box<Job>, scanner: Scanner },
+}
+
+/// Why there is no plan.
+pub(super) enum End {
+    NothingThere,
+    NothingPicked,
+}
+
+impl Way {
+    /// `None`: no agent does it, and nobody was signalled.
+    pub(super) fn through_agent(
+        args: &KillArgs,
+        selector: &Selector,
+        globals: &Globals,
+    ) -> anyhow::Result<Option<Way>> {
+        let runtime = runtime()?;
+        let Some(client) = runtime.block_on(reach_agent(globals))? else { return Ok(None) };
+        match runtime.block_on(client.plan_kill(args.request(selector))) {
+            Ok(kill) => Ok(Some(Way::Agent { kill: Box::new(kill), runtime })),
+            Err(error) if globals.agent => Err(error),
+            Err(error) => {
+                note(&render::escape(&format!("{error:#}; working alone")));
+                Ok(None)
+            }
+        }
+    }
+
+    pub(super) fn alone(
+        args: &KillArgs,
+        selector: &Selector,
+        globals: &Globals,
+    ) -> anyhow::Result<ControlFlow<End, Way>> {
+        if std::fs::read_link("/proc/self").ok() != Some(std::process::id().to_string().into()) {
+            anyhow::bail!(
+                "/proc belongs to another pid namespace, so its PIDs mean nothing here; mount one of this namespace"
+            );
+        }
+        let mut scanner = Scanner::open(globals.probe);
+        if let Some(reason) = scanner.refusal() {
+            explain(globals, &format!("holders are read from {}: {reason}", scanner.method()));
+        }
+        let mut choice = Choice::read(&mut scanner, selector)?;
+        if choice.selected.is_empty() && (args.interactive || choice.is_empty()) {
+            return Ok(ControlFlow::Break(End::NothingThere));
+        }
+        if args.interactive {
+            let Some(picked) = pick::pick(choice.selected)? else {
+                return Ok(ControlFlow::Break(End::NothingPicked));
+            };
+            choice.selected = picked.chosen;
+            choice.left_out.extend(picked.others);
+            // What was not picked is nobody's question.
+            choice.named.clear();
+        }
+        let job = Job::prepare(choice, &args.terms(), Guards::current(args.force_self))?;
+        Ok(ControlFlow::Continue(Way::Alone { job: Box::new(job), scanner }))
+    }
+
+    pub(super) fn plan(&self) -> &Plan {
+        match self {
+            Way::Agent { kill, .. } => &kill.plan,
+            Way::Alone { job, .. } => job.plan(),
+        }
+    }
+
+    /// What there is to think about. `chosen`: each was picked by hand.
+    pub(super) fn concerns(&self, chosen: bool) -> Vec<Concern> {
+        match self {
+            Way::Agent { kill, .. } => kill.concerns.clone(),
+            Way::Alone { job, .. } => {
+                let stat = |pid| stat::read(pid).ok();
+                concern::concerns(job.plan(), Uid::effective().as_raw(), chosen, &stat)
+            }
+        }
+    }
+
+    /// The outcomes of a dry run.
+    pub(super) fn planned(self) -> anyhow::Result<Vec<Outcome>> {
+        match self {
+            Way::Agent { kill, runtime } => runtime.block_on(kill.carry_out(&mut |_| {})),
+            Way::Alone { job, .. } => Ok(job.planned()),
+        }
+    }
+
+    pub(super) fn run(self, options: Options, progress: &mut dyn FnMut(&Progress<'_>)) -> anyhow::Result<Vec<Outcome>> {
+        match self {
+            // It was told the options with the request.
+            Way::Agent { kill, runtime } => runtime.block_on(kill.carry_out(progress)),
+            Way::Alone { job, mut scanner } => job.run(&mut scanner, options, progress),
+        }
+    }
+}
