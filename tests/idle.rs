@@ -21,8 +21,8 @@ const SEARCH: Duration = Duration::from_secs(120);
 const LONG_QUIET: Duration = Duration::from_secs(30);
 const LONG_SEARCH: Duration = Duration::from_secs(300);
 
-/// What 10,000 listeners may take of the agent's memory: 40 MiB in all, of which 20 are for an agent that has few.
-const MOST_GROWTH: u64 = 20 << 20;
+/// What 10,000 listeners may take of the agent's memory: what an agent that has few leaves of 40 MiB.
+const MOST_GROWTH: u64 = 24 << 20;
 
 fn nothing_runs(tier: &'static str) {
     let mut watch = Watch::start(tier);
@@ -118,8 +118,8 @@ fn ten_thousand_listeners() {
     let stage = Stage::new();
     let agent = Agent::start(&stage);
     let before = agent.memory();
-    let puppets = serving(&stage, 10_000);
-    agent.check("ten thousand listeners", &stage, &puppets.iter().collect::<Vec<_>>());
+    let _puppets = serving(&stage, 10_000);
+    agent.until("in the table", |status| status["listeners"].as_u64() >= Some(10_000));
     let after = agent.memory();
     eprintln!("NOTE: {} KiB with 10,000 listeners, {} KiB before", after >> 10, before >> 10);
     assert!(after.saturating_sub(before) < MOST_GROWTH, "{before} bytes before, {after} with 10,000 listeners");
