@@ -106,6 +106,58 @@ fn exists(name: &str, id: u32) -> bool {
     true
 }
 
+/// Takes the agent's links to cgroups off, as `bpftool link detach` does; how many there were.
+fn detach_cgroup_links(agent: &Agent) -> usize {
+    // enum bpf_cmd (linux/bpf.h).
+    const LINK_GET_FD_BY_ID: libc::c_long = 30;
+    const LINK_DETACH: libc::c_long = 34;
+    let bpf = |command: libc::c_long, argument: u32| {
+        let mut attributes = [0_u32; 32];
+        attributes[0] = argument;
+        // SAFETY: the kernel reads a bpf_attr of that size.
+        let result = unsafe { libc::syscall(libc::SYS_bpf, command, attributes.as_ptr(), size_of_val(&attributes)) };
+        assert!(result >= 0, "bpf({command}): {}", io::Error::last_os_error());
+        result as u32
+    };
+    let infos = fs::read_dir(format!("/proc/{}/fdinfo", agent.child.id())).expect("its descriptors");
+    let texts = infos.map(|info| fs::read_to_string(info.expect("an entry").path()).expect("its fdinfo"));
+    let links: Vec<u32> = texts
+        .filter(|text| text.contains("link_type:\tcgroup\n"))
+        .filter_map(|text| text.lines().find_map(|line| line.strip_prefix("link_id:"))?.trim().parse().ok())
+        .collect();
+    for &id in &links {
+        let link = bpf(LINK_GET_FD_BY_ID, id);
+        bpf(LINK_DETACH, link);
+        // SAFETY: opened above, and nobody else's.
+        unsafe { libc::close(link as i32) };
+    }
+    links.len()
+}
+
+fn probes_taken_off(stage: &Stage) {
+    if !crate::subject::event_tiers().contains(&"tracepoint") {
+        return skip("tracepoint", "no other tier needs probes that somebody could take off");
+    }
+    let agent = Agent::start_with(stage, &["--probe", "tracepoint"]);
+    let puppet = stage.puppet();
+    let gone = puppet.serve();
+    agent.check("the start", stage, &[&puppet]);
+    let mut watch = agent.watch();
+    for round in 1..=2 {
+        assert!(detach_cgroup_links(&agent) > 0, "round {round}: the probes are not attached");
+        let new = puppet.serve();
+        puppet.udp("127.0.0.1:0", "");
+        // Whoever asks is told the truth, and whoever watches that something was missed.
+        agent.check("probes were taken off", stage, &[&puppet]);
+        watch.until_event("open", new.inode);
+        assert!(watch.lost >= round, "{}", watch.lost);
+        let status = agent.status();
+        assert!(status["resyncs"].as_u64() >= Some(round) && status["troubles"] == json!([]), "{status}");
+    }
+    puppet.close(gone.fd);
+    watch.until_event("close", gone.inode);
+}
+
 /// Waits until nothing is left of what the agent had in the kernel, which frees such things a moment later.
 #[track_caller]
 pub fn until_freed(objects: &BTreeSet<(String, u32)>) {
@@ -658,6 +710,7 @@ pub fn trials() -> Vec<Test> {
         on_disk("a_damaged_or_read_only_history_stops_nothing", a_disk_that_cannot_be_written),
         root_test("the_wall_clock_may_be_set_in_both_directions", the_wall_clock_is_set),
         root_test("one_that_is_killed_in_a_storm_leaves_nothing_behind", a_killed_agent),
+        root_test("probes_that_somebody_took_off_are_attached_anew", probes_taken_off),
         root_test("a_socket_that_vanished_is_made_anew", a_vanished_socket),
         root_test("a_thousand_bad_clients_harm_nobody", bad_clients),
         root_test("who_asks_too_much_is_told_that_it_is_busy", too_many_requests),

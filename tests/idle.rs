@@ -98,9 +98,10 @@ fn agent_sleeps(agent: &Agent, watch: &mut Watch) {
         if before == after {
             return;
         }
-        eprintln!("NOTE: the agent ran ({before:?}, {after:?}), and this was told: {told:?}; once more");
+        let cause = if told.is_some() { "listeners changed on this host" } else { "for nothing that is told" };
+        eprintln!("NOTE: the agent ran, {cause}; once more: {before:?} {after:?}");
     }
-    panic!("the agent never slept for {LONG_QUIET:?}");
+    panic!("the agent never slept for {LONG_QUIET:?}, or the host was never quiet for so long");
 }
 
 fn agents_with_many_listeners_sleep(tier: &'static str) {

@@ -18,6 +18,7 @@ use tokio::io::unix::AsyncFd;
 
 use super::attach::{Attached, attach, open_cgroup2};
 use super::counters::CounterMap;
+use super::links::CgroupLinks;
 use super::{Kernel, PodConfig, brief, record};
 use crate::model::{Attempt, BootNs, Event, Listener, Process, ProcessId, Protocol, Socket, SocketId};
 use crate::source::{Refusal, Tier, diag, netns, process};
@@ -56,6 +57,7 @@ pub(crate) struct Probes {
     /// The `comm` of portwatch itself.
     own_name: String,
     logger: Option<EbpfLogger<&'static dyn log::Log>>,
+    links: CgroupLinks,
     /// Holds the programs and their links.
     _ebpf: Ebpf,
 }
@@ -99,6 +101,7 @@ impl Probes {
             received: 0,
             lost: 0,
             logger,
+            links: CgroupLinks::held(),
             _ebpf: ebpf,
         })
     }
@@ -109,6 +112,11 @@ impl Probes {
 
     pub(crate) fn gaps(&self) -> &[Refusal] {
         &self.gaps
+    }
+
+    /// Whether somebody took a probe off.
+    pub(crate) fn is_broken(&self) -> bool {
+        self.links.is_broken()
     }
 
     /// Records lost since the probes were attached.

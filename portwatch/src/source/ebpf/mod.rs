@@ -7,6 +7,7 @@
 mod attach;
 mod counters;
 mod events;
+mod links;
 mod offsets;
 mod record;
 mod task_file;
