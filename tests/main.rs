@@ -5,6 +5,7 @@
 //! - `PORTWATCH_TEST_REQUIRE=kernel,fexit,tracepoint,mptcp,…` makes a test fail that is otherwise skipped because the
 //!   machine lacks that.
 //! - `PORTWATCH_TEST_ENDS` is how many random ends of `run` are tried (default: as many as fit in 20 s).
+//! - `PORTWATCH_TEST_SEED` repeats a round of chaos.
 //! - `PORTWATCH_TEST_STORM` is the number of listeners that a storm opens (default 20000).
 //! - `PORTWATCH_TEST_SWEEPS` is how often an adversary is fought (default: as often as fits into ten seconds).
 //!
@@ -15,9 +16,11 @@
 
 mod agent;
 mod agent_kill;
+mod chaos;
 mod container;
 mod diagnose;
 mod dockerd;
+mod faults;
 mod gate;
 mod history;
 mod hostile;
@@ -116,6 +119,8 @@ fn main() -> ExitCode {
         shell::trials(),
         agent::trials(),
         agent_kill::trials(),
+        faults::trials(),
+        chaos::trials(),
         metrics::trials(),
         service::trials(),
         hostile::trials(),

@@ -205,6 +205,7 @@ pub fn program(name: &str) -> Option<PathBuf> {
 const LACKS: &[&str] = &[
     "bash",
     "cgroup2",
+    "clock",
     "conflicts",
     "destroy",
     "docker",

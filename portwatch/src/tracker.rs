@@ -104,7 +104,7 @@ impl Tracker {
         let was_stale = self.table.is_stale();
         changes.extend(self.take(events, was_stale));
         let lost = self.live.losses();
-        if lost > 0 {
+        if lost > 0 || self.live.is_broken() {
             changes.extend(self.refresh(lost));
         }
         changes

@@ -31,8 +31,9 @@ pub(super) enum Ask {
         selector: Box<Selector>,
         reply: Reply<Vec<Listener>>,
     },
-    /// The listeners now, and every change from now on; with `since`, what happened before.
+    /// The same, and every change from now on, whatever it is about; with `since`, what happened before.
     Watch {
+        selector: Box<Selector>,
         since: Option<Utc>,
         reply: Reply<Subscription>,
     },
@@ -178,12 +179,11 @@ impl Core {
         let now = process::boot_ns_now();
         match ask {
             Ask::List { selector, reply } => {
-                let all = self.tracker.table().listeners();
-                let _ = reply.send(Ok(all.filter(|listener| selector.matches(listener, now)).cloned().collect()));
+                let _ = reply.send(Ok(self.listeners(&selector, now)));
             }
-            Ask::Watch { since, reply } => {
+            Ask::Watch { selector, since, reply } => {
                 let changes = self.subscribers.subscribe();
-                let listeners = self.tracker.table().listeners().cloned().collect();
+                let listeners = self.listeners(&selector, now);
                 self.metrics.subscribers(self.subscribers.receiver_count());
                 // In this very turn: what was published before is what the history has been told.
                 let past = since.zip(self.history.as_ref()).map(|(from, history)| history.replay(from, MAX_PAST + 1));
@@ -202,6 +202,10 @@ impl Core {
             let killed = history::Killed { at, by, targets, listeners: &listeners, outcomes: &outcomes };
             history.killed(killed, &super::clock());
         }
+    }
+
+    fn listeners(&self, selector: &Selector, now: BootNs) -> Vec<Listener> {
+        self.tracker.table().listeners().filter(|listener| selector.matches(listener, now)).cloned().collect()
     }
 
     fn status(&self) -> Status {

@@ -73,6 +73,12 @@ pub(super) struct Turn<'a> {
     _permits: [Option<SemaphorePermit<'a>>; 2],
 }
 
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        super::give_back_memory();
+    }
+}
+
 impl Load {
     /// For a process that may have so many descriptors.
     pub(super) fn new(descriptors: usize) -> Load {

@@ -129,19 +129,19 @@ async fn serve(config: Config, descriptors: usize, ready: impl FnOnce(&Tracker))
     let load = Load::new(descriptors);
     let metrics = Arc::new(Metrics::new(tracker.live().tier()));
     let mut core = core::Core::new(tracker, load.clone(), troubles.clone(), Arc::clone(&metrics), history);
+    let marks = config.marks.into();
+    let shared = Shared { asks, load, kills: Kills::default(), policy: policy.clone(), marks };
     let scraped = async {
         match scrapes {
             Some(listener) => http::serve(listener, move || metrics.text()).await,
             None => std::future::pending().await,
         }
     };
-    let policy_read = policy.clone();
-    let shared = Shared { asks, load, policy, kills: Kills::default(), marks: config.marks.into() };
     service::ready(WELL);
     let ended = tokio::select! {
         ended = core.run(questions) => ended,
         ended = peer::accept(socket, shared) => ended.map(|never| match never {}),
-        never = reload(hangup, &*config.access, &policy_read, &troubles) => match never {},
+        never = reload(hangup, &*config.access, &policy, &troubles) => match never {},
         () = scraped => Ok(()),
         _ = terminate.recv() => Ok(()),
         _ = interrupt.recv() => Ok(()),

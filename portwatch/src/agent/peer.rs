@@ -38,13 +38,16 @@ const QUESTION: Duration = Duration::from_secs(600);
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How long a peer may take to read the whole of an answer that others wait for.
-const READING: Duration = Duration::from_secs(60);
+const READING: Duration = Duration::from_secs(30);
 
 /// After a failed accept, such as for want of descriptors.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
 /// Lives that one answer about history tells at most.
 const MAX_LIVES: usize = 10_000;
+
+/// Listeners that any connection may have in memory. An answer of more waits for its turn.
+const FEW: usize = 64;
 
 /// Bytes of answers that are gathered before they are written, and that the kernel keeps until they are read (it takes
 /// twice as many for what they come in).
@@ -60,8 +63,8 @@ const BAD_NAME: &str = "a mark's name has up to 64 letters, digits and ._-";
 pub(super) struct Shared {
     pub(super) asks: mpsc::Sender<Ask>,
     pub(super) load: Load,
-    pub(super) policy: Policy,
     pub(super) kills: Kills,
+    pub(super) policy: Policy,
     /// The directory of marks.
     pub(super) marks: Rc<Path>,
 }
@@ -247,10 +250,16 @@ impl Peer {
         ancestors: bool,
     ) -> Result<(), End> {
         let Some(selector) = self.selector(selection, identity).await? else { return Ok(()) };
-        let _turn = place.turn(Answer::List).await;
-        let listeners = match self.ask(|reply| Ask::List { selector: Box::new(selector), reply }).await? {
-            Ok(listeners) => listeners,
-            Err(trouble) => return self.refuse(ErrorKind::Failed, &trouble).await,
+        let mut turn = None;
+        let listeners = loop {
+            let selector = Box::new(selector.clone());
+            match self.ask(|reply| Ask::List { selector, reply }).await? {
+                // Asked anew in its turn: answers that wait take no memory.
+                Ok(listeners) if listeners.len() > FEW && turn.is_none() => drop(listeners),
+                Ok(listeners) => break listeners,
+                Err(trouble) => return self.refuse(ErrorKind::Failed, &trouble).await,
+            }
+            turn = Some(place.turn(Answer::List).await);
         };
         let tell = async {
             let count = listeners.len();
@@ -393,15 +402,19 @@ impl Peer {
     ) -> Result<(), End> {
         let Some(mut selector) = self.selector(selection, identity).await? else { return Ok(()) };
         loop {
-            let kind = if since.is_some() { Answer::History } else { Answer::List };
-            let turn = place.turn(kind).await;
-            let answer = self.ask(|reply| Ask::Watch { since, reply }).await?;
-            let Subscription { at, listeners, mut changes, past } = match answer {
-                Ok(subscription) => subscription,
-                Err(trouble) => return self.refuse(ErrorKind::Failed, &trouble).await,
-            };
             // After an interruption, the past is what was told already.
-            let more = match (since.take(), past) {
+            let since = since.take();
+            let mut turn = if since.is_some() { Some(place.turn(Answer::History).await) } else { None };
+            let Subscription { at, listeners, mut changes, past } = loop {
+                let selector = Box::new(selector.clone());
+                match self.ask(|reply| Ask::Watch { selector, since, reply }).await? {
+                    Ok(subscription) if subscription.listeners.len() > FEW && turn.is_none() => drop(subscription),
+                    Ok(subscription) => break subscription,
+                    Err(trouble) => return self.refuse(ErrorKind::Failed, &trouble).await,
+                }
+                turn = Some(place.turn(Answer::List).await);
+            };
+            let more = match (since, past) {
                 (Some(_), Some(past)) => match self.tell_past(past, &selector).await? {
                     Some(more) => more,
                     None => return Ok(()),
@@ -411,7 +424,7 @@ impl Peer {
             };
             let mut shown = Shown::default();
             let begin = async {
-                for listener in listeners.into_iter().filter(|listener| selector.matches(listener, at)) {
+                for listener in listeners {
                     shown.add(&listener);
                     self.send(&Response::Listener { listener, ancestors: Vec::new() }).await?;
                 }

@@ -19,6 +19,7 @@ use std::time::Duration;
 use anyhow::{Context as _, anyhow};
 use rustix::fs::{FlockOperation, flock};
 use tokio::net::{UnixListener, UnixStream};
+use tokio::time::{Instant, sleep_until};
 
 use super::AlreadyRunning;
 use super::troubles::{About, Troubles};
@@ -41,7 +42,9 @@ pub(super) struct Socket {
     is_own: bool,
     lock: Option<File>,
     troubles: Troubles,
-    is_lost: bool,
+    /// When to look whether it is still there: soon after something happened, and now and then while it is lost.
+    look_at: Option<Instant>,
+    is_stirred: bool,
 }
 
 #[derive(Debug)]
@@ -79,7 +82,7 @@ impl Socket {
         let address = listener.local_addr().context("cannot tell where the service manager listens")?;
         let place = address.as_pathname().map(|path| Place::new(path.to_owned()));
         let listener = UnixListener::from_std(listener).context("cannot poll the socket of the service manager")?;
-        Socket { listener, place, is_own: false, lock: None, troubles, is_lost: false }.watched()
+        Socket { listener, place, is_own: false, lock: None, troubles, look_at: None, is_stirred: false }.watched()
     }
 
     /// Listens at `path`; everybody may connect, for who may do what is decided by who they are.
@@ -87,7 +90,16 @@ impl Socket {
         let path = std::path::absolute(path).with_context(|| format!("cannot find {}", path.display()))?;
         let mut lock = None;
         let listener = listen(&path, &mut lock)?;
-        Socket { listener, place: Some(Place::new(path)), is_own: true, lock, troubles, is_lost: false }.watched()
+        Socket {
+            listener,
+            place: Some(Place::new(path)),
+            is_own: true,
+            lock,
+            troubles,
+            look_at: None,
+            is_stirred: false,
+        }
+        .watched()
     }
 
     fn watched(mut self) -> anyhow::Result<Socket> {
@@ -109,13 +121,20 @@ impl Socket {
                     None => std::future::pending().await,
                 }
             };
+            let due = async {
+                match self.look_at {
+                    Some(at) => sleep_until(at).await,
+                    None => std::future::pending().await,
+                }
+            };
             tokio::select! {
                 accepted = self.listener.accept() => return Ok(accepted?.0),
-                () = stirred => {}
-                () = tokio::time::sleep(REST), if self.is_lost => {}
+                () = stirred, if !self.is_stirred => {
+                    self.is_stirred = true;
+                    self.look_at = Some(Instant::now() + SETTLE);
+                }
+                () = due => self.look_after()?,
             }
-            tokio::time::sleep(SETTLE).await;
-            self.look_after()?;
         }
     }
 
@@ -130,10 +149,14 @@ impl Socket {
                     vigil.over(&lock_path(&place.path));
                 }
             }
-            // Without the lock a second agent would take our place.
-            let is_safe = !self.is_own || self.lock.as_ref().is_some_and(|lock| is_locked_by(&place.path, lock));
-            if place.is_ours() && is_safe {
-                break None;
+            if place.is_ours() {
+                // Without the lock a second agent would take our place.
+                match if self.is_own { hold_lock(&place.path, &mut self.lock) } else { Ok(false) } {
+                    Ok(true) => continue,
+                    Ok(false) => break None,
+                    Err(error) if error.is::<AlreadyRunning>() => return Err(error),
+                    Err(error) => break Some(format!("the lock of the socket {shown} is gone: {error:#}")),
+                }
             }
             if !self.is_own {
                 let next = "`systemctl restart portwatch.socket` makes it anew";
@@ -148,7 +171,8 @@ impl Socket {
                 Err(error) => break Some(format!("the socket {shown} is gone and cannot be made anew: {error:#}")),
             }
         };
-        self.is_lost = trouble.is_some();
+        self.is_stirred = false;
+        self.look_at = trouble.is_some().then(|| Instant::now() + REST);
         self.troubles.set(About::Socket, trouble);
         Ok(())
     }
@@ -171,9 +195,7 @@ fn listen(path: &Path, lock: &mut Option<File>) -> anyhow::Result<UnixListener> 
     if let Some(parent) = path.parent() {
         fs::create_dir_all(parent).with_context(|| format!("cannot make {}", parent.display()))?;
     }
-    if !lock.as_ref().is_some_and(|lock| is_locked_by(path, lock)) {
-        *lock = Some(self::lock(path)?);
-    }
+    hold_lock(path, lock)?;
     // We have the lock, so whatever is there is what an agent that was killed left behind.
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -198,6 +220,15 @@ fn lock_path(path: &Path) -> PathBuf {
 fn is_locked_by(path: &Path, lock: &File) -> bool {
     let id = lock.metadata().ok().map(|meta| (meta.dev(), meta.ino()));
     id.is_some() && id_of(&lock_path(path)) == id
+}
+
+/// Sees to it that we have the lock that others would meet; says whether it had to be made anew.
+fn hold_lock(path: &Path, lock: &mut Option<File>) -> anyhow::Result<bool> {
+    let is_held = lock.as_ref().is_some_and(|lock| is_locked_by(path, lock));
+    if !is_held {
+        *lock = Some(self::lock(path)?);
+    }
+    Ok(!is_held)
 }
 
 fn lock(path: &Path) -> anyhow::Result<File> {

@@ -196,6 +196,11 @@ pub struct Live {
     refusals: Vec<Refusal>,
     /// Whether the first snapshot has been read.
     started: bool,
+    /// How it was opened.
+    probe: Probe,
+    ring_bytes: Option<u32>,
+    /// Records lost by the probes that these replaced.
+    lost_before: u64,
 }
 
 /// What a live source tells at once.
@@ -244,7 +249,8 @@ impl Live {
                         Some(kernel) => Scanner::with_kernel(kernel.as_ref()),
                         None => Scanner::open(Probe::Only(Tier::Poll)),
                     };
-                    return Ok(Live { feed: Feed::Ebpf(Box::new(probes)), scanner, refusals, started: false });
+                    let feed = Feed::Ebpf(Box::new(probes));
+                    return Ok(Live { feed, scanner, refusals, started: false, probe, ring_bytes, lost_before: 0 });
                 }
                 Err(error) => refusals.push(Refusal { tier, reason: format!("{error:#}") }),
             }
@@ -267,7 +273,8 @@ impl Live {
             Some(kernel) => Scanner::with_kernel(kernel.as_ref()),
             None => Scanner::open(Probe::Only(Tier::Poll)),
         };
-        Ok(Live { feed: Feed::Poll(interval), scanner, refusals, started: false })
+        let feed = Feed::Poll(interval);
+        Ok(Live { feed, scanner, refusals, started: false, probe, ring_bytes, lost_before: 0 })
     }
 
     pub fn tier(&self) -> Tier {
@@ -289,10 +296,28 @@ impl Live {
 
     /// Records that the kernel could not deliver since the start.
     pub fn lost(&self) -> u64 {
-        match &self.feed {
+        let lost = match &self.feed {
             Feed::Ebpf(probes) => probes.lost(),
             Feed::Poll(_) => 0,
+        };
+        self.lost_before + lost
+    }
+
+    /// Whether somebody took a probe off, so that the kernel does not tell all any more: a [`Self::refresh`] attaches all of
+    /// them anew. Nothing tells of it by itself.
+    pub fn is_broken(&self) -> bool {
+        matches!(&self.feed, Feed::Ebpf(probes) if probes.is_broken())
+    }
+
+    /// Attaches all probes anew where one was taken off. What that may have cost nobody counted: it is one record or more.
+    fn mend(&mut self) -> anyhow::Result<u64> {
+        if !self.is_broken() {
+            return Ok(0);
         }
+        let anew =
+            Live::open(self.probe, self.ring_bytes).context("a probe was taken off and cannot be attached anew")?;
+        *self = Live { lost_before: self.lost() + 1, ..anew };
+        Ok(1)
     }
 
     /// What happened next, and how many records were lost before now: more than 0 demands a [`Self::refresh`], as the
@@ -349,6 +374,7 @@ impl Live {
     /// Events that came until the snapshot was read are returned before it: it shows that a socket is gone, they tell
     /// who closed it and when. Where they are newer than the beginning of the snapshot, the table believes them.
     pub fn refresh(&mut self, holders: &HashSet<u32>, lost: u64) -> anyhow::Result<Vec<Event>> {
+        let lost = lost + self.mend()?;
         let mut snapshot = match &mut self.feed {
             Feed::Ebpf(probes) => {
                 probes.follow_only(holders);

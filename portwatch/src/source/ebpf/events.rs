@@ -20,6 +20,7 @@ use tokio::time::Instant;
 
 use super::attach::{Attached, attach, open_cgroup2};
 use super::counters::CounterMap;
+use super::links::CgroupLinks;
 use super::misses::Misses;
 use super::{Kernel, PodConfig, brief, record};
 use crate::model::{Attempt, BootNs, Event, Listener, Process, ProcessId, Protocol, Socket, SocketId};
@@ -61,6 +62,7 @@ pub(crate) struct Probes {
     /// The `comm` of portwatch itself.
     own_name: String,
     logger: Option<EbpfLogger<&'static dyn log::Log>>,
+    links: CgroupLinks,
     /// Holds the programs and their links.
     ebpf: Ebpf,
 }
@@ -105,6 +107,7 @@ impl Probes {
             dropped: 0,
             misses: Misses::default(),
             logger,
+            links: CgroupLinks::held(),
             ebpf,
         })
     }
@@ -115,6 +118,11 @@ impl Probes {
 
     pub(crate) fn gaps(&self) -> &[Refusal] {
         &self.gaps
+    }
+
+    /// Whether somebody took a probe off.
+    pub(crate) fn is_broken(&self) -> bool {
+        self.links.is_broken()
     }
 
     /// Events lost since the probes were attached: records without room, and skipped programs.

@@ -7,6 +7,7 @@
 mod attach;
 mod counters;
 mod events;
+mod links;
 mod misses;
 mod offsets;
 mod record;
