@@ -32,6 +32,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use jiff::tz::TimeZone;
+use rustix::mm::{Advice, madvise};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::LocalSet;
@@ -181,13 +182,34 @@ fn clock() -> Clock {
     process::clock(TimeZone::UTC)
 }
 
-/// What the loader needed to know of the kernel's types is twice what the agent needs from then on.
+/// Of what it took to start, the agent needs little from then on: the loader knew the kernel's types, and most of the
+/// program and its libraries never runs again.
 fn give_back_memory() {
     #[cfg(target_env = "gnu")]
     // SAFETY: takes an integer, and only returns free memory to the kernel.
     unsafe {
         nix::libc::malloc_trim(0);
     }
+    let Ok(maps) = std::fs::read_to_string("/proc/self/maps") else { return };
+    for (start, bytes) in maps.lines().filter_map(code) {
+        // SAFETY: the pages are a file's and cannot be written, so they are what the file has: whoever touches one gets
+        // it anew from there.
+        let _ = unsafe { madvise(std::ptr::with_exposed_provenance_mut(start), bytes, Advice::LinuxDontNeed) };
+    }
+}
+
+/// Address and size of a mapping, if that is code of a file (`r-xp`, an inode), from a line of `/proc/PID/maps`.
+fn code(line: &str) -> Option<(usize, usize)> {
+    let mut fields = line.split_ascii_whitespace();
+    let (range, access) = (fields.next()?, fields.next()?);
+    let inode = fields.nth(2)?;
+    if access != "r-xp" || inode == "0" {
+        return None;
+    }
+    let (start, end) = range.split_once('-')?;
+    let number = |hex| usize::from_str_radix(hex, 16).ok();
+    let (start, end) = (number(start)?, number(end)?);
+    Some((start, end.checked_sub(start)?))
 }
 
 /// Every connection takes a descriptor. Says how many there may be.
@@ -198,4 +220,34 @@ fn raise_file_limit() -> usize {
     let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
     let limit = getrlimit(Resource::Nofile).current;
     limit.and_then(|limit| usize::try_from(limit).ok()).unwrap_or(usize::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_code_of_files_is_given_back() {
+        for (line, want) in [
+            (
+                "55fa1f986000-55fa203b1000 r-xp 002f9000 fe:00 32 /usr/bin/portwatch",
+                Some((0x55fa_1f98_6000, 0xa2_b000)),
+            ),
+            ("1000-3000 r-xp 00000000 fe:00 7 /usr/lib/a b (deleted)", Some((0x1000, 0x2000))),
+            ("55fa203b1000-55fa203f2000 r--p 00d24000 fe:00 32 /usr/bin/portwatch", None),
+            ("55fa203f2000-55fa203f8000 rwxp 00d24000 fe:00 32 /usr/bin/portwatch", None),
+            ("7ffc0b1f6000-7ffc0b1f8000 r-xp 00000000 00:00 0 [vdso]", None),
+            ("ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0 [vsyscall]", None),
+            ("", None),
+            ("x-y r-xp 0 0 1", None),
+        ] {
+            assert_eq!(code(line), want, "{line}");
+        }
+    }
+
+    #[test]
+    fn what_was_given_back_runs_as_ever() {
+        give_back_memory();
+        assert!(std::fs::read_to_string("/proc/self/maps").unwrap().lines().any(|line| code(line).is_some()));
+    }
 }

@@ -26,6 +26,7 @@ use std::fs;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
+use std::sync::LazyLock;
 
 use anstream::stream::RawStream;
 use anstream::{AutoStream, ColorChoice};
@@ -310,7 +311,16 @@ pub(crate) fn view_on<'a>(stream: &(impl RawStream + AsFd), users: &'a dyn Fn(u3
 
 /// This moment, on both clocks.
 pub(crate) fn clock() -> Clock {
-    process::clock(TimeZone::system())
+    static ZONE: LazyLock<TimeZone> = LazyLock::new(zone);
+    process::clock(ZONE.clone())
+}
+
+/// The host's, unless `TZ` names one. Read from its file, because [`TimeZone::system`] lists every zone that is known so
+/// as to find its name, which nobody is shown: that takes longer than an answer of the agent.
+fn zone() -> TimeZone {
+    let local = || TimeZone::tzif("local", &fs::read("/etc/localtime").ok()?).ok();
+    let named = std::env::var_os("TZ").is_some();
+    if named { None } else { local() }.unwrap_or_else(TimeZone::system)
 }
 
 /// Columns of a terminal; 80 where it does not know.
