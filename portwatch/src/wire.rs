@@ -341,6 +341,8 @@ mod tests {
         assert_eq!(error(targets("@dev")), "no set of ports is named '@dev'; known: none");
         let bad = Selection { cwds: vec!["[".into()], ..Selection::default() };
         assert!(error(bad).starts_with("bad glob '['"));
+        let hostile = Selection { cwds: vec!["[\u{1b}-\u{7}]".into()], ..Selection::default() };
+        assert_eq!(error(hostile), r"bad glob '[\u{1b}-\u{7}]': invalid range; '\x1b' > '\x07'");
         assert!(Selection::default().selector(None).is_err());
         // Compiling these would take all stack, or all memory.
         let commands = |commands: Vec<String>| Selection { commands, ..Selection::default() };

@@ -8,7 +8,7 @@ mod attach;
 mod counters;
 mod events;
 mod offsets;
-mod record;
+pub(crate) mod record;
 mod task_file;
 mod walk;
 
