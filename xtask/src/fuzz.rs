@@ -50,7 +50,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         bail!("there is no such target; there are {}", all.join(", "));
     }
     let output = target().join("fuzz");
-    must(cargo_fuzz("build").arg("--target-dir").arg(&output).args(args.target.as_deref()))?;
+    must(cargo_fuzz("build").arg("--target-dir").arg(&output).args(args.target.as_deref()))
+        .context("cannot build the targets: it takes a compiler of rustup's, which has the sanitizers' libraries")?;
     let mut failures = Vec::new();
     for name in chosen {
         match search(name, args.seconds, &folder, &output) {

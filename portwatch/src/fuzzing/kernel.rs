@@ -20,14 +20,11 @@ const ASKED: &[(&str, &str)] = &[
     ("sock", "."),
 ];
 
-/// Answers lie inside of what they describe, and a blob gives the same ones wherever in memory it is.
+/// Answers lie inside of what they describe.
 pub fn btf(data: &[u8]) {
     let Ok(btf) = Btf::parse(data) else { return };
-    let again = Btf::parse(data.to_vec()).expect("the same bytes");
     for (name, path) in ASKED {
-        let member = btf.member(name, path);
-        assert_eq!(member, again.member(name, path));
-        match member {
+        match btf.member(name, path) {
             Ok(member) => {
                 let bits = u32::from(member.bit_offset) + u32::from(member.bit_size);
                 assert!(member.bit_offset < 8 && bits <= member.size.saturating_mul(8), "{member:?}");
