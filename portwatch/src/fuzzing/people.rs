@@ -1,10 +1,11 @@
 //! What people write: targets, globs, the configuration; and how hostile text is shown.
 
 use std::borrow::Cow;
+use std::net::Ipv6Addr;
 use std::ops::RangeInclusive;
 
 use crate::config::sets_in;
-use crate::model::{Process, ProcessId};
+use crate::model::{Process, ProcessId, Protocol, Socket, SocketId};
 use crate::render;
 use crate::select::{self, Selector, Sets, Target, builtin_sets, parse_targets};
 
@@ -25,8 +26,14 @@ fn assert_targets(targets: &[Target]) {
     let written: Vec<String> = targets.iter().map(Target::to_string).collect();
     assert_eq!(parse_targets(&written, &Sets::new()).as_deref(), Ok(targets));
     assert!(targets.iter().all(|target| !target.ports.is_empty() && *target.ports.start() > 0));
-    // Each target has 16 KiB of bitmap at most; few addresses are enough to test them.
-    let selector = Selector::new(targets.iter().take(64).cloned().collect(), select::Filters::default());
+    let selector = Selector::new(targets.to_vec(), select::Filters::default());
+    for target in targets.iter().take(8) {
+        let (first, last) = (*target.ports.start(), *target.ports.end());
+        for port in [first - 1, first, u16::midpoint(first, last), last, last.wrapping_add(1)] {
+            let socket = socket(port, target);
+            assert_eq!(selector.matches_socket(&socket), targets.iter().any(|target| target.covers(&socket)));
+        }
+    }
     let widest = |ports: &RangeInclusive<u16>| ports.len() <= Selector::NAMED_RANGE_MAX;
     for (port, proto) in selector.named_ports() {
         let names = |target: &Target| {
@@ -37,6 +44,21 @@ fn assert_targets(targets: &[Target]) {
             selector.targets().iter().all(|target| target.address.is_some())
                 || !selector.named_addresses(port).is_empty()
         );
+    }
+}
+
+/// A socket that the target is of, but for its port.
+fn socket(port: u16, target: &Target) -> Socket {
+    Socket {
+        id: SocketId { inode: 1, cookie: 1 },
+        proto: target.proto.unwrap_or(Protocol::Udp),
+        mptcp: false,
+        address: target.address.unwrap_or(Ipv6Addr::UNSPECIFIED.into()),
+        port,
+        v6only: None,
+        netns: 1,
+        uid: 0,
+        backlog: None,
     }
 }
 

@@ -152,6 +152,7 @@ fn listeners() -> impl Strategy<Value = Listener> {
 fn targets_are_read_as_they_are_written() {
     check("targets", &targets_of_any_kind(), |targets| {
         let words: Vec<String> = targets.iter().map(Target::to_string).collect();
+        people::targets(words.join("\n").as_bytes());
         let expected = Ok(targets);
         prop_assert_eq!(&parse_targets(&words, &Sets::new()), &expected);
         if !words.is_empty() {
