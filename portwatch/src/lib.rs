@@ -9,6 +9,8 @@ pub mod client;
 pub mod config;
 pub mod diagnose;
 pub mod engine;
+#[cfg(any(fuzzing, test))]
+pub mod fuzzing;
 pub mod history;
 pub mod kill;
 pub mod mark;

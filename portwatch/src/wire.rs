@@ -437,6 +437,15 @@ mod tests {
         assert_eq!(error(targets("@dev")), "no set of ports is named '@dev'; known: none");
         let bad = Selection { cwds: vec!["[".into()], ..Selection::default() };
         assert!(error(bad).starts_with("bad glob '['"));
+        // Targets are kept small: a request has room for thousands.
+        let everywhere: Vec<String> =
+            (0..MAX_REQUEST / 8).map(|n| format!("127.0.{}.{}:1-65535", n / 256, n % 256)).collect();
+        let everything = vec!["1-65535".to_owned(); MAX_REQUEST / 8];
+        for targets in [everywhere, everything] {
+            Selection { targets, ..Selection::default() }.selector(Some(1)).unwrap();
+        }
+        let hostile = Selection { cwds: vec!["[\u{1b}-\u{7}]".into()], ..Selection::default() };
+        assert_eq!(error(hostile), r"bad glob '[\u{1b}-\u{7}]': invalid range; '\x1b' > '\x07'");
         assert!(Selection::default().selector(None).is_err());
         // Compiling these would take all stack, or all memory.
         let commands = |commands: Vec<String>| Selection { commands, ..Selection::default() };

@@ -86,6 +86,8 @@ const STEPS: &[&[&str]] = &[
     &["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"],
     &["test", "--quiet", "--package", "xtask", "--package", "portwatch-ebpf"],
     &["xtask", "ebpf", "--check"],
+    // Building the fuzz targets takes minutes, and the tests hold the same properties; their lock must not go stale.
+    &["fetch", "--quiet", "--locked", "--manifest-path", "portwatch/fuzz/Cargo.toml"],
     TESTS,
     &["xtask", "vm", "--kernel", "all"],
     &["xtask", "bench", "--quick"],

@@ -7,6 +7,7 @@
 mod bench;
 mod ci;
 mod ebpf;
+mod fuzz;
 mod server;
 mod vm;
 mod world;
@@ -31,6 +32,8 @@ enum Verb {
     Ebpf(ebpf::Args),
     /// Run the scenario tests on other kernels, in QEMU
     Vm(vm::Args),
+    /// Search the parsers for inputs that break them, by libFuzzer
+    Fuzz(fuzz::Args),
     /// Measure portwatch and its peers side by side, as Markdown
     Bench(bench::Args),
     /// Run everything that CI runs, and list every failure
@@ -45,6 +48,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().verb {
         Verb::Ebpf(args) => ebpf::run(&args),
         Verb::Vm(args) => vm::run(&args),
+        Verb::Fuzz(args) => fuzz::run(&args),
         Verb::Bench(args) => bench::run(&args),
         Verb::Ci(args) => ci::run(&args),
         Verb::World(args) => world::run(&args),

@@ -14,6 +14,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::Value;
 
 use crate::model::Protocol;
+use crate::supervisor::quote;
 
 /// A rule that sends what comes to some ports elsewhere.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,7 +31,7 @@ pub struct Rule {
 }
 
 impl Rule {
-    pub(super) fn answers(&self, port: u16, proto: Protocol) -> bool {
+    pub(crate) fn answers(&self, port: u16, proto: Protocol) -> bool {
         self.proto.is_none_or(|own| own == proto) && self.ports.iter().any(|ports| ports.contains(&port))
     }
 }
@@ -142,7 +143,7 @@ fn read_until_end(mut pipe: std::process::ChildStdout) -> io::Result<Vec<u8>> {
 }
 
 /// The rules of `nft -j list ruleset` that match a destination port and send it elsewhere.
-fn parse_nft(ruleset: &Value) -> Vec<Rule> {
+pub(crate) fn parse_nft(ruleset: &Value) -> Vec<Rule> {
     let objects = ruleset["nftables"].as_array().map_or(&[][..], Vec::as_slice);
     let rules = objects.iter().filter_map(|object| object.get("rule")).flat_map(|rule| nft_rule(rule, objects));
     rules.collect()
@@ -221,12 +222,17 @@ fn nft_ports(value: &Value) -> Vec<RangeInclusive<u16>> {
         Value::Array(values) => values.iter().flat_map(nft_ports).collect(),
         Value::Object(object) => match (object.get("set"), object.get("range"), object.get("elem")) {
             (Some(set), _, _) => nft_ports(set),
-            (_, Some(range), _) => port(&range[0]).zip(port(&range[1])).map(|(a, b)| a..=b).into_iter().collect(),
+            (_, Some(range), _) => port(&range[0]).zip(port(&range[1])).and_then(forwards).into_iter().collect(),
             (_, _, Some(element)) => nft_ports(&element["val"]),
             _ => Vec::new(),
         },
         value => port(value).map(|port| port..=port).into_iter().collect(),
     }
+}
+
+/// A range that runs backwards holds no port, and [`others`] would count what is around it twice.
+fn forwards((first, last): (u16, u16)) -> Option<RangeInclusive<u16>> {
+    (first <= last).then_some(first..=last)
 }
 
 fn others(ports: Vec<RangeInclusive<u16>>) -> Vec<RangeInclusive<u16>> {
@@ -273,7 +279,7 @@ fn nft_value(value: &Value) -> String {
 
 /// The rules of `iptables-save -t nat` that match a destination port and send it elsewhere, by themselves or by a chain
 /// that they jump to (as those of Kubernetes do); `tool` is `iptables` or the like.
-fn parse_iptables(saved: &str, tool: &str) -> Vec<Rule> {
+pub(crate) fn parse_iptables(saved: &str, tool: &str) -> Vec<Rule> {
     let rules: Vec<IptablesRule<'_>> = saved
         .lines()
         .filter_map(|line| line.strip_prefix("-A "))
@@ -285,6 +291,9 @@ fn parse_iptables(saved: &str, tool: &str) -> Vec<Rule> {
     }
     rules.iter().filter_map(|rule| iptables_rule(rule, &chains, tool)).collect()
 }
+
+/// Chains that are looked at for where a rule leads. Kubernetes takes five or six.
+const MAX_JUMPS: usize = 64;
 
 type Chains<'a> = HashMap<&'a str, Vec<&'a IptablesRule<'a>>>;
 
@@ -313,7 +322,7 @@ impl<'a> IptablesRule<'a> {
             "REDIRECT" => {
                 Some(self.value("--to-ports").map_or_else(this_host, |(port, _)| format!("port {port} of this host")))
             }
-            chain if passed.contains(&chain) => None,
+            chain if passed.contains(&chain) || passed.len() == MAX_JUMPS => None,
             chain => {
                 passed.push(chain);
                 // Those that match a port of their own speak for themselves.
@@ -331,7 +340,7 @@ fn iptables_rule<'a>(rule: &IptablesRule<'a>, chains: &Chains<'a>, tool: &str) -
         .split(',')
         .filter_map(|part| {
             let (first, last) = part.split_once(':').unwrap_or((part, part));
-            Some(first.parse().ok()?..=last.parse().ok()?)
+            forwards((first.parse().ok()?, last.parse().ok()?))
         })
         .collect();
     let chain = quote(rule.words.first()?);
@@ -352,7 +361,7 @@ fn iptables_rule<'a>(rule: &IptablesRule<'a>, chains: &Chains<'a>, tool: &str) -
 }
 
 /// The virtual services of `/proc/net/ip_vs`: `TCP  C0A80001:1F40 rr`, an IPv6 address in brackets.
-fn parse_ipvs(table: &str) -> Vec<Rule> {
+pub(crate) fn parse_ipvs(table: &str) -> Vec<Rule> {
     let rules = table.lines().filter_map(|line| {
         let mut words = line.split_ascii_whitespace();
         let (proto, flag) = match words.next()? {
@@ -375,12 +384,6 @@ fn parse_ipvs(table: &str) -> Vec<Rule> {
         })
     });
     rules.collect()
-}
-
-/// As one word of a shell.
-pub(super) fn quote(word: &str) -> String {
-    let is_plain = !word.is_empty() && word.chars().all(|c| c.is_ascii_alphanumeric() || "-_.:/@,=+".contains(c));
-    if is_plain { word.to_owned() } else { format!("'{}'", word.replace('\'', r"'\''")) }
 }
 
 #[cfg(test)]

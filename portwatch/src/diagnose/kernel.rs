@@ -12,7 +12,7 @@ use netlink_sys::{Socket, SocketAddr};
 use nix::libc;
 
 use crate::model::Protocol;
-use crate::source::stat;
+use crate::source::{diag, stat};
 
 /// A network device that receives on a UDP port.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -106,19 +106,26 @@ pub(super) fn tunnels() -> io::Result<Vec<Tunnel>> {
     loop {
         // The kernel answers a dump before it returns from send(), and queues what follows as it hands out a part.
         let length = socket.recv(&mut &mut buffer[..], libc::MSG_DONTWAIT)?;
-        let mut rest = &buffer[..length];
-        while rest.len() >= 16 {
-            let message: NetlinkMessage<RouteNetlinkMessage> =
-                NetlinkMessage::deserialize(rest).map_err(|error| io::Error::other(error.to_string()))?;
-            rest = &rest[(message.header.length as usize).max(16).next_multiple_of(4).min(rest.len())..];
-            match message.payload {
-                NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(link)) => tunnels.extend(tunnel(&link)),
-                NetlinkPayload::Done(_) => return Ok(tunnels),
-                NetlinkPayload::Error(error) => return Err(error.to_io()),
-                _ => {}
-            }
+        if read_links(&buffer[..length], &mut tunnels)? {
+            return Ok(tunnels);
         }
     }
+}
+
+/// Reads the messages of one datagram; `Ok(true)` once the dump is done.
+pub(crate) fn read_links(mut datagram: &[u8], tunnels: &mut Vec<Tunnel>) -> io::Result<bool> {
+    while datagram.len() >= 16 {
+        let message: NetlinkMessage<RouteNetlinkMessage> =
+            NetlinkMessage::deserialize(datagram).map_err(|error| io::Error::other(error.to_string()))?;
+        datagram = &datagram[(message.header.length as usize).max(16).next_multiple_of(4).min(datagram.len())..];
+        match message.payload {
+            NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(link)) => tunnels.extend(tunnel(&link)),
+            NetlinkPayload::Done(_) => return Ok(true),
+            NetlinkPayload::Error(error) => return Err(diag::refusal(error.raw_code())),
+            _ => {}
+        }
+    }
+    Ok(false)
 }
 
 fn tunnel(link: &LinkMessage) -> Option<Tunnel> {

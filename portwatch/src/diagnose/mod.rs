@@ -20,10 +20,10 @@
 mod bind;
 mod facts;
 pub mod firewall;
-mod kernel;
+pub(crate) mod kernel;
 mod rules;
-mod stash;
-mod sysctl;
+pub(crate) mod stash;
+pub(crate) mod sysctl;
 
 use std::net::IpAddr;
 

@@ -6,12 +6,12 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 
-use super::firewall::quote;
 use super::{Attached, Diagnosis, Facts, Finding, Kind, Place, Published, Question, Stash, Trial, kernel};
 use crate::cgroup;
 use crate::engine::proxy::{Forward, Proxy};
 use crate::model::{Listener, Process, Protocol};
 use crate::source::diag::State;
+use crate::supervisor::quote;
 
 /// Peers and processes that a sentence names.
 const NAMED: usize = 3;

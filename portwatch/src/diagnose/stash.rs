@@ -18,6 +18,7 @@ use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open}
 
 use crate::model::{Process, ProcessId};
 use crate::source::process;
+use crate::source::procfs::parse_socket;
 
 /// A place with descriptors, and the processes that have it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -88,19 +89,15 @@ fn candidates(pid: u32) -> Vec<(u32, Option<u64>)> {
         let target = fs::read_link(entry.path()).ok()?;
         match target.to_str()? {
             "anon_inode:[io_uring]" => Some((fd, None)),
-            target => Some((fd, Some(socket_inode(target)?))),
+            target => Some((fd, Some(parse_socket(target.as_bytes())?))),
         }
     });
     candidates.collect()
 }
 
-fn socket_inode(link: &str) -> Option<u64> {
-    link.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
-}
-
 /// How many descriptors are in it, and the inodes of sockets where they are told. `None` where nothing is in it, or
 /// the kernel does not say.
-fn parse(info: &str, place: Place) -> Option<(u32, Vec<u64>)> {
+pub(crate) fn parse(info: &str, place: Place) -> Option<(u32, Vec<u64>)> {
     let name = match place {
         Place::Queue => "scm_fds:",
         Place::Ring => "UserFiles:",
@@ -114,7 +111,7 @@ fn parse(info: &str, place: Place) -> Option<(u32, Vec<u64>)> {
             .skip_while(|line| !line.starts_with(name))
             .skip(1)
             .take_while(|line| line.starts_with(|c: char| c == ' ' || c.is_ascii_digit()))
-            .filter_map(|line| socket_inode(line.split_once(": ")?.1))
+            .filter_map(|line| parse_socket(line.split_once(": ")?.1.as_bytes()))
             .collect(),
     };
     (count > 0).then_some((count, inodes))
@@ -180,5 +177,6 @@ mod tests {
         // Kernels before 6.8 or so print no inode.
         assert_eq!(ring("UserFiles:\t1\n    0: TCP\nUserBufs:\t0\n    0: socket:[4]\n"), Some((1, vec![])));
         assert_eq!(ring("UserFiles:\t1\n    0: /tmp/socket:[5\n"), Some((1, vec![])));
+        assert_eq!(ring("UserFiles:\t1\n    0: socket:[+5]\n"), Some((1, vec![])));
     }
 }

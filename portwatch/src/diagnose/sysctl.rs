@@ -29,7 +29,7 @@ impl Sysctls {
         self.local_ports.as_ref().is_some_and(|range| range.contains(&port))
     }
 
-    pub(super) fn is_reserved(&self, port: u16) -> bool {
+    pub(crate) fn is_reserved(&self, port: u16) -> bool {
         self.reserved.split(',').any(|part| {
             let (first, last) = part.split_once('-').unwrap_or((part, part));
             matches!((first.trim().parse(), last.trim().parse()), (Ok(first), Ok(last)) if (first..=last).contains(&port))
@@ -38,7 +38,7 @@ impl Sysctls {
 }
 
 /// Two numbers with blanks between.
-fn parse_range(text: &str) -> Option<RangeInclusive<u16>> {
+pub(crate) fn parse_range(text: &str) -> Option<RangeInclusive<u16>> {
     let mut numbers = text.split_whitespace().map(str::parse);
     Some(numbers.next()?.ok()?..=numbers.next()?.ok()?)
 }

@@ -281,7 +281,7 @@ fn explain(address: &Address, error: &bollard::errors::Error) -> EngineError {
 }
 
 /// `None` where it has no proper id, which no engine does.
-fn container(told: ContainerSummary) -> Option<Container> {
+pub(crate) fn container(told: ContainerSummary) -> Option<Container> {
     let id = told.id.filter(|id| is_id(id))?;
     // Under a link of another container's, docker tells `/other/alias` as well: its own name has one part.
     let names = told.names.unwrap_or_default();

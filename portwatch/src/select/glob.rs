@@ -2,6 +2,8 @@
 
 use globset::{GlobBuilder, GlobMatcher};
 
+use crate::render::escape;
+
 /// Longest glob in bytes, and how deep its alternatives may nest: what compiles to a small matcher without much stack.
 const MAX_GLOB: usize = 1024;
 const MAX_DEPTH: usize = 8;
@@ -47,5 +49,5 @@ pub fn unit_glob(text: &str) -> Result<GlobMatcher, String> {
 fn compile(text: &str, backslash_escapes: bool) -> Result<GlobMatcher, String> {
     is_bounded(text)?;
     let glob = GlobBuilder::new(text).backslash_escape(backslash_escapes).build();
-    glob.map(|glob| glob.compile_matcher()).map_err(|error| error.kind().to_string())
+    glob.map(|glob| glob.compile_matcher()).map_err(|error| escape(&error.kind().to_string()).into_owned())
 }

@@ -65,15 +65,16 @@ pub struct Filters {
 pub struct Selector {
     targets: Vec<Target>,
     filters: Filters,
-    /// The targets as bitmaps, one entry for each address named (`None`: any). Empty: every port.
-    ports: Vec<Ports>,
+    /// The targets without an address, as bitmaps. Those with one are looked at one by one: a bitmap for each address
+    /// would let a short request take much memory.
+    ports: Option<Ports>,
+    placed: Vec<Target>,
     only_of: Option<u32>,
     facts: Facts,
 }
 
 #[derive(Clone, Debug)]
 struct Ports {
-    address: Option<IpAddr>,
     tcp: PortSet,
     udp: PortSet,
 }
@@ -83,20 +84,22 @@ impl Selector {
     pub const NAMED_RANGE_MAX: usize = 16;
 
     pub fn new(targets: Vec<Target>, filters: Filters) -> Self {
-        let mut ports: Vec<Ports> = Vec::new();
-        for target in &targets {
-            let index = ports.iter().position(|entry| entry.address == target.address).unwrap_or_else(|| {
-                ports.push(Ports { address: target.address, tcp: PortSet::new(), udp: PortSet::new() });
-                ports.len() - 1
-            });
-            if target.proto != Some(Protocol::Udp) {
-                ports[index].tcp.insert(target.ports.clone());
+        let (placed, anywhere): (Vec<&Target>, Vec<&Target>) =
+            targets.iter().partition(|target| target.address.is_some());
+        let ports = (!anywhere.is_empty()).then(|| {
+            let mut ports = Ports { tcp: PortSet::new(), udp: PortSet::new() };
+            for target in anywhere {
+                if target.proto != Some(Protocol::Udp) {
+                    ports.tcp.insert(target.ports.clone());
+                }
+                if target.proto != Some(Protocol::Tcp) {
+                    ports.udp.insert(target.ports.clone());
+                }
             }
-            if target.proto != Some(Protocol::Tcp) {
-                ports[index].udp.insert(target.ports.clone());
-            }
-        }
-        Selector { targets, filters, ports, only_of: None, facts: Facts::NONE }
+            ports
+        });
+        let placed = placed.into_iter().cloned().collect();
+        Selector { targets, filters, ports, placed, only_of: None, facts: Facts::NONE }
     }
 
     /// From now on picks only what is of this user ([`Listener::is_of`]), whatever else it picks: not what somebody asks
@@ -216,13 +219,13 @@ impl Selector {
     }
 
     fn matches_ports(&self, socket: &Socket) -> bool {
-        any_or_none(&self.ports, |entry| {
-            let set = match socket.proto {
-                Protocol::Tcp => &entry.tcp,
-                Protocol::Udp => &entry.udp,
-            };
-            set.contains(socket.port) && entry.address.is_none_or(|address| socket.serves(address))
-        })
+        let is_set = |ports: &Ports| match socket.proto {
+            Protocol::Tcp => ports.tcp.contains(socket.port),
+            Protocol::Udp => ports.udp.contains(socket.port),
+        };
+        self.targets.is_empty()
+            || self.ports.as_ref().is_some_and(is_set)
+            || self.placed.iter().any(|target| target.covers(socket))
     }
 
     /// Whether the listener is meant. One holder that passes every process filter suffices; a ghost can pass by the
@@ -324,9 +327,13 @@ impl PortSet {
         PortSet(Box::new([0; 1024]))
     }
 
+    /// Word by word: a request may have thousands of ranges of all ports.
     fn insert(&mut self, ports: std::ops::RangeInclusive<u16>) {
-        for port in ports {
-            self.0[usize::from(port / 64)] |= 1 << (port % 64);
+        let (first, last) = (*ports.start(), *ports.end());
+        for word in first / 64..=last / 64 {
+            let low = if word == first / 64 { first % 64 } else { 0 };
+            let high = if word == last / 64 { last % 64 } else { 63 };
+            self.0[usize::from(word)] |= u64::MAX << low & u64::MAX >> (63 - high);
         }
     }
 

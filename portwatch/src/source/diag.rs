@@ -26,7 +26,7 @@ use procfs::net::{TcpNetEntries, TcpState, UdpNetEntries, UdpState};
 use crate::model::{NetnsId, Protocol, Socket, SocketId};
 use crate::source::netns;
 
-mod port;
+pub(crate) mod port;
 
 pub(super) use port::port_request;
 pub use port::{PortSocket, State, destroy, dump_ports};
@@ -232,7 +232,7 @@ pub(super) fn retry_interrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> i
 }
 
 /// Reads the messages of one datagram; `Ok(true)` once the dump is done.
-fn read_messages(
+pub(crate) fn read_messages(
     mut datagram: &[u8],
     sequence: u32,
     rows: &mut Vec<InetResponse>,
@@ -249,8 +249,8 @@ fn read_messages(
         *consistent &= message.header.flags & NLM_F_DUMP_INTR == 0;
         match message.payload {
             NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(row)) => rows.push(*row),
-            NetlinkPayload::Error(error) if error.code.is_some() => return Err(error.to_io()),
-            NetlinkPayload::Done(done) if done.code < 0 => return Err(io::Error::from_raw_os_error(-done.code)),
+            NetlinkPayload::Error(error) if error.code.is_some() => return Err(refusal(error.raw_code())),
+            NetlinkPayload::Done(done) if done.code < 0 => return Err(refusal(done.code)),
             NetlinkPayload::Done(_) | NetlinkPayload::Error(_) => return Ok(true),
             NetlinkPayload::Overrun(_) => *consistent = false,
             _ => {}
@@ -262,8 +262,13 @@ fn read_messages(
     Ok(false)
 }
 
+/// The kernel tells an errno as a negative number. (The library's own conversion overflows on the least of all.)
+pub(crate) fn refusal(code: i32) -> io::Error {
+    io::Error::from_raw_os_error(code.saturating_abs())
+}
+
 /// `None` for a socket without port.
-pub(super) fn socket_of(row: &InetResponse, proto: Protocol, netns: NetnsId) -> Option<Socket> {
+pub(crate) fn socket_of(row: &InetResponse, proto: Protocol, netns: NetnsId) -> Option<Socket> {
     let header = &row.header;
     let id = &header.socket_id;
     if id.source_port == 0 {
@@ -334,7 +339,7 @@ fn dump_proc_net(proto: Protocol, netns: NetnsId) -> anyhow::Result<Vec<Socket>>
 }
 
 /// Address, uid and inode of the rows that listen.
-fn parse_proc_net(table: impl io::BufRead, proto: Protocol) -> anyhow::Result<Vec<(SocketAddr, u32, u64)>> {
+pub(crate) fn parse_proc_net(table: impl io::BufRead, proto: Protocol) -> anyhow::Result<Vec<(SocketAddr, u32, u64)>> {
     let system = procfs::current_system_info();
     let mut rows: Vec<(SocketAddr, u32, u64)> = match proto {
         Protocol::Tcp => TcpNetEntries::from_buf_read(table, system)?
@@ -477,6 +482,7 @@ mod tests {
         };
         let read = |bytes: &[u8]| read_messages(bytes, 1, &mut Vec::new(), &mut true);
         assert_eq!(read(&error(-libc::EPERM)).unwrap_err().raw_os_error(), Some(libc::EPERM));
+        assert_eq!(read(&error(i32::MIN)).unwrap_err().raw_os_error(), Some(i32::MAX));
         assert!(read(&error(0)).unwrap(), "an acknowledgement ends the answer");
         let mut cut = error(0);
         cut[..4].copy_from_slice(&400u32.to_ne_bytes());

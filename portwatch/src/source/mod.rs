@@ -6,7 +6,7 @@
 
 pub mod btf;
 pub mod diag;
-mod ebpf;
+pub(crate) mod ebpf;
 pub mod join;
 pub mod netns;
 pub mod origin;

@@ -163,7 +163,7 @@ fn details(pid: u32, dir: BorrowedFd<'_>, stat: Stat) -> Process {
 
 /// Arguments end in NUL. A process that overwrote its arguments to show a title pads with NULs, so empty arguments at
 /// the end are dropped.
-fn parse_command(bytes: &[u8]) -> Vec<String> {
+pub(crate) fn parse_command(bytes: &[u8]) -> Vec<String> {
     let end = bytes.iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1);
     if end == 0 {
         return Vec::new();
@@ -172,12 +172,12 @@ fn parse_command(bytes: &[u8]) -> Vec<String> {
 }
 
 /// The kernel marks the path of a program that was replaced or removed.
-fn parse_exe(path: &[u8]) -> String {
+pub(crate) fn parse_exe(path: &[u8]) -> String {
     String::from_utf8_lossy(path.strip_suffix(b" (deleted)").unwrap_or(path)).into_owned()
 }
 
 /// The cgroup v2 path; where that hierarchy is not in use (its path is `/`), the systemd hierarchy's.
-fn parse_cgroup(lines: &[u8]) -> Option<String> {
+pub(crate) fn parse_cgroup(lines: &[u8]) -> Option<String> {
     let path_in = |controllers: &[u8]| {
         lines.split(|&byte| byte == b'\n').find_map(|line| {
             let mut parts = line.splitn(3, |&byte| byte == b':').skip(1);

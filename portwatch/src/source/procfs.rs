@@ -409,7 +409,7 @@ fn parse_number(digits: &[u8]) -> Option<u32> {
 }
 
 /// The inode in `socket:[INODE]`.
-fn parse_socket(target: &[u8]) -> Option<u64> {
+pub(crate) fn parse_socket(target: &[u8]) -> Option<u64> {
     parse_digits(target.strip_prefix(b"socket:[")?.strip_suffix(b"]")?)
 }
 

@@ -45,7 +45,7 @@ impl Stat {
     }
 
     /// The name stands in parentheses and may itself hold any byte, `)` and line feeds too: it ends at the last `)`.
-    fn parse(line: &[u8]) -> Option<Stat> {
+    pub(crate) fn parse(line: &[u8]) -> Option<Stat> {
         let open = line.iter().position(|&byte| byte == b'(')?;
         let close = line.iter().rposition(|&byte| byte == b')')?;
         let pid = std::str::from_utf8(&line[..open]).ok()?.trim_end().parse().ok()?;

@@ -158,8 +158,16 @@ fn tools_are_bounded_and_failures_are_told() {
 }
 
 #[test]
-fn words_are_quoted_for_a_shell() {
-    for (word, want) in [("vx0", "vx0"), ("a;reboot", "'a;reboot'"), ("it's", r"'it'\''s'"), ("", "''")] {
-        assert_eq!(quote(word), want);
-    }
+fn no_ruleset_does_harm() {
+    let chain = |number: usize| format!("-A C{number} -j C{}\n", number + 1);
+    let saved = "-A P -p tcp --dport 1 -j C0\n".to_owned() + &(0..100_000).map(chain).collect::<String>();
+    assert_eq!(parse_iptables(&saved, "iptables"), []);
+    // Each range that ran backwards doubled what is not in it.
+    let saved = format!("-A P -p tcp -m multiport ! --dports {} -j REDIRECT", ["9:3"; 64].join(","));
+    assert_eq!(parse_iptables(&saved, "iptables")[0].ports, [1..=u16::MAX]);
+    let rules = parse_iptables("-A a\u{1b}[2J -p tcp --dport 1 -j REDIRECT", "iptables");
+    assert_eq!(rules[0].next, r"iptables -t nat -S $'a\x1b[2J'");
+    let backwards = json!({ "set": [{ "range": [95, 90] }, 80] });
+    let expr = json!([dport("tcp", &backwards), { "redirect": null }]);
+    assert_eq!(nft(&expr), [(Some(Protocol::Tcp), vec![80..=80], "this host".to_owned())]);
 }

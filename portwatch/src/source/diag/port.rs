@@ -139,7 +139,7 @@ impl Link {
 }
 
 /// `None`: in a state that is not known.
-fn port_socket(row: &InetResponse, proto: Protocol) -> Option<PortSocket> {
+pub(crate) fn port_socket(row: &InetResponse, proto: Protocol) -> Option<PortSocket> {
     let header = &row.header;
     let id = &header.socket_id;
     let state = match State::of(header.state)? {

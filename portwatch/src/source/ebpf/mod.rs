@@ -10,7 +10,7 @@ mod events;
 mod links;
 mod misses;
 mod offsets;
-mod record;
+pub(crate) mod record;
 mod task_file;
 mod walk;
 

@@ -9,7 +9,7 @@ use portwatch_ebpf::{
 use crate::model::{ProcessId, Protocol, Socket, SocketId};
 
 /// Copies a record out of the kernel's bytes, which need not be aligned.
-pub(super) fn parse<T: Abi>(bytes: &[u8]) -> Option<T> {
+pub(crate) fn parse<T: Abi>(bytes: &[u8]) -> Option<T> {
     (bytes.len() >= size_of::<T>()).then(|| {
         // SAFETY: enough bytes for a T, read unaligned; `Abi` types are valid for any bytes.
         unsafe { bytes.as_ptr().cast::<T>().read_unaligned() }
@@ -20,14 +20,14 @@ pub(super) fn parse<T: Abi>(bytes: &[u8]) -> Option<T> {
 ///
 /// # Safety
 /// Any bytes must be a valid value.
-pub(super) unsafe trait Abi: Copy {}
+pub(crate) unsafe trait Abi: Copy {}
 // SAFETY: integers and arrays of integers only.
 unsafe impl Abi for Record {}
 // SAFETY: integers and arrays of integers only.
 unsafe impl Abi for Held {}
 
 /// The socket of a record, or `None` if it is of no protocol or family that portwatch follows.
-pub(super) fn socket(record: &Record) -> Option<Socket> {
+pub(crate) fn socket(record: &Record) -> Option<Socket> {
     let proto = protocol(record.protocol)?;
     Some(Socket {
         id: id(record),
@@ -52,20 +52,20 @@ pub(super) fn actor(record: &Record) -> ProcessId {
 }
 
 /// `comm` as text; what is not UTF-8 becomes U+FFFD.
-pub(super) fn name(comm: &[u8]) -> String {
+pub(crate) fn name(comm: &[u8]) -> String {
     let end = comm.iter().position(|&byte| byte == 0).unwrap_or(comm.len());
     String::from_utf8_lossy(&comm[..end]).into_owned()
 }
 
 /// Whether bind() left its mark on the socket: a port or an address was asked for.
-pub(super) fn is_bound(held: &Held) -> bool {
+pub(crate) fn is_bound(held: &Held) -> bool {
     held.flags & flag::BOUND != 0
 }
 
 /// The listener behind a held descriptor; `None` for TCP sockets that are only bound, and for clients. A UDP socket
 /// that is not connected counts, bound or not: one bound to port 0 of every address looks like a client that was given
 /// a port to send from ([`is_bound`] is false for both).
-pub(super) fn held_socket(held: &Held) -> Option<Socket> {
+pub(crate) fn held_socket(held: &Held) -> Option<Socket> {
     let listens = match protocol(held.protocol)? {
         Protocol::Tcp => held.state == TCP_LISTEN,
         Protocol::Udp => is_bound(held) || held.state == TCP_CLOSE,
@@ -74,7 +74,7 @@ pub(super) fn held_socket(held: &Held) -> Option<Socket> {
 }
 
 /// The TCP socket behind a held descriptor, where it is bound and neither listens nor is connected.
-pub(super) fn bound_socket(held: &Held) -> Option<Socket> {
+pub(crate) fn bound_socket(held: &Held) -> Option<Socket> {
     let is_bound = protocol(held.protocol)? == Protocol::Tcp && held.state == TCP_CLOSE && is_bound(held);
     is_bound.then(|| any_socket(held))?
 }

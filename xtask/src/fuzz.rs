@@ -1,0 +1,123 @@
+//! `cargo xtask fuzz`: libFuzzer on every parser that reads what others wrote.
+//!
+//! What must hold of any input is in `portwatch/src/fuzzing`, which the ordinary tests hold the seeds and random
+//! changes of them against; here the same properties are searched by coverage. The crate in `portwatch/fuzz` has one
+//! program for each, built by cargo-fuzz with AddressSanitizer. The stable compiler has all that this takes, behind
+//! RUSTC_BOOTSTRAP: no nightly is needed. What a run finds worth keeping is under `target/fuzz/corpus`, for the next.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::{cargo, find, must, output_of, root, target};
+
+/// As `cargo install cargo-fuzz --version …` wants it.
+const CARGO_FUZZ: &str = "0.13.2";
+
+/// What an input may take. Seeds are smaller than 4 KiB, and the fuzzer makes nothing much larger of them.
+const LIMITS: [&str; 3] = ["-malloc_limit_mb=64", "-rss_limit_mb=1024", "-timeout=10"];
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// How long each target runs
+    #[arg(long, default_value_t = 600)]
+    seconds: u32,
+    /// Only this target
+    #[arg(long)]
+    target: Option<String>,
+}
+
+pub(crate) fn run(args: &Args) -> Result<()> {
+    if find("c++").is_none() {
+        bail!("there is no C++ compiler for libFuzzer: install Debian's package g++");
+    }
+    let program = cargo_fuzz()?;
+    let folder = root().join("portwatch/fuzz");
+    let cargo_fuzz = |verb: &str| {
+        let mut command = Command::new(&program);
+        command.arg(verb).arg("--fuzz-dir").arg(&folder).env("RUSTC_BOOTSTRAP", "1");
+        command
+    };
+    let list = output_of(&mut cargo_fuzz("list"))?;
+    let all: Vec<&str> = list.split_whitespace().collect();
+    let chosen: Vec<&str> = match &args.target {
+        Some(name) => all.iter().copied().filter(|known| known == name).collect(),
+        None => all.clone(),
+    };
+    if chosen.is_empty() {
+        bail!("there is no such target; there are {}", all.join(", "));
+    }
+    let output = target().join("fuzz");
+    must(cargo_fuzz("build").arg("--target-dir").arg(&output).args(args.target.as_deref()))
+        .context("cannot build the targets: it takes a compiler of rustup's, which has the sanitizers' libraries")?;
+    let mut failures = Vec::new();
+    for name in chosen {
+        match search(name, args.seconds, &folder, &output) {
+            Ok(line) => println!("{name}: {line}"),
+            Err(error) => {
+                println!("{name}: {error:#}");
+                failures.push(name);
+            }
+        }
+    }
+    if !failures.is_empty() {
+        bail!("found something in {}", failures.join(", "));
+    }
+    Ok(())
+}
+
+/// The pinned cargo-fuzz, installed where it is missing.
+fn cargo_fuzz() -> Result<PathBuf> {
+    let tools = target().join("tools");
+    let program = tools.join("bin/cargo-fuzz");
+    let version = Command::new(&program).arg("--version").output();
+    if !version.is_ok_and(|output| String::from_utf8_lossy(&output.stdout).contains(CARGO_FUZZ)) {
+        let mut install = cargo();
+        install.args(["install", "--quiet", "--locked", "cargo-fuzz", "--version", CARGO_FUZZ, "--root"]).arg(tools);
+        must(&mut install)?;
+    }
+    Ok(program)
+}
+
+/// Runs one target; what it did, in one line.
+fn search(name: &str, seconds: u32, folder: &Path, output: &Path) -> Result<String> {
+    let [corpus, artifacts] = ["corpus", "artifacts"].map(|kind| output.join(kind).join(name));
+    for folder in [&corpus, &artifacts] {
+        fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    }
+    let path = output.join(format!("{name}.log"));
+    let log = File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
+    let program = output.join(host()?).join("release").join(name);
+    let mut fuzzer = Command::new(&program);
+    fuzzer
+        .args(LIMITS)
+        .args([format!("-max_total_time={seconds}"), format!("-artifact_prefix={}/", artifacts.display())])
+        .args([&corpus, &folder.join("corpus").join(name)])
+        .stderr(log);
+    let status = fuzzer.status().with_context(|| format!("cannot run {}", program.display()))?;
+    let said = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let said = String::from_utf8_lossy(&said);
+    if !status.success() {
+        let finding = |line: &&str| line.contains("panicked at") || line.starts_with("SUMMARY");
+        let what = said.lines().find(finding).unwrap_or("it ended early");
+        let input = said.lines().find_map(|line| line.split_once("Test unit written to ")).map(|(_, input)| input);
+        bail!(
+            "{what}; see {}, and run again with `{} {}`",
+            path.display(),
+            program.display(),
+            input.unwrap_or("INPUT")
+        );
+    }
+    // `#4194304 DONE   cov: 512 ft: 1499 corp: 301/19Kb lim: 4096 exec/s: 23301 rss: 450Mb`
+    let done = said.lines().rfind(|line| line.contains("DONE")).context("it did not say that it was done")?;
+    let (executions, rest) = done.trim_start_matches('#').split_once('\t').unwrap_or((done, ""));
+    Ok(format!("{executions} inputs in {seconds} s, {}", rest.trim_start_matches("DONE").trim()))
+}
+
+fn host() -> Result<String> {
+    let version = output_of(Command::new("rustc").arg("-vV"))?;
+    let host = version.lines().find_map(|line| line.strip_prefix("host: "));
+    Ok(host.context("rustc -vV names no host")?.to_owned())
+}
