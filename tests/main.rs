@@ -27,6 +27,7 @@ mod oracle;
 mod prefork;
 mod puppet;
 mod race;
+mod rules;
 mod service;
 mod shell;
 mod storm;
@@ -111,6 +112,7 @@ fn main() -> ExitCode {
         user::trials(),
         history::trials(),
         sweep::trials(),
+        rules::trials(),
     ];
     let trials = tests.into_iter().flatten().map(|test| {
         Trial::test(test.name, move || {

@@ -19,6 +19,7 @@ use crate::commands::history::HistoryArgs;
 use crate::commands::kill::KillArgs;
 use crate::commands::list::ListArgs;
 use crate::commands::man::ManArgs;
+use crate::commands::rules::RulesArgs;
 use crate::commands::status::StatusArgs;
 use crate::commands::wait::WaitArgs;
 use crate::commands::watch::WatchArgs;
@@ -94,6 +95,8 @@ pub(crate) enum Verb {
     Diagnose(DiagnoseArgs),
     /// Show who had a port, when, and how it ended
     History(HistoryArgs),
+    /// Show the agent's rules, what each meets and when it fires
+    Rules(RulesArgs),
     /// Track listeners for everybody on this host, until it is told to end
     Agent(AgentArgs),
     /// Show the agent's health, and how listeners are learnt on this host

@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use crate::engine::Wanted;
 use crate::history::{Health, Life};
 use crate::model::{Ancestor, BootNs, Change, Listener, NetnsId};
+use crate::rules;
 use crate::select::{Filters, Selector, Sets, glob, parse_targets, unit_glob};
 use crate::source::{Refusal, Tier};
 
@@ -52,6 +53,8 @@ pub enum Request {
     },
     /// The agent's health.
     Status {},
+    /// The agent's rules, each a `rule`.
+    Rules {},
     /// Who had the ports that the selection picks, the latest first, each a `life`.
     History {
         #[serde(default)]
@@ -94,6 +97,7 @@ pub enum Response {
     },
     Status(Status),
     Life(Box<Life>),
+    Rule(Box<rules::State>),
     /// The answer is complete.
     End {
         count: usize,

@@ -6,10 +6,14 @@ use std::time::Duration;
 use tokio::sync::{broadcast, mpsc, oneshot};
 
 use super::load::Load;
+use super::rules::{Done, Rules, Step};
 use super::troubles::{About, Troubles};
-use crate::history::Recorder;
+use crate::history::{Killed, Recorder, Requester};
+use crate::kill::plan::same_socket;
 use crate::metrics::{Metrics, Totals};
 use crate::model::{BootNs, Change, Listener};
+use crate::rules::queue::Due;
+use crate::rules::{Action, Enforced, Rule, State};
 use crate::select::Selector;
 use crate::service::Watchdog;
 use crate::source::process;
@@ -37,6 +41,13 @@ pub(super) enum Ask {
     Status {
         reply: oneshot::Sender<Status>,
     },
+    Rules {
+        reply: Reply<Vec<State>>,
+    },
+    /// The configuration was read anew.
+    ReplaceRules {
+        rules: Vec<Rule>,
+    },
 }
 
 /// Where a subscriber begins and how it goes on.
@@ -56,6 +67,7 @@ pub(super) struct Core {
     troubles: Troubles,
     metrics: Arc<Metrics>,
     history: Option<Recorder>,
+    rules: Rules,
     watchdog: Watchdog,
     started: BootNs,
 }
@@ -67,6 +79,7 @@ impl Core {
         troubles: Troubles,
         metrics: Arc<Metrics>,
         mut history: Option<Recorder>,
+        rules: Rules,
     ) -> Core {
         metrics.recount(tracker.table());
         if let Some(history) = &mut history {
@@ -75,6 +88,7 @@ impl Core {
         Core {
             metrics,
             history,
+            rules,
             watchdog: Watchdog::from_env(),
             tracker,
             subscribers: broadcast::Sender::new(KEPT),
@@ -83,6 +97,12 @@ impl Core {
             troubles,
             started: process::boot_ns_now(),
         }
+    }
+
+    /// Other rules from now on.
+    pub(super) fn replace_rules(&mut self, rules: Vec<Rule>) {
+        rules.iter().for_each(|rule| self.metrics.rule(&rule.name));
+        self.rules.replace(rules, self.tracker.table().listeners());
     }
 
     /// Writes down what is left to write, for at most so long.
@@ -101,6 +121,10 @@ impl Core {
             tokio::select! {
                 changes = self.tracker.next() => self.publish(changes?),
                 () = self.watchdog.beat() => {}
+                step = self.rules.next() => match step {
+                    Step::Due => self.fire(),
+                    Step::Done(done) => self.record(*done),
+                },
                 Some(ask) = questions.recv() => {
                     if matches!(ask, Ask::Status { .. }) {
                         self.answer(ask);
@@ -125,7 +149,8 @@ impl Core {
                 match ask {
                     Ask::List { reply, .. } => drop(reply.send(Err(trouble.clone()))),
                     Ask::Watch { reply } => drop(reply.send(Err(trouble.clone()))),
-                    Ask::Status { .. } => self.answer(ask),
+                    Ask::Rules { reply } => drop(reply.send(Err(trouble.clone()))),
+                    Ask::Status { .. } | Ask::ReplaceRules { .. } => self.answer(ask),
                 }
             }
             return;
@@ -137,11 +162,43 @@ impl Core {
         }
     }
 
+    /// Lets the rules that are due fire, each for its listener as it is now.
+    fn fire(&mut self) {
+        for Due { rule, id } in self.rules.take_due() {
+            let Some(listener) = self.tracker.table().listeners().find(|it| same_socket(it.socket.id, id)) else {
+                continue;
+            };
+            if let Err(error) = self.rules.fire(rule, listener.clone()) {
+                tracing::error!("{error:#}");
+            }
+        }
+    }
+
+    /// Takes in what a rule did.
+    fn record(&mut self, done: Done) {
+        if let Done { at, rule, dry_run: false, result: Ok(Enforced { listeners, outcomes }), .. } = &done
+            && rule.action == Action::Kill
+        {
+            for outcome in outcomes {
+                self.metrics.kill(outcome.status);
+                self.metrics.rule_kill(&rule.name, outcome.status);
+            }
+            if let Some(history) = &mut self.history {
+                let targets = outcomes.iter().map(|outcome| format!("{}/{}", outcome.port, outcome.proto));
+                let targets = targets.collect::<Vec<_>>().join(" ");
+                let (at, by) = (*at, Requester::rule(&rule.name));
+                history.killed(Killed { at, by, targets, listeners, outcomes }, &super::clock());
+            }
+        }
+        done.log();
+    }
+
     fn publish(&mut self, changes: Vec<Change>) {
         let clock = super::clock();
         self.metrics.batch(clock.now_boot_ns, changes.iter().map(Change::at));
         for change in changes {
             self.metrics.change(&change);
+            self.rules.change(&change);
             if let Some(history) = &mut self.history {
                 history.change(&change, &clock);
             }
@@ -177,6 +234,10 @@ impl Core {
             Ask::Status { reply } => {
                 let _ = reply.send(self.status());
             }
+            Ask::Rules { reply } => {
+                let _ = reply.send(Ok(self.rules.states(self.tracker.table().listeners())));
+            }
+            Ask::ReplaceRules { rules } => self.replace_rules(rules),
         }
     }
 

@@ -18,7 +18,7 @@ use super::policy::Policy;
 use super::socket::Socket;
 use crate::history::{self, Lives, Reader};
 use crate::model::{Ancestor, Change, Listener};
-use crate::select::{Selector, Shown};
+use crate::select::{Filters, Selector, Shown};
 use crate::source::stat;
 use crate::wire::{ErrorKind, MAX_REQUEST, Request, Response, Selection, VERSION};
 
@@ -144,6 +144,7 @@ impl Peer {
                 Request::History { selection, from, limit } => {
                     self.history(&selection, identity, place, from, limit).await?;
                 }
+                Request::Rules {} => self.rules(identity, place).await?,
                 Request::Watch { selection } => return self.watch(&selection, identity, place).await,
                 Request::Status {} => {
                     let status = self.status().await?;
@@ -274,6 +275,26 @@ impl Peer {
                 self.send(&Response::Life(Box::new(life))).await?;
             }
             self.send(&Response::End { count, more }).await?;
+            self.flush().await
+        };
+        timeout(READING, tell).await.map_err(|_| End::Gone)?
+    }
+
+    async fn rules(&mut self, identity: Identity, place: &Place) -> Result<(), End> {
+        let mut visible = Selector::new(Vec::new(), Filters::default());
+        visible.show_only(self.shared.policy.only(identity));
+        let _turn = place.turn(Answer::List).await;
+        let rules = match self.ask(|reply| Ask::Rules { reply }).await? {
+            Ok(rules) => rules,
+            Err(trouble) => return self.refuse(ErrorKind::Failed, &trouble).await,
+        };
+        let tell = async {
+            let count = rules.len();
+            for mut rule in rules {
+                rule.matches.retain(|it| visible.matches(&it.listener, 0));
+                self.send(&Response::Rule(Box::new(rule))).await?;
+            }
+            self.send(&Response::End { count, more: false }).await?;
             self.flush().await
         };
         timeout(READING, tell).await.map_err(|_| End::Gone)?

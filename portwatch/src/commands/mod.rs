@@ -10,6 +10,7 @@ pub(crate) mod kill;
 pub(crate) mod list;
 pub(crate) mod man;
 mod progress;
+pub(crate) mod rules;
 pub(crate) mod status;
 pub(crate) mod wait;
 pub(crate) mod watch;
