@@ -34,6 +34,7 @@ mod prefork;
 mod puppet;
 mod race;
 mod replay;
+mod rules;
 mod run;
 mod service;
 mod shell;
@@ -128,6 +129,7 @@ fn main() -> ExitCode {
         history::trials(),
         replay::trials(),
         sweep::trials(),
+        rules::trials(),
     ];
     let trials = tests.into_iter().flatten().map(|test| {
         Trial::test(test.name, move || {

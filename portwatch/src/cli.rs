@@ -22,6 +22,7 @@ use crate::commands::logs::LogsArgs;
 use crate::commands::man::ManArgs;
 use crate::commands::mark::MarkArgs;
 use crate::commands::ps::PsArgs;
+use crate::commands::rules::RulesArgs;
 use crate::commands::run::RunArgs;
 use crate::commands::status::StatusArgs;
 use crate::commands::stop::StopArgs;
@@ -109,6 +110,8 @@ pub(crate) enum Verb {
     Diagnose(DiagnoseArgs),
     /// Show who had a port, when, and how it ended
     History(HistoryArgs),
+    /// Show the agent's rules, what each meets and when it fires
+    Rules(RulesArgs),
     /// Track listeners for everybody on this host, until it is told to end
     Agent(AgentArgs),
     /// Show the agent's health, and how listeners are learnt on this host
@@ -127,7 +130,7 @@ const OF_HOLDERS: &str = "Selectors of holders";
 const OF_ORIGIN: &str = "Selectors of age and origin";
 
 /// Filters that all verbs share. Different ones narrow each other; one given twice means either.
-#[derive(Debug, Args)]
+#[derive(Debug, Args, Clone)]
 pub(crate) struct Selectors {
     /// IPv4 sockets only
     #[arg(short = '4', long, help_heading = OF_SOCKETS)]

@@ -41,6 +41,7 @@ fn run(verb: &Verb, globals: &cli::Globals) -> anyhow::Result<ExitCode> {
     match verb {
         Verb::List(args) => commands::list::run(args, globals),
         Verb::Who(args) => commands::who::run(args, globals),
+        Verb::Rules(args) => commands::rules::run(args, globals),
         Verb::Agent(args) => commands::agent::run(args, globals),
         Verb::Status(args) => commands::status::run(args, globals),
         Verb::Watch(args) => commands::watch::run(args, globals),

@@ -27,6 +27,7 @@ use crate::history::{Health, Life, Utc};
 use crate::kill::{Concern, Plan, Step};
 use crate::mark::Mark;
 use crate::model::{Ancestor, BootNs, Change, Listener, NetnsId, ProcessId};
+use crate::rules;
 use crate::select::{Filters, Selector, Sets, Since, cgroup_path, glob, parse_targets, unit_glob};
 use crate::source::{Refusal, Tier};
 
@@ -61,6 +62,8 @@ pub enum Request {
     },
     /// The agent's health.
     Status {},
+    /// The agent's rules, each a `rule`.
+    Rules {},
     /// Who had the ports that the selection picks, the latest first, each a `life`.
     History {
         #[serde(default)]
@@ -140,6 +143,7 @@ pub enum Response {
     },
     /// What became of a port.
     Outcome(Box<Told>),
+    Rule(Box<rules::State>),
     /// The answer is complete.
     End {
         count: usize,

@@ -7,10 +7,14 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 
 use super::kill::Killed;
 use super::load::Load;
+use super::rules::{Done, Rules, Step};
 use super::troubles::{About, Troubles};
-use crate::history::{self, Recorder, Utc};
+use crate::history::{self, Recorder, Requester, Utc};
+use crate::kill::plan::same_socket;
 use crate::metrics::{Metrics, Totals};
 use crate::model::{BootNs, Change, Listener};
+use crate::rules::queue::Due;
+use crate::rules::{Action, Enforced, Rule, State};
 use crate::select::Selector;
 use crate::service::Watchdog;
 use crate::source::process;
@@ -42,6 +46,13 @@ pub(super) enum Ask {
     },
     /// No question: something to be remembered.
     Killed(Box<Killed>),
+    Rules {
+        reply: Reply<Vec<State>>,
+    },
+    /// The configuration was read anew.
+    ReplaceRules {
+        rules: Vec<Rule>,
+    },
 }
 
 /// Where a subscriber begins and how it goes on.
@@ -70,6 +81,7 @@ pub(super) struct Core {
     troubles: Troubles,
     metrics: Arc<Metrics>,
     history: Option<Recorder>,
+    rules: Rules,
     watchdog: Watchdog,
     started: BootNs,
 }
@@ -81,6 +93,7 @@ impl Core {
         troubles: Troubles,
         metrics: Arc<Metrics>,
         mut history: Option<Recorder>,
+        rules: Rules,
     ) -> Core {
         metrics.recount(tracker.table());
         if let Some(history) = &mut history {
@@ -89,6 +102,7 @@ impl Core {
         Core {
             metrics,
             history,
+            rules,
             watchdog: Watchdog::from_env(),
             tracker,
             subscribers: broadcast::Sender::new(KEPT),
@@ -97,6 +111,12 @@ impl Core {
             troubles,
             started: process::boot_ns_now(),
         }
+    }
+
+    /// Other rules from now on.
+    pub(super) fn replace_rules(&mut self, rules: Vec<Rule>) {
+        rules.iter().for_each(|rule| self.metrics.rule(&rule.name));
+        self.rules.replace(rules, self.tracker.table().listeners());
     }
 
     /// Writes down what is left to write, for at most so long.
@@ -115,6 +135,10 @@ impl Core {
             tokio::select! {
                 changes = self.tracker.next() => self.publish(changes?),
                 () = self.watchdog.beat() => {}
+                step = self.rules.next() => match step {
+                    Step::Due => self.fire(),
+                    Step::Done(done) => self.record(*done),
+                },
                 Some(ask) = questions.recv() => {
                     if matches!(ask, Ask::Status { .. }) {
                         self.answer(ask);
@@ -139,7 +163,8 @@ impl Core {
                 match ask {
                     Ask::List { reply, .. } => drop(reply.send(Err(trouble.clone()))),
                     Ask::Watch { reply, .. } => drop(reply.send(Err(trouble.clone()))),
-                    Ask::Status { .. } | Ask::Killed(_) => self.answer(ask),
+                    Ask::Rules { reply } => drop(reply.send(Err(trouble.clone()))),
+                    Ask::Status { .. } | Ask::Killed(_) | Ask::ReplaceRules { .. } => self.answer(ask),
                 }
             }
             return;
@@ -151,11 +176,43 @@ impl Core {
         }
     }
 
+    /// Lets the rules that are due fire, each for its listener as it is now.
+    fn fire(&mut self) {
+        for Due { rule, id } in self.rules.take_due() {
+            let Some(listener) = self.tracker.table().listeners().find(|it| same_socket(it.socket.id, id)) else {
+                continue;
+            };
+            if let Err(error) = self.rules.fire(rule, listener.clone()) {
+                tracing::error!("{error:#}");
+            }
+        }
+    }
+
+    /// Takes in what a rule did.
+    fn record(&mut self, done: Done) {
+        if let Done { at, rule, dry_run: false, result: Ok(Enforced { listeners, outcomes }), .. } = &done
+            && rule.action == Action::Kill
+        {
+            for outcome in outcomes {
+                self.metrics.kill(outcome.status);
+                self.metrics.rule_kill(&rule.name, outcome.status);
+            }
+            if let Some(history) = &mut self.history {
+                let targets = outcomes.iter().map(|outcome| format!("{}/{}", outcome.port, outcome.proto));
+                let targets = targets.collect::<Vec<_>>().join(" ");
+                let (at, by) = (*at, Requester::rule(&rule.name));
+                history.killed(history::Killed { at, by, targets, listeners, outcomes }, &super::clock());
+            }
+        }
+        done.log();
+    }
+
     fn publish(&mut self, changes: Vec<Change>) {
         let clock = super::clock();
         self.metrics.batch(clock.now_boot_ns, changes.iter().map(Change::at));
         for change in changes {
             self.metrics.change(&change);
+            self.rules.change(&change);
             if let Some(history) = &mut self.history {
                 history.change(&change, &clock);
             }
@@ -193,6 +250,10 @@ impl Core {
                 let _ = reply.send(self.status());
             }
             Ask::Killed(killed) => self.remember(*killed),
+            Ask::Rules { reply } => {
+                let _ = reply.send(Ok(self.rules.states(self.tracker.table().listeners())));
+            }
+            Ask::ReplaceRules { rules } => self.replace_rules(rules),
         }
     }
 

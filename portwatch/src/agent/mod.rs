@@ -19,6 +19,7 @@ mod kill;
 mod load;
 mod peer;
 mod policy;
+mod rules;
 mod socket;
 mod troubles;
 mod vigil;
@@ -47,6 +48,7 @@ use crate::config::Access;
 use crate::history::{Recorder, Retention};
 use crate::metrics::{Metrics, http};
 use crate::render::Clock;
+use crate::rules::Rule;
 use crate::service;
 use crate::source::{Probe, process};
 use crate::tracker::Tracker;
@@ -67,6 +69,10 @@ const LAST_WORDS: Duration = Duration::from_secs(5);
 pub struct Config {
     /// Reads what is allowed to whom: now, and again at every SIGHUP.
     pub access: Box<dyn Fn() -> anyhow::Result<Access>>,
+    /// Reads what is ended by itself: at the same times.
+    pub rules: Box<dyn Fn() -> anyhow::Result<Vec<Rule>>>,
+    /// Whether rules only tell what they would do.
+    pub dry_run_rules: bool,
     /// Where to listen, unless a service manager has done that.
     pub socket: PathBuf,
     pub activated: Option<UnixListener>,
@@ -115,6 +121,7 @@ async fn serve(config: Config, descriptors: usize, ready: impl FnOnce(&Tracker))
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
     let hangup = signal(SignalKind::hangup()).context("cannot handle SIGHUP")?;
     let policy = Policy::new((config.access)()?);
+    let rules = (config.rules)()?;
     let troubles = Troubles::default();
     // The socket first: a second agent must not attach probes only to find out that it is the second.
     let socket = match config.activated {
@@ -129,8 +136,11 @@ async fn serve(config: Config, descriptors: usize, ready: impl FnOnce(&Tracker))
     let (asks, questions) = mpsc::channel(ASKS);
     let load = Load::new(descriptors);
     let metrics = Arc::new(Metrics::new(tracker.live().tier()));
-    let mut core = core::Core::new(tracker, load.clone(), troubles.clone(), Arc::clone(&metrics), history);
+    let keeper = rules::Rules::new(config.dry_run_rules, config.probe);
+    let mut core = core::Core::new(tracker, load.clone(), troubles.clone(), Arc::clone(&metrics), history, keeper);
+    core.replace_rules(rules);
     let marks = config.marks.into();
+    let tell = asks.clone();
     let shared = Shared { asks, load, kills: Kills::default(), policy: policy.clone(), marks };
     let scraped = async {
         match scrapes {
@@ -142,7 +152,7 @@ async fn serve(config: Config, descriptors: usize, ready: impl FnOnce(&Tracker))
     let ended = tokio::select! {
         ended = core.run(questions) => ended,
         ended = peer::accept(socket, shared) => ended.map(|never| match never {}),
-        never = reload(hangup, &*config.access, &policy, &troubles) => match never {},
+        never = reload(hangup, &*config.access, &*config.rules, &policy, &tell, &troubles) => match never {},
         () = scraped => Ok(()),
         _ = terminate.recv() => Ok(()),
         _ = interrupt.recv() => Ok(()),
@@ -156,7 +166,9 @@ async fn serve(config: Config, descriptors: usize, ready: impl FnOnce(&Tracker))
 async fn reload(
     mut hangup: Signal,
     access: &dyn Fn() -> anyhow::Result<Access>,
+    rules: &dyn Fn() -> anyhow::Result<Vec<Rule>>,
     policy: &Policy,
+    core: &mpsc::Sender<core::Ask>,
     troubles: &Troubles,
 ) -> Infallible {
     loop {
@@ -164,10 +176,12 @@ async fn reload(
             return std::future::pending().await;
         }
         service::reloading();
-        let trouble = match access() {
-            Ok(access) => {
-                tracing::info!(?access, "the configuration is read anew");
+        let trouble = match access().and_then(|access| Ok((access, rules()?))) {
+            Ok((access, rules)) => {
+                tracing::info!(?access, rules = rules.len(), "the configuration is read anew");
                 policy.set(access);
+                // An error: the agent ends.
+                let _ = core.send(core::Ask::ReplaceRules { rules }).await;
                 None
             }
             Err(error) => Some(format!("the configuration stays as it was: {error:#}")),

@@ -167,6 +167,7 @@ impl Peer {
                 Request::Marked { name } => self.marked(name, identity, place).await?,
                 Request::Kill(kill) => self.kill(*kill, identity, place).await?,
                 Request::Confirm {} => self.refuse(ErrorKind::Usage, "there is no plan to confirm").await?,
+                Request::Rules {} => self.rules(identity, place).await?,
                 Request::Watch { selection, since } => return self.watch(&selection, identity, place, since).await,
                 Request::Status {} => {
                     let status = self.status().await?;
@@ -391,6 +392,26 @@ impl Peer {
             }
         }
         self.refuse(ErrorKind::Failed, "the kill ended before its time; see: portwatch who").await
+    }
+
+    async fn rules(&mut self, identity: Identity, place: &Place) -> Result<(), End> {
+        let mut visible = Selector::new(Vec::new(), Filters::default());
+        visible.show_only(self.shared.policy.only(identity));
+        let _turn = place.turn(Answer::List).await;
+        let rules = match self.ask(|reply| Ask::Rules { reply }).await? {
+            Ok(rules) => rules,
+            Err(trouble) => return self.refuse(ErrorKind::Failed, &trouble).await,
+        };
+        let tell = async {
+            let count = rules.len();
+            for mut rule in rules {
+                rule.matches.retain(|it| visible.matches(&it.listener, 0));
+                self.send(&Response::Rule(Box::new(rule))).await?;
+            }
+            self.send(&Response::End { count, more: false }).await?;
+            self.flush().await
+        };
+        timeout(READING, tell).await.map_err(|_| End::Gone)?
     }
 
     async fn watch(

@@ -7,15 +7,16 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Args;
-use nix::unistd::{Group, Uid};
+use nix::unistd::{Group, Uid, User};
 use portwatch::agent::{self, AlreadyRunning, Config};
-use portwatch::config::{self, Access, ConfigError};
+use portwatch::config::{self, Access, ConfigError, LookUp};
 use portwatch::history::{self, Retention};
+use portwatch::rules::Rule;
 use portwatch::service;
 use portwatch::service::log::Filter;
 
-use super::note;
 use super::watch::announce;
+use super::{note, own_netns};
 use crate::cli::{Globals, duration};
 use crate::exit_codes::{NO, Usage};
 
@@ -29,11 +30,16 @@ In the configuration, [access] narrows what it does for others than root:
   list = \"own\"     tells each user of their own listeners only (\"all\")
   kill = \"wheel\"   ends processes for root and the members of this group only (\"all\")
 
+A [[rule]] ends servers by itself; portwatch rules shows what each meets, and has an example.
+
 It ends at SIGTERM and SIGINT, and reads its configuration anew at SIGHUP. As a service: portwatch/dist in the source has the units for systemd.")]
 pub(crate) struct AgentArgs {
     /// The configuration, which must exist [default: /etc/portwatch/config.toml, if it does]
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
+    /// Let the rules of the configuration tell the log what they would end, and end nothing
+    #[arg(long)]
+    pub(crate) dry_run_rules: bool,
     /// Answer Prometheus at this address, at /metrics
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub(crate) metrics: Option<SocketAddr>,
@@ -64,8 +70,11 @@ pub(crate) fn run(args: &AgentArgs, globals: &Globals) -> anyhow::Result<ExitCod
     let retention = Retention { age: args.history_age, bytes: args.history_size << 20 };
     // The directory may be another one by the time that it is read anew.
     let file = args.config.as_ref().map(std::path::absolute).transpose().context("cannot find the configuration")?;
+    let of_rules = file.clone();
     let config = Config {
         access: Box::new(move || access(file.as_deref())),
+        rules: Box::new(move || rules(of_rules.as_deref())),
+        dry_run_rules: args.dry_run_rules,
         socket: globals.socket.clone(),
         activated,
         metrics: args.metrics,
@@ -86,11 +95,22 @@ pub(crate) fn run(args: &AgentArgs, globals: &Globals) -> anyhow::Result<ExitCod
 
 fn access(file: Option<&Path>) -> anyhow::Result<Access> {
     let gid_of = |name: &str| Group::from_name(name).ok().flatten().map(|group| group.gid.as_raw());
-    match config::access(file, Uid::effective().as_raw(), &gid_of) {
+    told(config::access(file, Uid::effective().as_raw(), &gid_of))
+}
+
+/// The rules of the agent's configuration.
+pub(super) fn rules(file: Option<&Path>) -> anyhow::Result<Vec<Rule>> {
+    let uid_of = |name: &str| User::from_name(name).ok().flatten().map(|user| user.uid.as_raw());
+    let look_up = LookUp { uid_of: &uid_of, netns: own_netns()? };
+    told(config::rules(file, Uid::effective().as_raw(), &look_up))
+}
+
+fn told<T>(read: Result<T, ConfigError>) -> anyhow::Result<T> {
+    match read {
         Err(ConfigError::Broken(what)) => Err(Usage(what).into()),
         Err(ConfigError::Unreadable(path, error)) => {
             Err(error).with_context(|| format!("cannot read the configuration {}", path.display()))
         }
-        Ok(access) => Ok(access),
+        Ok(found) => Ok(found),
     }
 }

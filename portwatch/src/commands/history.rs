@@ -26,7 +26,7 @@ How it ended:
   open           it did not, as far as anybody knows
   closed         its holder closed it
   exited         its holder ended
-  killed by X    portwatch ended its holder, at the request of X
+  killed by X    portwatch ended its holder, at the request of X: a user, or a rule of the agent
   lost           events were lost, and it was gone afterwards
   agent stopped  it was open when the agent was stopped
   unknown        it was open when the agent died

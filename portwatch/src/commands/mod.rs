@@ -13,6 +13,7 @@ pub(crate) mod man;
 pub(crate) mod mark;
 mod progress;
 pub(crate) mod ps;
+pub(crate) mod rules;
 pub(crate) mod run;
 pub(crate) mod status;
 pub(crate) mod stop;

@@ -18,7 +18,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::feed::Feed;
 use super::{Users, block_on, clock, explain, note, reach_agent, refused, selector, view};
-use crate::cli::{Globals, Selectors, TARGETS, duration};
+use crate::cli::{Globals, Selectors, Since, TARGETS, duration};
 use crate::exit_codes::Usage;
 
 #[derive(Debug, Args)]
@@ -27,7 +27,7 @@ Examples:
   portwatch watch
   portwatch watch 8000-8999 --json
   portwatch watch --user al --for 10s
-  portwatch watch 8000 --since 10m
+  portwatch watch 8000 --since 10m    first what happened in that time, as the agent remembers it
 
 {TARGETS}"))]
 pub(crate) struct WatchArgs {
@@ -37,9 +37,6 @@ pub(crate) struct WatchArgs {
     /// One JSON object a line
     #[arg(long)]
     pub(crate) json: bool,
-    /// First what happened in the last while, such as 10m or 1d, as the agent remembers it
-    #[arg(long, value_name = "DURATION", value_parser = duration)]
-    pub(crate) since: Option<Duration>,
     /// Stop after this long, such as 10s or 5m
     #[arg(long = "for", value_name = "DURATION", value_parser = duration)]
     pub(crate) duration: Option<Duration>,
@@ -48,8 +45,17 @@ pub(crate) struct WatchArgs {
 }
 
 pub(crate) fn run(args: &WatchArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
-    let selector = selector(&args.targets, &args.selectors, globals)?;
-    block_on(watch(args, globals, &selector))
+    let mut selectors = args.selectors.clone();
+    // What is younger is not all there was: what happened in that time is told, of ports that are closed by now, too.
+    let ago = match selectors.since.take() {
+        Some(Since::Ago(ago)) => Some(ago),
+        mark => {
+            selectors.since = mark;
+            None
+        }
+    };
+    let selector = selector(&args.targets, &selectors, globals)?;
+    block_on(watch(args, globals, &selector, ago))
 }
 
 async fn open(globals: &Globals, selector: &Selector, since: Option<Utc>) -> anyhow::Result<Feed> {
@@ -67,15 +73,19 @@ async fn open(globals: &Globals, selector: &Selector, since: Option<Utc>) -> any
     Ok(Feed::Own(Box::new(tracker)))
 }
 
-async fn watch(args: &WatchArgs, globals: &Globals, selector: &Selector) -> anyhow::Result<ExitCode> {
+async fn watch(
+    args: &WatchArgs,
+    globals: &Globals,
+    selector: &Selector,
+    ago: Option<Duration>,
+) -> anyhow::Result<ExitCode> {
     let users = Users::default();
     let name = |uid| users.name(uid);
     let mut view = view(&name);
     let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
     let past = history::clock(view.clock.now_wall, view.clock.tz.clone());
-    let since =
-        args.since.map(|since| past.now_boot_ns.saturating_sub(u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)));
+    let since = ago.map(|ago| past.now_boot_ns.saturating_sub(u64::try_from(ago.as_nanos()).unwrap_or(u64::MAX)));
     let mut feed = open(globals, selector, since).await?;
 
     // Buffered, so that one batch of changes is one write.

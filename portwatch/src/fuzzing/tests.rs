@@ -14,7 +14,7 @@ use proptest::test_runner::{TestCaseResult, TestRunner};
 
 use super::*;
 use crate::model::{Change, Holder, Listener, Process, ProcessId, Protocol, Socket, SocketId};
-use crate::select::{Sets, Target, parse_targets};
+use crate::select::{Sets, Since, Target, parse_targets};
 use crate::wire::{Request, Response, Scope, Selection};
 
 /// Random cases of each property, which together take a second or two.
@@ -183,12 +183,19 @@ fn requests_are_read_as_they_are_written() {
             units: globs,
             containers: Vec::new(),
             older_than_ms,
+            except: targets.iter().map(Target::to_string).collect(),
+            orphans: flags[0],
+            cgroups: vec!["/a/b".to_owned()],
+            env: vec!["CI=1".to_owned()],
+            since: older_than_ms.map(Since::Mark),
+            descendants_of: Vec::new(),
             netns: netns.map_or(Scope::All, Scope::Id),
         };
         // All of it arrives, and the selector that it stands for says the same again.
-        let line = serde_json::to_string(&Request::Watch { selection: selection.clone() }).unwrap();
+        let line =
+            serde_json::to_string(&Request::Watch { selection: selection.clone(), since: older_than_ms }).unwrap();
         let read = serde_json::from_str(&line);
-        prop_assert_eq!(read.ok(), Some(Request::Watch { selection: selection.clone() }));
+        prop_assert_eq!(read.ok(), Some(Request::Watch { selection: selection.clone(), since: older_than_ms }));
         let selector = selection.selector(None).map_err(TestCaseError::fail)?;
         prop_assert_eq!(Selection::of(&selector), selection);
         Ok(())

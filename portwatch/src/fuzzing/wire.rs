@@ -29,7 +29,7 @@ pub fn request(data: &[u8]) {
     let Some(request) = read_back::<Request>(data) else { return };
     let (Request::List { selection }
     | Request::Who { selection }
-    | Request::Watch { selection }
+    | Request::Watch { selection, .. }
     | Request::History { selection, .. }) = request
     else {
         return;

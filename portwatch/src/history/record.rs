@@ -14,9 +14,21 @@ use crate::render::Clock;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Requester {
     pub uid: u32,
+    /// 0: no process but a rule of the agent.
     pub pid: u32,
-    /// Of the process: hostile text.
+    /// Of the process: hostile text. `rule NAME` of a rule.
     pub name: String,
+}
+
+impl Requester {
+    /// A rule of the agent, which acts for the agent's own user.
+    pub fn rule(name: &str) -> Requester {
+        Requester { uid: nix::unistd::geteuid().as_raw(), pid: 0, name: format!("rule {name}") }
+    }
+
+    pub fn is_rule(&self) -> bool {
+        self.pid == 0
+    }
 }
 
 /// A kill that is over.

@@ -46,6 +46,7 @@ pub struct Metrics {
     closes: ByProtocol<Counter>,
     conflicts: Counter,
     kills: [(Status, Counter); KILL_STATUSES.len()],
+    rule_kills: Family<[(&'static str, String); 2], Counter>,
     dropped: Counter,
     resyncs: Counter,
     latency: Histogram,
@@ -110,6 +111,7 @@ impl Metrics {
             closes: ByProtocol::of(&register(r, "closes", "Sockets that ceased to listen since the agent started")),
             conflicts: register(r, "conflicts", "Binds and listens that failed because the address was in use"),
             kills: KILL_STATUSES.map(|(status, label)| (status, kills.get_or_create(&[("status", label)]).clone())),
+            rule_kills: register(r, "rule_kills", "Ports that rules were to free, by rule and what became of them"),
             dropped: register(r, "events_dropped", "Records that the kernel could not deliver"),
             resyncs: register(r, "resyncs", "Times that the table was read anew because records were lost"),
             latency,
@@ -180,6 +182,20 @@ impl Metrics {
     pub fn kill(&self, status: Status) {
         if let Some((_, counter)) = self.kills.iter().find(|(known, _)| *known == status) {
             counter.inc();
+        }
+    }
+
+    /// There is a rule of this name: its counters begin at 0.
+    pub fn rule(&self, name: &str) {
+        for (_, status) in KILL_STATUSES {
+            drop(self.rule_kills.get_or_create(&[("rule", name.to_owned()), ("status", status.to_owned())]));
+        }
+    }
+
+    /// Takes in what became of a port that a rule was to free; it is among the [kills](Metrics::kill), too.
+    pub fn rule_kill(&self, name: &str, status: Status) {
+        if let Some((_, status)) = KILL_STATUSES.iter().find(|(known, _)| *known == status) {
+            self.rule_kills.get_or_create(&[("rule", name.to_owned()), ("status", (*status).to_owned())]).inc();
         }
     }
 

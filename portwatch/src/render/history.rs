@@ -185,6 +185,7 @@ fn ended(life: &Life, view: &View<'_>) -> String {
         None => "open".to_owned(),
         Some(Ended::AgentStopped) => "agent stopped".to_owned(),
         Some(Ended::Killed) => match life.kills.last() {
+            Some(Kill { by, .. }) if by.is_rule() => format!("killed by {}", escape(&by.name)),
             Some(kill) => format!("killed by {}", view.user(kill.by.uid)),
             None => "killed".to_owned(),
         },
@@ -205,8 +206,11 @@ fn notes(life: &Life, times: &Times, view: &View<'_>) -> Vec<String> {
         notes.push((*first, text));
     }
     for Kill { at, by, targets, status } in life.kills.iter().filter(|kill| kill.status != "cleaned") {
-        let (name, user) = (escape(&by.name), view.user(by.uid));
-        let asked = format!("{} {name} ({}) {user} asked to kill {}", times.text(*at, view), by.pid, escape(targets));
+        let who = match (escape(&by.name), by.is_rule()) {
+            (name, true) => name.into_owned(),
+            (name, false) => format!("{name} ({}) {}", by.pid, view.user(by.uid)),
+        };
+        let asked = format!("{} {who} asked to kill {}", times.text(*at, view), escape(targets));
         notes.push((*at, format!("{asked}: {}", escape(status))));
     }
     notes.sort_by_key(|(at, _)| *at);

@@ -6,6 +6,7 @@
 pub mod diagnosis;
 pub mod history;
 pub mod json;
+pub mod rules;
 pub mod servers;
 pub mod table;
 pub mod text;

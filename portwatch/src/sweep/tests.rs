@@ -204,6 +204,45 @@ fn root_removes_only_what_the_user_could_remove_himself() {
     assert_eq!(fs::metadata("/proc/thread-self").unwrap().uid(), 0);
 }
 
+/// In a mount namespace of this thread, which `/proc/self/mountinfo`, the leader's, does not tell of: so nothing but the
+/// kernel's refusal to cross a mount stands between.
+#[test]
+fn what_is_mounted_in_it_meanwhile_stays() {
+    use nix::mount::{MsFlags, mount};
+    use nix::sched::{CloneFlags, unshare};
+    if own_uid() != 0 {
+        eprintln!("NOT TESTED: only root can mount");
+        return;
+    }
+    let (_place, path) = scene();
+    let (web, outside) = (path.join("web_1"), path.join("outside"));
+    fs::create_dir_all(web.join("in/side")).unwrap();
+    fs::write(web.join("file"), "x").unwrap();
+    fs::create_dir(&outside).unwrap();
+    fs::write(outside.join("canary"), "alive").unwrap();
+    fs::write(web.join("mounted"), "").unwrap();
+    let within = |on: &Path, what: &Path| {
+        std::thread::scope(|scope| {
+            let work = scope.spawn(|| {
+                unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_FS).unwrap();
+                let none = None::<&str>;
+                mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+                let pin = pinned(&web, 0);
+                mount(Some(what), on, none, MsFlags::MS_BIND, none).unwrap();
+                reason(remove(&pin, &glob_in(&path)))
+            });
+            work.join().unwrap()
+        })
+    };
+    assert_eq!(within(&web, &outside), "its name leads to something else now");
+    assert_eq!(within(&web, &web), "something is mounted on it");
+    let file = within(&web.join("mounted"), &outside.join("canary"));
+    assert!(file.starts_with("'mounted' in it cannot be removed: "), "{file}");
+    fs::create_dir_all(web.join("in/side")).unwrap();
+    assert_eq!(within(&web.join("in/side"), &outside), "'side' in it is a mount point");
+    assert_eq!(fs::read_to_string(outside.join("canary")).unwrap(), "alive");
+}
+
 #[test]
 fn work_has_no_capability_and_leaves_this_thread_its_own() {
     let status = || fs::read_to_string("/proc/thread-self/status").unwrap();
