@@ -12,6 +12,7 @@
 #![expect(unreachable_pub, reason = "a program exports nothing: pub says that other modules use it")]
 #![expect(missing_debug_implementations, reason = "nobody prints a test or a running watch")]
 
+mod access;
 mod agent;
 mod chaos;
 mod container;
@@ -103,6 +104,7 @@ fn main() -> ExitCode {
         wait::trials(),
         shell::trials(),
         agent::trials(),
+        access::trials(),
         faults::trials(),
         chaos::trials(),
         metrics::trials(),
