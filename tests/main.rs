@@ -14,6 +14,7 @@
 #![expect(unreachable_pub, reason = "a program exports nothing: pub says that other modules use it")]
 #![expect(missing_debug_implementations, reason = "nobody prints a test or a running watch")]
 
+mod access;
 mod agent;
 mod agent_kill;
 mod chaos;
@@ -120,6 +121,7 @@ fn main() -> ExitCode {
         shell::trials(),
         agent::trials(),
         agent_kill::trials(),
+        access::trials(),
         faults::trials(),
         chaos::trials(),
         metrics::trials(),
