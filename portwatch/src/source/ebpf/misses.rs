@@ -8,9 +8,9 @@
 //!
 //! Who notices? Nothing wakes us for a skipped run itself. So the number is asked for
 //! - [`AFTER`] a record was taken, once for all that came meanwhile. Not at once: the run that was in the way submits its
-//!   record, which wakes us, which preempts it before it is over. That is how most are skipped (with `preempt=full`, a
-//!   fourth of 20,000 listeners that eight processes open as fast as they can), and only then. So a record costs no
-//!   system call, a second of events without pause a hundred looks, and the last record one look, and then none.
+//!   record, which wakes us, which may preempt it before it is over. (Seen on 6.12 with `preempt=full`, tier fexit: of
+//!   20,000 listeners that eight processes open as fast as they can, a fourth was skipped.) So a record costs no system
+//!   call, a second of events without pause a hundred looks, and the last record one look, and then none.
 //! - whenever somebody asks what is open: an answer never lacks what was skipped before the question.
 //!
 //! What is left: a run that was in the way and had nothing to tell (the end of an unbound UDP socket), or was kept from
