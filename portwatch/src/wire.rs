@@ -92,6 +92,10 @@ pub enum Response {
         /// Of each holder, in the order of `holders`: nearest first. In answers to `who`.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         ancestors: Vec<Vec<Ancestor>>,
+        /// Of the binder when it opened, nearest first, those that have ended since among them. In answers to `who`, where
+        /// the agent saw it open.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        lineage: Vec<Ancestor>,
     },
     /// All that was open when watching began has been told; changes follow.
     Watching {

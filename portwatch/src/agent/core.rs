@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 
 use super::kill::Killed;
+use super::lineages::Lineages;
 use super::peer::Load;
 use crate::history::{self, Recorder};
 use crate::metrics::{Metrics, Totals};
-use crate::model::{BootNs, Change, Listener};
+use crate::model::{Ancestor, BootNs, Change, Listener};
 use crate::select::Selector;
 use crate::service::Watchdog;
 use crate::source::process;
@@ -26,6 +27,11 @@ pub(super) enum Ask {
     List {
         selector: Box<Selector>,
         reply: oneshot::Sender<Vec<Listener>>,
+    },
+    /// The same, each with out of whom it came when it opened.
+    Who {
+        selector: Box<Selector>,
+        reply: oneshot::Sender<Vec<(Listener, Vec<Ancestor>)>>,
     },
     /// The listeners now, and every change from now on.
     Watch {
@@ -73,6 +79,7 @@ impl Subscriber {
 pub(super) struct Core {
     tracker: Tracker,
     subscribers: Vec<Subscriber>,
+    lineages: Lineages,
     /// Questions that are not answered yet, and when they were asked.
     waiting: Vec<(BootNs, Ask)>,
     load: Load,
@@ -94,6 +101,7 @@ impl Core {
             watchdog: Watchdog::from_env(),
             tracker,
             subscribers: Vec::new(),
+            lineages: Lineages::default(),
             waiting: Vec::new(),
             load,
             started: Instant::now(),
@@ -150,6 +158,7 @@ impl Core {
         self.metrics.batch(clock.now_boot_ns, changes.iter().map(Change::at));
         self.subscribers.retain(|subscriber| !subscriber.is_gone());
         for change in changes {
+            self.lineages.apply(&change);
             self.metrics.change(&change);
             if let Some(history) = &mut self.history {
                 history.change(&change, &clock);
@@ -176,6 +185,10 @@ impl Core {
             Ask::List { selector, reply } => {
                 let all = self.tracker.table().listeners();
                 let _ = reply.send(all.filter(|listener| selector.matches(listener, now)).cloned().collect());
+            }
+            Ask::Who { selector, reply } => {
+                let all = self.tracker.table().listeners().filter(|listener| selector.matches(listener, now));
+                let _ = reply.send(all.map(|listener| (listener.clone(), self.lineages.of(listener))).collect());
             }
             Ask::Watch { reply } => {
                 let (queue, changes) = mpsc::channel(QUEUE);

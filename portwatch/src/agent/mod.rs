@@ -14,6 +14,7 @@
 mod access;
 mod core;
 mod kill;
+mod lineages;
 mod peer;
 mod socket;
 

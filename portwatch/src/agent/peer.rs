@@ -188,8 +188,8 @@ impl Peer {
                     let first = r#"the first line must be {"request":"hello","version":1}"#;
                     return self.refuse(ErrorKind::Usage, first).await;
                 }
-                Request::List { selection } => self.list(&selection, identity, false).await?,
-                Request::Who { selection } => self.list(&selection, identity, true).await?,
+                Request::List { selection } => self.list(&selection, identity).await?,
+                Request::Who { selection } => self.who(&selection, identity).await?,
                 Request::History { selection, from, limit } => self.history(&selection, identity, from, limit).await?,
                 Request::Mark { name } => self.mark(name, identity).await?,
                 Request::Marked { name } => self.marked(name, identity).await?,
@@ -263,13 +263,24 @@ impl Peer {
         }
     }
 
-    async fn list(&mut self, selection: &Selection, identity: Identity, ancestors: bool) -> Result<(), End> {
+    async fn list(&mut self, selection: &Selection, identity: Identity) -> Result<(), End> {
         let Some(selector) = self.selector(selection, identity).await? else { return Ok(()) };
         let listeners = self.ask(|reply| Ask::List { selector: Box::new(selector), reply }).await?;
         let count = listeners.len();
         for listener in listeners {
-            let ancestors = if ancestors { ancestors_of(&listener) } else { Vec::new() };
-            self.send(&Response::Listener { listener, ancestors }).await?;
+            self.send(&Response::Listener { listener, ancestors: Vec::new(), lineage: Vec::new() }).await?;
+        }
+        self.send(&Response::End { count, more: false }).await?;
+        self.flush().await
+    }
+
+    async fn who(&mut self, selection: &Selection, identity: Identity) -> Result<(), End> {
+        let Some(selector) = self.selector(selection, identity).await? else { return Ok(()) };
+        let listeners = self.ask(|reply| Ask::Who { selector: Box::new(selector), reply }).await?;
+        let count = listeners.len();
+        for (listener, lineage) in listeners {
+            let ancestors = ancestors_of(&listener);
+            self.send(&Response::Listener { listener, ancestors, lineage }).await?;
         }
         self.send(&Response::End { count, more: false }).await?;
         self.flush().await
@@ -385,7 +396,7 @@ impl Peer {
             let mut shown = Shown::default();
             for listener in listeners.into_iter().filter(|listener| selector.matches(listener, at)) {
                 shown.add(&listener);
-                self.send(&Response::Listener { listener, ancestors: Vec::new() }).await?;
+                self.send(&Response::Listener { listener, ancestors: Vec::new(), lineage: Vec::new() }).await?;
             }
             self.send(&Response::Watching { at }).await?;
             self.flush().await?;
