@@ -25,7 +25,7 @@ const NOBODY: u32 = 65534;
 pub struct Agent {
     child: Child,
     pidfd: OwnedFd,
-    socket: PathBuf,
+    pub socket: PathBuf,
 }
 
 impl Agent {
@@ -33,12 +33,12 @@ impl Agent {
         Agent::start_with(stage, &[])
     }
 
-    fn start_with(stage: &Stage, arguments: &[&str]) -> Agent {
+    pub fn start_with(stage: &Stage, arguments: &[&str]) -> Agent {
         let socket = stage.path("agent.sock");
         Agent::of(with_socket(&[&["agent"], arguments].concat(), &socket), socket)
     }
 
-    fn of(mut command: Command, socket: PathBuf) -> Agent {
+    pub fn of(mut command: Command, socket: PathBuf) -> Agent {
         let mut child = command.spawn().expect("cannot run portwatch agent");
         let mut line = String::new();
         let mut errors = BufReader::new(child.stderr.take().expect("piped"));
@@ -53,15 +53,15 @@ impl Agent {
     }
 
     /// A verb that must ask this agent.
-    fn command(&self, arguments: &[&str]) -> Command {
+    pub fn command(&self, arguments: &[&str]) -> Command {
         with_socket(&[arguments, &["--agent"]].concat(), &self.socket)
     }
 
-    fn portwatch(&self, arguments: &[&str]) -> Run {
+    pub fn portwatch(&self, arguments: &[&str]) -> Run {
         finish(self.command(arguments).spawn().expect("cannot run portwatch"))
     }
 
-    fn connect(&self) -> Client {
+    pub fn connect(&self) -> Client {
         let stream = UnixStream::connect(&self.socket).expect("the agent's socket");
         stream.set_read_timeout(Some(PATIENCE)).expect("a time-out");
         stream.set_write_timeout(Some(PATIENCE)).expect("a time-out");
@@ -74,11 +74,11 @@ impl Agent {
         watch
     }
 
-    fn signal(&self, signal: Signal) {
+    pub fn signal(&self, signal: Signal) {
         rustix::process::pidfd_send_signal(&self.pidfd, signal).expect("the agent is gone");
     }
 
-    fn end(&mut self, signal: Signal) -> Option<i32> {
+    pub fn end(&mut self, signal: Signal) -> Option<i32> {
         self.signal(signal);
         assert!(wait_readable(&self.pidfd), "the agent does not end");
         self.child.wait().expect("wait").code()
@@ -106,29 +106,29 @@ impl Drop for Agent {
     }
 }
 
-fn with_socket(arguments: &[&str], socket: &std::path::Path) -> Command {
+pub fn with_socket(arguments: &[&str], socket: &std::path::Path) -> Command {
     let mut command = command(arguments);
     command.env("PORTWATCH_SOCKET", socket).env("PORTWATCH_STATE", socket.parent().expect("a directory"));
     command
 }
 
 /// A client that says what it likes.
-struct Client(BufReader<UnixStream>);
+pub struct Client(BufReader<UnixStream>);
 
 impl Client {
-    fn say(&mut self, line: &str) -> &mut Self {
+    pub fn say(&mut self, line: &str) -> &mut Self {
         self.0.get_mut().write_all(format!("{line}\n").as_bytes()).expect("writing to the agent");
         self
     }
 
-    fn hello(mut self) -> Self {
+    pub fn hello(mut self) -> Self {
         self.say(r#"{"request":"hello","version":1}"#);
         assert_eq!(self.hear()["response"], "hello");
         self
     }
 
     /// The next line; `null` where the agent hung up.
-    fn hear(&mut self) -> Value {
+    pub fn hear(&mut self) -> Value {
         let mut line = String::new();
         match self.0.read_line(&mut line) {
             Ok(0) => Value::Null,
@@ -140,7 +140,7 @@ impl Client {
     }
 
     #[track_caller]
-    fn hear_error(&mut self, kind: &str) -> String {
+    pub fn hear_error(&mut self, kind: &str) -> String {
         let answer = self.hear();
         assert_eq!((&answer["response"], &answer["kind"]), (&"error".into(), &kind.into()), "{answer}");
         answer["message"].as_str().expect("a message").to_owned()
@@ -416,7 +416,7 @@ pub fn trials() -> Vec<Test> {
                     _ => {}
                 }
             }
-            assert_eq!(answers, 3);
+            assert_eq!(answers, 8);
         }),
         test("agent::a_connection_begins_with_hello_in_the_right_version", || {
             let stage = Stage::new();

@@ -12,6 +12,7 @@
 #![expect(missing_debug_implementations, reason = "nobody prints a test or a running watch")]
 
 mod agent;
+mod agent_kill;
 mod container;
 mod diagnose;
 mod dockerd;
@@ -102,6 +103,7 @@ fn main() -> ExitCode {
         wait::trials(),
         shell::trials(),
         agent::trials(),
+        agent_kill::trials(),
         metrics::trials(),
         service::trials(),
         hostile::trials(),

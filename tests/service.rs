@@ -3,9 +3,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::CString;
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -17,6 +19,7 @@ use seccompiler::{
 };
 use serde_json::Value;
 
+use crate::agent::Agent;
 use crate::puppet::{Puppet, Sock, Stage};
 use crate::subject::{self, Run, binary, finish, plain_command, portwatch, skip};
 use crate::watcher::Watch;
@@ -340,6 +343,41 @@ pub fn trials() -> Vec<Test> {
         works(&sandbox, probe);
     }));
     tests.extend([
+        test("service::the_agent_within_it_ends_what_its_peers_may", || {
+            // The number of the descriptor that a service manager passes, so that the program has another.
+            let _three = File::open("/dev/null").expect("/dev/null");
+            let Some(mut sandbox) = Sandbox::new() else { return };
+            if Command::new("systemd-analyze").arg("--version").output().is_ok() {
+                sandbox.system_calls = Some(system_calls());
+            }
+            let scene = Scene::new();
+            let socket = scene.stage.path("agent.sock");
+            let listener = UnixListener::bind(&socket).expect("a socket");
+            fs::set_permissions(&socket, Permissions::from_mode(0o666)).expect("chmod");
+            let mut command = sandbox.command(&["agent", "--no-history"]);
+            command.env("LISTEN_FDS", "1");
+            let passed = listener.as_raw_fd();
+            // SAFETY: dup2 is a bare system call, which may be made between fork and exec.
+            unsafe { command.pre_exec(move || check(libc::dup2(passed, 3))) };
+            let agent = Agent::of(command, socket.clone());
+            let copy = scene.stage.path("portwatch");
+            fs::copy(binary(), &copy).expect("copying the binary");
+            let as_nobody = |sock: &Sock| {
+                let target = format!("{}/tcp", sock.port());
+                let mut command = plain_command(&copy, &["kill", &target, "--json", "--agent"]);
+                command.env("PORTWATCH_SOCKET", &socket).uid(NOBODY).gid(NOBODY).current_dir("/");
+                finish(command.spawn().expect("portwatch as nobody"))
+            };
+            let denied = as_nobody(&scene.root.1).expect(3).json();
+            assert_eq!(denied[0]["failed"][0]["pid"], scene.root.0.pid, "{denied}");
+            assert_eq!(
+                as_nobody(&scene.nobody.1).expect(0).json()[0]["killed"],
+                serde_json::json!([scene.nobody.0.pid])
+            );
+            scene.nobody.0.wait();
+            agent.portwatch(&["kill", &format!("{}/tcp", scene.root.1.port())]).expect(0);
+            scene.root.0.wait();
+        }),
         test("service::the_best_tier_is_the_one_that_root_has", || {
             let Some(sandbox) = Sandbox::new() else { return };
             let (within, without) =

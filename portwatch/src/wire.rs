@@ -9,7 +9,8 @@
 //!                                    ◄──  {"response":"end","count":2}
 //! ```
 //! A request is answered before the next one is read. Every answer ends with `end` or `error`; that of `watch` ends
-//! with the connection. Requests are bounded to [`MAX_REQUEST`] bytes; no answer's line is longer than a listener.
+//! with the connection, and that of `kill` may wait for a `confirm` in between. Requests are bounded to [`MAX_REQUEST`]
+//! bytes; no answer's line is longer than a listener, or the plan of a kill.
 //! Times are nanoseconds since boot of the host that both share.
 
 mod kill;

@@ -22,8 +22,8 @@ use tokio::sync::mpsc;
 use super::access::Identity;
 use super::core::Ask;
 use crate::history::Requester;
-use crate::kill::{Choice, Guards, Job, Options, Outcome, Plan, concern};
-use crate::model::{BootNs, Listener};
+use crate::kill::{Choice, Guards, Job, Options, Outcome, Plan, Progress, concern};
+use crate::model::{BootNs, Listener, Process};
 use crate::select::Selector;
 use crate::source::{Probe, Scanner, process, stat};
 use crate::wire::{ErrorKind, Kill, Response};
@@ -39,14 +39,42 @@ const QUEUE: usize = 1024;
 /// Of the descriptors that connections need as well, so many may be pidfds of one kill.
 const PIDFDS: usize = 256;
 
-/// The kills that are under way, by the uid that asked for them.
+/// Scanners that are kept from one kill to the next. Each takes some memory in the kernel.
+const SCANNERS: usize = 2;
+
+/// The kills that are under way.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Kills(Arc<Mutex<HashMap<u32, usize>>>);
+pub(super) struct Kills {
+    /// How many, by the uid that asked for them.
+    under_way: Arc<Mutex<HashMap<u32, usize>>>,
+    /// Those that nobody needs now: to open one takes longer than all the rest of a kill.
+    scanners: Arc<Mutex<Vec<Scanner>>>,
+}
 
 impl Kills {
+    /// Does something with a scanner. One is opened at a time: that takes a processor, and what the loader needs to know of
+    /// the kernel's types is most of the agent's memory.
+    fn with_scanner<T>(&self, act: impl FnOnce(&mut Scanner) -> anyhow::Result<T>) -> anyhow::Result<T> {
+        let scanners = || self.scanners.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut spare = scanners();
+        let mut scanner = spare.pop().unwrap_or_else(|| {
+            let scanner = Scanner::open(Probe::Auto);
+            super::give_back_memory();
+            scanner
+        });
+        drop(spare);
+        // After an error it is not used again.
+        let done = act(&mut scanner)?;
+        let mut spare = scanners();
+        if spare.len() < SCANNERS {
+            spare.push(scanner);
+        }
+        Ok(done)
+    }
+
     /// Takes a place, if there is one.
     fn enter(&self, uid: u32) -> Option<Place> {
-        let mut kills = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut kills = self.under_way.lock().unwrap_or_else(PoisonError::into_inner);
         let (total, own) = (kills.values().sum::<usize>(), kills.get(&uid).copied().unwrap_or(0));
         let most = if uid == 0 { KILLS } else { KILLS - RESERVED };
         if total >= most || (uid != 0 && own >= KILLS_OF_ONE) {
@@ -66,7 +94,7 @@ struct Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let mut kills = self.kills.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut kills = self.kills.under_way.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(own) = kills.get_mut(&self.uid) {
             *own -= 1;
             if *own == 0 {
@@ -139,7 +167,7 @@ pub(super) fn begin(
         teller,
         gate,
         asks: asks.clone(),
-        _place: place,
+        place,
     };
     let spawned = thread::Builder::new().name("kill".to_owned()).spawn(move || work.done());
     spawned.map_err(|error| (ErrorKind::Failed, format!("cannot start a thread for the kill: {error}")))?;
@@ -159,7 +187,7 @@ struct Work {
     teller: mpsc::Sender<Response>,
     gate: std_mpsc::Receiver<()>,
     asks: mpsc::Sender<Ask>,
-    _place: Place,
+    place: Place,
 }
 
 impl Work {
@@ -174,13 +202,12 @@ impl Work {
             }
         };
         self.tell(last);
-        super::give_back_memory();
     }
 
     /// How many outcomes were told; `None` where the peer did not agree.
     fn work(&mut self) -> anyhow::Result<Option<usize>> {
-        let mut scanner = Scanner::open(Probe::Auto);
-        let choice = Choice::read(&mut scanner, &self.selector)?;
+        let kills = self.place.kills.clone();
+        let choice = kills.with_scanner(|scanner| Choice::read(scanner, &self.selector))?;
         let job = Job::prepare(choice, &self.request.terms(), self.guards.clone())?;
         let concerns = concern::concerns(job.plan(), self.by.uid, false, &|pid| stat::read(pid).ok());
         self.tell(Response::Plan { plan: Box::new(without_holders(job.plan())), concerns });
@@ -196,12 +223,13 @@ impl Work {
         }
         let listeners = job.plan().listeners.clone();
         let teller = self.teller.clone();
-        let outcomes = job.run(&mut scanner, self.options, &mut |progress| {
-            let name = progress.process.name.clone();
+        let mut tell = |progress: &Progress<'_>| {
+            let Process { id, name, .. } = progress.process;
             // A peer that does not read misses some of it, and holds up nobody.
-            let _ =
-                teller.try_send(Response::Progress { pid: progress.process.id.pid, name, step: progress.step.clone() });
-        })?;
+            let told = Response::Progress { pid: id.pid, name: name.clone(), step: progress.step.clone() };
+            let _ = teller.try_send(told);
+        };
+        let outcomes = kills.with_scanner(|scanner| job.run(scanner, self.options, &mut tell))?;
         self.log(&outcomes);
         let killed = Killed {
             at: self.at,
@@ -257,6 +285,6 @@ mod tests {
         drop(of_one);
         assert!(kills.enter(1000).is_some());
         drop((of_others, of_root));
-        assert!(kills.0.lock().unwrap().is_empty());
+        assert!(kills.under_way.lock().unwrap().is_empty());
     }
 }

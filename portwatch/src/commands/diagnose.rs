@@ -10,8 +10,9 @@ use portwatch::model::{Listener, Protocol};
 use portwatch::render::{diagnosis, json};
 use portwatch::select::{Target, builtin_sets, parse_targets};
 use portwatch::source::{Scanner, netns};
+use portwatch::wire::{Request, Response, Scope, Selection};
 
-use super::{Users, explain, note, print, view, works_alone};
+use super::{Users, block_on, explain, note, print, reach_agent, view};
 use crate::cli::{Globals, Netns};
 use crate::exit_codes::{NO, Usage};
 
@@ -47,7 +48,6 @@ pub(crate) struct DiagnoseArgs {
 }
 
 pub(crate) fn run(args: &DiagnoseArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
-    works_alone(globals)?;
     let asked = questions(args)?;
     let questions: Vec<Question> = asked.iter().map(|asked| asked.question).collect();
     let look = || {
@@ -68,6 +68,7 @@ pub(crate) fn run(args: &DiagnoseArgs, globals: &Globals) -> anyhow::Result<Exit
         Netns::Id(id) => netns::enter(&netns::open(id)?, look)?,
         Netns::All => return Err(Usage("diagnose looks in one network namespace; give its number".to_owned()).into()),
     };
+    facts.learn(ask_agent(&questions, globals)?);
     ask_engine(&mut facts, &questions, is_own);
     let mut diagnoses: Vec<Diagnosis> = Vec::new();
     for Asked { question, is_implied } in asked {
@@ -89,6 +90,23 @@ pub(crate) fn run(args: &DiagnoseArgs, globals: &Globals) -> anyhow::Result<Exit
         note(&portwatch::render::escape(unseen));
     }
     Ok(if diagnoses.iter().all(Diagnosis::is_free) { ExitCode::SUCCESS } else { ExitCode::from(NO) })
+}
+
+/// Who holds the ports as the agent sees it; nothing where none answers.
+fn ask_agent(questions: &[Question], globals: &Globals) -> anyhow::Result<Vec<Listener>> {
+    let targets = questions.iter().map(|question| format!("{}/{}", question.port, question.proto)).collect();
+    let selection = Selection { targets, netns: Scope::All, ..Selection::default() };
+    let told = block_on(async {
+        match reach_agent(globals).await? {
+            Some(mut client) => Ok(client.ask(&Request::List { selection }).await?.0),
+            None => Ok(Vec::new()),
+        }
+    });
+    let listeners = told?.into_iter().filter_map(|response| match response {
+        Response::Listener { listener, .. } => Some(listener),
+        _ => None,
+    });
+    Ok(listeners.collect())
 }
 
 /// Asks the container engine who publishes the ports that a proxy holds, or nobody: packet filter rules lead into

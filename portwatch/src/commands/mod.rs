@@ -171,14 +171,6 @@ pub(crate) async fn reach_agent(globals: &Globals) -> anyhow::Result<Option<Clie
     }
 }
 
-/// For a verb that does its work itself, whether an agent is there or not.
-pub(crate) fn works_alone(globals: &Globals) -> anyhow::Result<()> {
-    if globals.agent {
-        return Err(Usage("this verb does not ask the agent; leave out --agent".to_owned()).into());
-    }
-    Ok(())
-}
-
 /// Runs what talks to the agent.
 pub(crate) fn block_on<T>(future: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     runtime()?.block_on(future)

@@ -110,6 +110,22 @@ pub fn read(questions: &[Question], scanner: &mut Scanner, extent: Extent) -> an
 }
 
 impl Facts {
+    /// Takes in listeners on the same ports from the agent, who sees the holders of all of them, and into every network
+    /// namespace. Which sockets are there in this one, the kernel has told us.
+    pub fn learn(&mut self, told: Vec<Listener>) {
+        for listener in told {
+            let pids = listener.holders.iter().map(|holder| holder.process.id.pid);
+            let states: Vec<(u32, char)> = pids.filter_map(|pid| Some((pid, stat::read(pid).ok()?.state))).collect();
+            let inode = listener.socket.id.inode;
+            match self.listeners.iter_mut().find(|known| inode != 0 && known.socket.id.inode == inode) {
+                Some(known) if known.holders.len() < listener.holders.len() => known.holders = listener.holders,
+                None if listener.socket.netns != self.netns => self.listeners.push(listener),
+                _ => continue,
+            }
+            self.states.extend(states);
+        }
+    }
+
     fn read_attached(&mut self, asked: &HashSet<(u16, Protocol)>, scanner: &mut Scanner) -> anyhow::Result<()> {
         let mut sockets: Vec<PortSocket> = Vec::new();
         for proto in [Protocol::Tcp, Protocol::Udp] {

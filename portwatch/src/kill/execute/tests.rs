@@ -1,4 +1,6 @@
 use std::cell::RefCell;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::*;
 use crate::engine::Container;
@@ -45,6 +47,34 @@ fn term_ends_a_polite_server() {
     assert_eq!((outcome.status, &outcome.killed[..]), (Status::Cleaned, &[server.pid()][..]), "{outcome:?}");
     assert!(outcome.forced.is_empty() && outcome.failed.is_empty() && !outcome.still_listening);
     assert!(outcome.remaining_pids.is_empty() && outcome.diagnostics.is_none(), "{outcome:?}");
+}
+
+/// Somebody else asks: what it may do is decided again right before the signal, of the very process.
+#[test]
+fn permission_that_was_lost_since_the_plan_is_denied() {
+    let (server, port) = serve(POLITE);
+    let is_allowed = Arc::new(AtomicBool::new(true));
+    let asked = Arc::clone(&is_allowed);
+    let forbidden = move |_| (!asked.load(Ordering::Relaxed)).then(|| "not permitted: x".to_owned());
+    let guards = Guards::for_peer(std::process::id(), false, &stat_of, forbidden);
+    let plan = Plan::new(scan(port.port), &[], &[], &guards, &stat_of);
+    assert_eq!((plan.victims.len(), plan.refused.len()), (1, 0));
+    is_allowed.store(false, Ordering::Relaxed);
+    let outcome = execute(
+        plan,
+        quick(),
+        &mut World {
+            rescan: &mut || Ok(scan(port.port)),
+            holds: &holds,
+            guards: &guards,
+            stop: &mut nothing,
+            addresses: &|_| Vec::new(),
+            progress: &mut |progress| assert!(!matches!(progress.step, Step::Sent { .. }), "{progress:?}"),
+        },
+    );
+    let outcome = outcome.unwrap().remove(0);
+    assert_eq!((outcome.status, &outcome.failed[0].reason[..]), (Status::Denied, "not permitted: x"), "{outcome:?}");
+    assert_eq!(outcome.remaining_pids, [server.pid()]);
 }
 
 #[test]
