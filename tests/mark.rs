@@ -205,9 +205,12 @@ fn job(uid: u32, with_agent: bool) {
     let (stays, restarts) = (yard.server(uid), yard.server(uid));
     let (_sock, before) = (stays.serve(), restarts.serve());
     let run = yard.portwatch(&["mark", "--name", "job-1"]).expect(0);
-    let keeper =
-        if with_agent { "by the agent".to_owned() } else { format!("in {}", yard.home("portwatch/marks").display()) };
-    assert!(run.text().ends_with(&format!(" as job-1, kept {keeper}\n")), "{}", run.text());
+    // On a host that is too busy for an agent to greet in time, the client does without, and says so.
+    let by_agent = with_agent && !run.errors().contains("working alone");
+    let marks = yard.home("portwatch/marks");
+    let keeper = if by_agent { "by the agent".to_owned() } else { format!("in {}", marks.display()) };
+    let (text, errors) = (run.text(), run.errors());
+    assert!(text.ends_with(&format!(" as job-1, kept {keeper}\n")), "{text}{errors}");
     restarts.close(before.fd);
     restarts.serve();
     let stranger = yard.server(if uid == OTHER { USER } else { OTHER });
