@@ -205,9 +205,12 @@ fn job(uid: u32, with_agent: bool) {
     let (stays, restarts) = (yard.server(uid), yard.server(uid));
     let (_sock, before) = (stays.serve(), restarts.serve());
     let run = yard.portwatch(&["mark", "--name", "job-1"]).expect(0);
-    let keeper =
-        if with_agent { "by the agent".to_owned() } else { format!("in {}", yard.home("portwatch/marks").display()) };
-    assert!(run.text().ends_with(&format!(" as job-1, kept {keeper}\n")), "{}", run.text());
+    // On a host that is too busy for an agent to greet in time, the client does without, and says so.
+    let by_agent = with_agent && !run.errors().contains("working alone");
+    let marks = yard.home("portwatch/marks");
+    let keeper = if by_agent { "by the agent".to_owned() } else { format!("in {}", marks.display()) };
+    let (text, errors) = (run.text(), run.errors());
+    assert!(text.ends_with(&format!(" as job-1, kept {keeper}\n")), "{text}{errors}");
     restarts.close(before.fd);
     restarts.serve();
     let stranger = yard.server(if uid == OTHER { USER } else { OTHER });
@@ -324,6 +327,31 @@ fn names() {
     assert_eq!(fs::metadata(yard.stage.path("marks")).expect("marks").permissions().mode() & 0o7777, 0o700);
 }
 
+/// Where the agent saw a server open, the report has those who started it, also those who have ended since.
+fn lineage() {
+    let Some(yard) = Yard::new(0, true) else { return };
+    yard.portwatch(&["mark", "--name", "job"]).expect(0);
+    let (program, control) = yard.stage.recipe();
+    let (name, value) = control.split_once('=').expect("a variable");
+    let mut script = yard.command("/bin/sh");
+    script.args(["-c", "sh -c '\"$PROGRAM\" & wait' & read line"]).env("PROGRAM", program).env(name, value);
+    script.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut script = script.spawn().expect("a shell");
+    let server = yard.stage.admit();
+    let port = server.serve().port().to_string();
+    // The agent answers when it has seen what the asking one has.
+    let run = yard.portwatch(&["list", &port, "--agent"]).expect(0);
+    assert!(run.text().contains(&port), "{}", run.text());
+    drop(script.stdin.take());
+    script.wait().expect("wait");
+    let run = yard.portwatch(&["kill", "--since", "job", "--yes", "--report", "leaks.json"]).expect(0);
+    assert!(run.text().contains(&format!("sh ({})", script.id())), "{}", run.text());
+    let report: Value = serde_json::from_slice(&fs::read(yard.home("leaks.json")).expect("a report")).expect("JSON");
+    let ancestors = report["leaks"][0]["ancestors"].as_array().expect("ancestors");
+    assert_eq!(ancestors[1], serde_json::json!({"pid": script.id(), "name": "sh"}), "{report}");
+    server.wait();
+}
+
 /// A container that was made since goes with --stop-container; one from before stays, also when it was started anew.
 fn containers() {
     let Some(daemon) = dockerd::shared() else { return };
@@ -353,6 +381,7 @@ pub fn trials() -> Vec<Test> {
         test("mark::a_user_ends_the_leaks_of_a_job_exactly [agent]", || job(USER, true)),
         test("mark::a_mark_that_is_not_to_be_trusted_ends_nobody", bad_marks),
         test("mark::the_agent_keeps_marks_for_each_user", names),
+        test("mark::the_agent_remembers_out_of_whom_a_leak_came", lineage),
         test("mark::containers_made_since_are_stopped_and_older_ones_stay", containers),
     ];
     tests.extend(selectors::trials());

@@ -99,6 +99,10 @@ pub enum Response {
         /// Of each holder, in the order of `holders`: nearest first. In answers to `who`.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         ancestors: Vec<Vec<Ancestor>>,
+        /// Of the binder when it opened, nearest first, those that have ended since among them. In answers to `who`, where
+        /// the agent saw it open.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        lineage: Vec<Ancestor>,
     },
     /// A change from before watching began, as the history has it: every time in it is in ns since 1970, UTC, and of the
     /// holders only the binder is known. In the answer to `watch` with `since`: oldest first, before everything else.

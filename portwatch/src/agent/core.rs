@@ -6,13 +6,14 @@ use std::time::Duration;
 use tokio::sync::{broadcast, mpsc, oneshot};
 
 use super::kill::Killed;
+use super::lineages::Lineages;
 use super::load::Load;
 use super::rules::{Done, Rules, Step};
 use super::troubles::{About, Troubles};
 use crate::history::{self, Recorder, Requester, Utc};
 use crate::kill::plan::same_socket;
 use crate::metrics::{Metrics, Totals};
-use crate::model::{BootNs, Change, Listener};
+use crate::model::{Ancestor, BootNs, Change, Listener};
 use crate::rules::queue::Due;
 use crate::rules::{Action, Enforced, Rule, State};
 use crate::select::Selector;
@@ -35,7 +36,12 @@ pub(super) enum Ask {
         selector: Box<Selector>,
         reply: Reply<Vec<Listener>>,
     },
-    /// The same, and every change from now on, whatever it is about; with `since`, what happened before.
+    /// The same, each with out of whom it came when it opened.
+    Who {
+        selector: Box<Selector>,
+        reply: Reply<Vec<(Listener, Vec<Ancestor>)>>,
+    },
+    /// What the selection picks, and every change from now on, whatever it is about; with `since`, what happened before.
     Watch {
         selector: Box<Selector>,
         since: Option<Utc>,
@@ -75,6 +81,7 @@ pub(super) const MAX_PAST: usize = 10_000;
 pub(super) struct Core {
     tracker: Tracker,
     subscribers: broadcast::Sender<Arc<Change>>,
+    lineages: Lineages,
     /// Questions that are not answered yet, and when they were asked.
     waiting: Vec<(BootNs, Ask)>,
     load: Load,
@@ -106,6 +113,7 @@ impl Core {
             watchdog: Watchdog::from_env(),
             tracker,
             subscribers: broadcast::Sender::new(KEPT),
+            lineages: Lineages::default(),
             waiting: Vec::new(),
             load,
             troubles,
@@ -163,6 +171,7 @@ impl Core {
                 match ask {
                     Ask::List { reply, .. } => drop(reply.send(Err(trouble.clone()))),
                     Ask::Watch { reply, .. } => drop(reply.send(Err(trouble.clone()))),
+                    Ask::Who { reply, .. } => drop(reply.send(Err(trouble.clone()))),
                     Ask::Rules { reply } => drop(reply.send(Err(trouble.clone()))),
                     Ask::Status { .. } | Ask::Killed(_) | Ask::ReplaceRules { .. } => self.answer(ask),
                 }
@@ -211,6 +220,7 @@ impl Core {
         let clock = super::clock();
         self.metrics.batch(clock.now_boot_ns, changes.iter().map(Change::at));
         for change in changes {
+            self.lineages.apply(&change);
             self.metrics.change(&change);
             self.rules.change(&change);
             if let Some(history) = &mut self.history {
@@ -237,6 +247,10 @@ impl Core {
         match ask {
             Ask::List { selector, reply } => {
                 let _ = reply.send(Ok(self.listeners(&selector, now)));
+            }
+            Ask::Who { selector, reply } => {
+                let all = self.tracker.table().listeners().filter(|listener| selector.matches(listener, now));
+                let _ = reply.send(Ok(all.map(|listener| (listener.clone(), self.lineages.of(listener))).collect()));
             }
             Ask::Watch { selector, since, reply } => {
                 let changes = self.subscribers.subscribe();

@@ -16,6 +16,7 @@
 mod access;
 mod core;
 mod kill;
+mod lineages;
 mod load;
 mod peer;
 mod policy;

@@ -158,8 +158,8 @@ impl Peer {
                     let first = r#"the first line must be {"request":"hello","version":1}"#;
                     return self.refuse(ErrorKind::Usage, first).await;
                 }
-                Request::List { selection } => self.list(&selection, identity, place, false).await?,
-                Request::Who { selection } => self.list(&selection, identity, place, true).await?,
+                Request::List { selection } => self.list(&selection, identity, place).await?,
+                Request::Who { selection } => self.who(&selection, identity, place).await?,
                 Request::History { selection, from, limit } => {
                     self.history(&selection, identity, place, from, limit).await?;
                 }
@@ -243,30 +243,55 @@ impl Peer {
         }
     }
 
-    async fn list(
-        &mut self,
-        selection: &Selection,
-        identity: Identity,
-        place: &Place,
-        ancestors: bool,
-    ) -> Result<(), End> {
+    /// Asks for what may be much. Answers that wait for their turn take no memory: then it is asked anew.
+    async fn gather<'p, T>(
+        &self,
+        place: &'p Place,
+        ask: impl Fn(oneshot::Sender<Result<Vec<T>, String>>) -> Ask,
+    ) -> Result<Result<(Vec<T>, Option<Turn<'p>>), String>, End> {
+        match self.ask(&ask).await? {
+            Ok(few) if few.len() <= FEW => return Ok(Ok((few, None))),
+            Ok(many) => drop(many),
+            Err(trouble) => return Ok(Err(trouble)),
+        }
+        let turn = place.turn(Answer::List).await;
+        Ok(self.ask(&ask).await?.map(|all| (all, Some(turn))))
+    }
+
+    async fn list(&mut self, selection: &Selection, identity: Identity, place: &Place) -> Result<(), End> {
         let Some(selector) = self.selector(selection, identity).await? else { return Ok(()) };
-        let mut turn = None;
-        let listeners = loop {
-            let selector = Box::new(selector.clone());
-            match self.ask(|reply| Ask::List { selector, reply }).await? {
-                // Asked anew in its turn: answers that wait take no memory.
-                Ok(listeners) if listeners.len() > FEW && turn.is_none() => drop(listeners),
-                Ok(listeners) => break listeners,
-                Err(trouble) => return self.refuse(ErrorKind::Failed, &trouble).await,
-            }
-            turn = Some(place.turn(Answer::List).await);
+        let ask = |reply| Ask::List { selector: Box::new(selector.clone()), reply };
+        let (listeners, _turn) = match self.gather(place, ask).await? {
+            Ok(gathered) => gathered,
+            Err(trouble) => return self.refuse(ErrorKind::Failed, &trouble).await,
         };
+        let told = listeners.into_iter().map(|listener| (listener, Vec::new(), Vec::new()));
+        self.tell(told).await
+    }
+
+    async fn who(&mut self, selection: &Selection, identity: Identity, place: &Place) -> Result<(), End> {
+        let Some(selector) = self.selector(selection, identity).await? else { return Ok(()) };
+        let ask = |reply| Ask::Who { selector: Box::new(selector.clone()), reply };
+        let (listeners, _turn) = match self.gather(place, ask).await? {
+            Ok(gathered) => gathered,
+            Err(trouble) => return self.refuse(ErrorKind::Failed, &trouble).await,
+        };
+        let told = listeners.into_iter().map(|(listener, lineage)| {
+            let ancestors = ancestors_of(&listener);
+            (listener, ancestors, lineage)
+        });
+        self.tell(told).await
+    }
+
+    /// Listeners, each with the ancestors of its holders and its lineage.
+    async fn tell(
+        &mut self,
+        listeners: impl ExactSizeIterator<Item = (Listener, Vec<Vec<Ancestor>>, Vec<Ancestor>)>,
+    ) -> Result<(), End> {
         let tell = async {
             let count = listeners.len();
-            for listener in listeners {
-                let ancestors = if ancestors { ancestors_of(&listener) } else { Vec::new() };
-                self.send(&Response::Listener { listener, ancestors }).await?;
+            for (listener, ancestors, lineage) in listeners {
+                self.send(&Response::Listener { listener, ancestors, lineage }).await?;
             }
             self.send(&Response::End { count, more: false }).await?;
             self.flush().await
@@ -447,7 +472,7 @@ impl Peer {
             let begin = async {
                 for listener in listeners {
                     shown.add(&listener);
-                    self.send(&Response::Listener { listener, ancestors: Vec::new() }).await?;
+                    self.send(&Response::Listener { listener, ancestors: Vec::new(), lineage: Vec::new() }).await?;
                 }
                 self.send(&Response::Watching { at, more }).await?;
                 self.flush().await

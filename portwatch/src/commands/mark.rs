@@ -24,8 +24,9 @@ use portwatch::render::escape;
 use portwatch::source::{Scanner, process};
 use portwatch::wire::{Request, Response};
 
-use super::{block_on, explain, note, print, reach_agent, works_alone};
+use super::{block_on, explain, note, print, reach_agent};
 use crate::cli::{Globals, duration};
+use crate::exit_codes::Usage;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -56,7 +57,9 @@ fn name(text: &str) -> Result<String, String> {
 
 pub(crate) fn run(args: &MarkArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
     let Some(name) = &args.name else {
-        works_alone(globals)?;
+        if globals.agent {
+            return Err(Usage("the agent marks by name alone; add --name, or leave out --agent".to_owned()).into());
+        }
         let mark = make(globals)?;
         print(&mark.line().map_err(|flaw| anyhow::anyhow!("the mark {flaw}"))?)?;
         if io::stdout().is_terminal() {

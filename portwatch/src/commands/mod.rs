@@ -231,7 +231,7 @@ async fn ask(
     let request = if with_ancestors { Request::Who { selection } } else { Request::List { selection } };
     let (mut listeners, mut all) = (Vec::new(), Ancestors::default());
     for response in client.ask(&request).await?.0 {
-        if let Response::Listener { listener, ancestors } = response {
+        if let Response::Listener { listener, ancestors, .. } = response {
             let holders = listener.holders.iter().map(|holder| holder.process.id.pid);
             all.extend(holders.zip(ancestors));
             listeners.push(listener);

@@ -207,7 +207,7 @@ fn answers_are_read_as_they_are_written_and_shown_unharmed() {
     check("answers", &(listeners(), any::<u64>(), any::<bool>()), |(listener, at, is_change)| {
         let answer = match is_change {
             true => Response::Change { change: Change::Opened { at, listener } },
-            false => Response::Listener { listener, ancestors: Vec::new() },
+            false => Response::Listener { listener, ancestors: Vec::new(), lineage: Vec::new() },
         };
         let line = serde_json::to_string(&answer).unwrap();
         prop_assert_eq!(serde_json::from_str(&line).ok(), Some(answer));

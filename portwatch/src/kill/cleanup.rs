@@ -142,7 +142,8 @@ impl Cleanup {
         Ok(Job::prepare(choice, &self.terms, Guards::current(self.force_self))?.removing(self.remove_cwd.clone()))
     }
 
-    /// Ends it all. `agree` is asked about the first plan, and nothing is done without; `None` then.
+    /// Ends it all. `agree` is asked about the first plan, and nothing is done without; `None` then. `tell_more` may know
+    /// more of what was found, before it is ended.
     ///
     /// # Errors
     /// When the host cannot be scanned. Signals may have been sent by then.
@@ -150,6 +151,7 @@ impl Cleanup {
         &self,
         scanner: &mut Scanner,
         agree: &mut dyn FnMut(&Plan) -> anyhow::Result<bool>,
+        tell_more: &mut dyn FnMut(&mut [Leak]),
         progress: &mut dyn FnMut(&Progress<'_>),
     ) -> anyhow::Result<Option<Cleaned>> {
         let begun = process::boot_ns_now();
@@ -176,7 +178,8 @@ impl Cleanup {
                 cleaned.leaks.extend(choice.selected.iter().map(Leak::found));
                 return Ok(Some(cleaned));
             }
-            let found: Vec<Leak> = choice.selected.iter().map(Leak::found).collect();
+            let mut found: Vec<Leak> = choice.selected.iter().map(Leak::found).collect();
+            tell_more(&mut found);
             let job = self.prepare(choice)?;
             if passes == 0 && !agree(job.plan())? {
                 return Ok(None);

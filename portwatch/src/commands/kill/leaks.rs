@@ -4,23 +4,25 @@ use std::fs::{self, OpenOptions};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Args;
 use jiff::Timestamp;
 use nix::unistd::Uid;
 use portwatch::kill::{self, Cleaned, Cleanup, Ended, Leak, concern};
-use portwatch::model::{Ancestor, NetnsId, Protocol};
+use portwatch::model::{Ancestor, Listener, NetnsId, Protocol};
 use portwatch::render::{cut, escape, json, span};
-use portwatch::select::Selector;
-use portwatch::source::{Scanner, stat};
+use portwatch::select::{Filters, Selector};
+use portwatch::source::{Scanner, process, stat};
+use portwatch::wire::{Request, Response, Selection};
 use serde::Serialize;
 
 use super::way::open_scanner;
 use super::{KillArgs, agreed, is_conversation, nothing_signalled, preview, print_done, summary};
 use crate::cli::{Globals, Since};
 use crate::commands::progress::Display;
-use crate::commands::{Users, print, view};
+use crate::commands::{Users, block_on, print, reach_agent, view};
 use crate::exit_codes::{DENIED, NO};
 
 /// Columns of a command that a line shows; the report has all of it.
@@ -94,7 +96,8 @@ pub(super) fn run(args: &KillArgs, selector: Selector, globals: &Globals) -> any
         }
         false => Ok(true),
     };
-    let Some(cleaned) = cleanup.run(&mut scanner, &mut agree, &mut |progress| display.show(progress))? else {
+    let mut ask = |leaks: &mut [Leak]| ask_agent(leaks, globals);
+    let Some(cleaned) = cleanup.run(&mut scanner, &mut agree, &mut ask, &mut |progress| display.show(progress))? else {
         return nothing_signalled();
     };
     display.close();
@@ -107,6 +110,28 @@ pub(super) fn run(args: &KillArgs, selector: Selector, globals: &Globals) -> any
         write(path, &report(args, &cleaned)).with_context(|| format!("cannot write {}", shown(path)))?;
     }
     Ok(code(args, &cleaned))
+}
+
+/// What an agent knows that saw them open: when that was, and out of whom they came then. Where none answers, or not as
+/// expected, what /proc shows has to do.
+fn ask_agent(leaks: &mut [Leak], globals: &Globals) {
+    let pids = leaks.iter().filter_map(|leak| Some(leak.process.as_ref()?.id.pid)).collect();
+    let selector = Selector::new(Vec::new(), Filters { pids, ..Filters::default() });
+    let told = block_on(async {
+        let Some(mut client) = reach_agent(globals).await? else { return Ok(Vec::new()) };
+        Ok(client.ask(&Request::Who { selection: Selection::of(&selector) }).await?.0)
+    });
+    for response in told.unwrap_or_default() {
+        let Response::Listener { listener: Listener { socket, since, .. }, lineage, .. } = response else { continue };
+        let is_it = |leak: &&mut Leak| leak.socket.id.inode == socket.id.inode && socket.id.inode != 0;
+        let Some(leak) = leaks.iter_mut().find(is_it) else { continue };
+        if lineage.len() > leak.ancestors.len() {
+            leak.ancestors = lineage;
+        }
+        if let Some(since) = since {
+            leak.lived = Some(Duration::from_nanos(process::boot_ns_now().saturating_sub(since)));
+        }
+    }
 }
 
 /// What would be ended at once; what that would bring forth, nobody knows.
