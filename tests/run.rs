@@ -189,6 +189,27 @@ fn replace() {
     running.finish().expect(0);
 }
 
+/// Where an agent answers, it tells when the command listens.
+fn told_by_the_agent() {
+    let scene = Scene::new();
+    let socket = scene.stage.path("agent.sock");
+    let socket = socket.to_str().expect("UTF-8");
+    let mut agent = scene.command(&["agent", "--socket", socket]).spawn().expect("an agent");
+    let mut line = String::new();
+    let mut errors = std::io::BufReader::new(agent.stderr.take().expect("piped"));
+    std::io::BufRead::read_line(&mut errors, &mut line).expect("the agent's stderr");
+    assert!(line.contains("watching ("), "the agent does not start: {line}");
+    let port = scene.port();
+    let arguments = ["--socket", socket, "--agent", "--port", &port.to_string()];
+    // Its listener is a descendant's, and comes when the agent looks on already.
+    let running = scene.start(&arguments, &["child=daemon+serve+wait", "exit-on-usr1=0", "wait"]);
+    running.signal(Signal::USR1);
+    running.finish().expect(0);
+    agent.kill().expect("kill");
+    agent.wait().expect("wait");
+    scene.expect_nothing_left(port);
+}
+
 fn not_ready() {
     let scene = Scene::new();
     let (port, elsewhere) = (scene.port(), scene.port());
@@ -374,6 +395,7 @@ pub fn trials() -> Vec<Test> {
         test("run::fallback_takes_the_next_free_port", fallback),
         test("run::runs_at_once_choose_different_ports", fallback_race),
         test("run::replace_frees_the_port_first", replace),
+        test("run::the_agent_tells_when_it_is_ready", told_by_the_agent),
         test("run::who_is_not_ready_in_time_is_ended", not_ready),
         test("run::ready_is_who_answers_2xx", healthy),
         test("run::signals_are_passed_on", signals_are_passed_on),
