@@ -169,6 +169,8 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
     let is_of_interest = |socket: &Socket| {
         ports.contains(&(socket.port, socket.proto)) && netns.is_none_or(|netns| netns == socket.netns)
     };
+    // A port that was free in the beginning may not be when others have been freed.
+    let had_to_wait = plan.groups.iter().any(|g| g.sockets.is_empty()) && !plan.listeners.is_empty();
     let mut display = Display::new(args.json || args.quiet);
     let mut outcomes = kill::execute(
         plan,
@@ -187,7 +189,13 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
         },
     )?;
     display.close();
-    outcomes.iter_mut().for_each(|outcome| outcome.correct(&choice.left_out, &selector.named_addresses(outcome.port)));
+    let mut correct = |listeners: &[Listener], status| {
+        outcomes.iter_mut().for_each(|o| o.correct(listeners, &selector.named_addresses(o.port), status));
+    };
+    correct(&choice.left_out, kill::Status::Partial);
+    if had_to_wait {
+        correct(&scanner.scan(all_netns, &is_of_interest)?.listeners, kill::Status::Respawned);
+    }
     aftermath::explain(&mut outcomes, globals.probe);
     report(args, &outcomes)
 }
