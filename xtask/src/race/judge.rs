@@ -74,6 +74,11 @@ impl Person {
         if self.signal != 0 { self.signal } else { self.killed_by }
     }
 
+    /// On its way out at least: SIGKILL is pending, or it exits.
+    fn ends(&self) -> bool {
+        self.died != 0 || self.let_go != 0 || self.signal == KILL
+    }
+
     fn may_hold(&self, group: usize) -> bool {
         let of_group = if group == 0 { self.part != Part::Neighbour } else { self.part == Part::Neighbour };
         of_group && (self.held != 0 || self.took != 0)
@@ -206,7 +211,7 @@ impl Verdict {
     fn killed(&mut self, ending: &Ending, group: usize, pid: u32, forced: bool) {
         let holders: Vec<&Person> =
             ending.people.iter().filter(|p| p.pid == pid && p.held != 0 && p.may_hold(group)).collect();
-        let ended: Vec<&&Person> = holders.iter().filter(|p| p.died != 0 || p.let_go != 0).collect();
+        let ended: Vec<&&Person> = holders.iter().filter(|p| p.ends()).collect();
         if holders.is_empty() {
             self.lie(format!("{pid} is said to be killed, and never held the port"));
         } else if ended.is_empty() {
@@ -215,7 +220,7 @@ impl Verdict {
             self.lie(format!("{pid} is said to be killed, and nobody was signalled"));
         } else if ended.iter().all(|p| p.first_signal() == 0) {
             self.coincidences += 1;
-        } else if forced && ended.iter().all(|p| p.killed_by != KILL) {
+        } else if forced && ended.iter().all(|p| p.killed_by != KILL && p.signal != KILL) {
             self.coincidences += 1;
         }
     }
