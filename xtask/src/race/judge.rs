@@ -12,7 +12,7 @@ use serde_json::Value;
 use super::cast::Part;
 
 /// How old a look may be when a command ends.
-pub(super) const STALE_NS: u64 = 100_000_000;
+pub(super) const STALE_NS: u64 = 50_000_000;
 
 /// SIGKILL.
 const KILL: u32 = 9;
@@ -29,6 +29,8 @@ pub(super) struct Person {
     pub(super) signal: u32,
     /// When it was reaped.
     pub(super) died: u64,
+    /// Not reaped, and on its way out.
+    pub(super) is_dying: bool,
     /// The signal that ended it; 0: it ended of itself.
     pub(super) killed_by: u32,
 }
@@ -74,9 +76,8 @@ impl Person {
         if self.signal != 0 { self.signal } else { self.killed_by }
     }
 
-    /// On its way out at least: SIGKILL is pending, or it exits.
     fn ends(&self) -> bool {
-        self.died != 0 || self.let_go != 0 || self.signal == KILL
+        self.died != 0 || self.let_go != 0 || self.is_dying
     }
 
     fn may_hold(&self, group: usize) -> bool {
@@ -212,15 +213,16 @@ impl Verdict {
         let holders: Vec<&Person> =
             ending.people.iter().filter(|p| p.pid == pid && p.held != 0 && p.may_hold(group)).collect();
         let ended: Vec<&&Person> = holders.iter().filter(|p| p.ends()).collect();
+        let is_by_it = |p: &&&Person| {
+            if forced { p.killed_by == KILL || p.is_dying } else { p.first_signal() != 0 || p.is_dying }
+        };
         if holders.is_empty() {
             self.lie(format!("{pid} is said to be killed, and never held the port"));
         } else if ended.is_empty() {
             self.lie(format!("{pid} is said to be killed, and lives"));
-        } else if !ending.anybody_signalled() && ended.iter().all(|p| ending.age(p.died.max(p.let_go)) > STALE_NS) {
+        } else if !ending.anybody_signalled() {
             self.lie(format!("{pid} is said to be killed, and nobody was signalled"));
-        } else if ended.iter().all(|p| p.first_signal() == 0) {
-            self.coincidences += 1;
-        } else if forced && ended.iter().all(|p| p.killed_by != KILL && p.signal != KILL) {
+        } else if !ended.iter().any(is_by_it) {
             self.coincidences += 1;
         }
     }

@@ -32,6 +32,9 @@ use super::judge::{Ending, Person, PortState, Verdict};
 /// After this a command hangs, or the actors do.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// It is in do_exit() (`linux/sched.h`).
+const PF_EXITING: u32 = 4;
+
 /// What the adversary concentrates on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Move {
@@ -354,10 +357,16 @@ impl Stage {
                 signalled: slot.signalled.load(SeqCst),
                 signal: slot.signal.load(SeqCst),
                 died,
+                is_dying: false,
                 killed_by,
             };
-            if died == 0 && person.signal == 0 {
-                person.signal = pending(pid)?;
+            // A seat without a number: its child was never seen.
+            if died == 0 && pid != 0 {
+                let state = state(pid)?;
+                person.is_dying = state.is_dying;
+                if person.signal == 0 {
+                    person.signal = state.signal;
+                }
             }
             Ok(person)
         });
@@ -365,22 +374,29 @@ impl Stage {
     }
 }
 
-/// The first signal that waits for a process that has all of them blocked; SIGSTOP where it is stopped. 0: none. The
-/// process is a child of ours that was not reaped, so the number is its own.
-fn pending(pid: u32) -> Result<u32> {
-    // A seat that was taken for a child whose fork failed, or whom nobody saw.
-    if pid == 0 {
-        return Ok(0);
-    }
-    let path = format!("/proc/{pid}/status");
-    let status = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+struct State {
+    /// The first signal that waits for it; SIGSTOP where it is stopped. 0: none.
+    signal: u32,
+    is_dying: bool,
+}
+
+/// What the kernel shows of a child of ours that was not reaped, so that the number is its own.
+fn state(pid: u32) -> Result<State> {
+    let read =
+        |file| fs::read_to_string(format!("/proc/{pid}/{file}")).with_context(|| format!("cannot read of {pid}"));
+    let (status, stat) = (read("status")?, read("stat")?);
     let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or("").trim();
-    if field("State:").starts_with('T') {
-        return Ok(Signal::SIGSTOP as u32);
-    }
-    let mask = |name| u64::from_str_radix(field(name), 16).with_context(|| format!("no {name} in {path}"));
+    let mask = |name| u64::from_str_radix(field(name), 16).with_context(|| format!("no {name} of {pid}"));
     let signals = mask("SigPnd:")? | mask("ShdPnd:")?;
-    Ok(if signals == 0 { 0 } else { signals.trailing_zeros() + 1 })
+    // The ninth field; the second, in parentheses, is the name.
+    let flags = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(6)?.parse::<u32>().ok());
+    let is_exiting = flags.with_context(|| format!("no flags of {pid}"))? & PF_EXITING != 0;
+    let signal = match signals {
+        _ if field("State:").starts_with('T') => Signal::SIGSTOP as u32,
+        0 => 0,
+        _ => signals.trailing_zeros() + 1,
+    };
+    Ok(State { signal, is_dying: is_exiting || signals & (1 << (Signal::SIGKILL as u32 - 1)) != 0 })
 }
 
 /// The port as bind(2) and the kernel's list have it now.
@@ -409,7 +425,7 @@ fn listens(list: &str, port: u16) -> bool {
 }
 
 fn spawn(command: &mut Command) -> Result<Pid> {
-    #[expect(clippy::zombie_processes, reason = "reaped with the actors, by wait(2)")]
+    // Reaped with the actors, by wait(2).
     let child = command.spawn().with_context(|| format!("cannot run `{}`", crate::shown(command)))?;
     Ok(Pid::from_raw(child.id().cast_signed()))
 }
