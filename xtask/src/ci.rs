@@ -88,6 +88,7 @@ const STEPS: &[&[&str]] = &[
     &["xtask", "ebpf", "--check"],
     TESTS,
     &["xtask", "vm", "--kernel", "all"],
+    &["xtask", "race", "--rounds", "200", "--peer-rounds", "0"],
     &["xtask", "bench", "--quick"],
 ];
 

@@ -1,13 +1,14 @@
 //! The agent's socket in the file system: made, guarded against a second agent, and removed at the end.
 
-use std::fs::{self, File, Permissions};
+use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, OpenOptionsExt as _};
 use std::os::unix::net::UnixListener as StdListener;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, anyhow};
-use rustix::fs::{FlockOperation, flock};
+use anyhow::{Context as _, anyhow, bail};
+use rustix::fs::{FlockOperation, Mode, OFlags, flock};
+use rustix::process::umask;
 use tokio::net::UnixListener;
 
 use super::AlreadyRunning;
@@ -44,24 +45,36 @@ pub(super) fn adopt(listener: StdListener) -> anyhow::Result<Socket> {
 /// Listens at `path`; everybody may connect, for who may do what is decided by who they are.
 pub(super) fn open(path: &Path) -> anyhow::Result<Socket> {
     if let Some(parent) = path.parent() {
-        fs::create_dir_all(parent).with_context(|| format!("cannot make {}", parent.display()))?;
+        // Whatever the umask: who may write there may put a socket of its own in the place of ours.
+        let made = DirBuilder::new().recursive(true).mode(0o755).create(parent);
+        made.with_context(|| format!("cannot make {}", parent.display()))?;
     }
     let lock = lock(path)?;
-    // We have the lock, so whatever is there is what an agent that was killed left behind.
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            return Err(error).with_context(|| format!("cannot remove the old socket {}", path.display()));
+    // We have the lock, so a socket that is there is what an agent that was killed left behind.
+    match fs::symlink_metadata(path) {
+        Ok(metadata) if !metadata.file_type().is_socket() => {
+            bail!("{} is there and is no socket; choose another with --socket", path.display());
         }
-        _ => {}
+        Ok(_) => fs::remove_file(path).with_context(|| format!("cannot remove the old socket {}", path.display()))?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error).with_context(|| format!("cannot look at {}", path.display())),
     }
-    let listener = StdListener::bind(path).with_context(|| format!("cannot listen at {}", path.display()))?;
-    fs::set_permissions(path, Permissions::from_mode(0o666))
-        .with_context(|| format!("cannot let others connect to {}", path.display()))?;
+    let listener = bind(path).with_context(|| format!("cannot listen at {}", path.display()))?;
     listener.set_nonblocking(true).context("cannot make the socket non-blocking")?;
     let listener = UnixListener::from_std(listener).context("cannot poll the socket")?;
     Ok(Socket { listener, own: Some((path.to_owned(), lock)) })
 }
 
+/// Born with its mode: a chmod() afterwards would follow whatever has come to stand there.
+fn bind(path: &Path) -> io::Result<StdListener> {
+    // This process has one thread still.
+    let umask = umask(Mode::from_raw_mode(0o111));
+    let bound = StdListener::bind(path);
+    rustix::process::umask(umask);
+    bound
+}
+
+/// Nobody else may open it, for who can lock it can keep the agent from starting.
 fn lock(path: &Path) -> anyhow::Result<File> {
     let mut name = path.to_owned().into_os_string();
     name.push(".lock");
@@ -70,6 +83,8 @@ fn lock(path: &Path) -> anyhow::Result<File> {
         .write(true)
         .create(true)
         .truncate(false)
+        .mode(0o600)
+        .custom_flags(OFlags::NOFOLLOW.bits().cast_signed())
         .open(&name)
         .with_context(|| format!("cannot make {}", name.display()))?;
     match flock(&file, FlockOperation::NonBlockingLockExclusive) {
