@@ -36,6 +36,8 @@ pub(super) struct Shared {
     used: AtomicU32,
     /// The port of the round, and that of the neighbour.
     pub(super) ports: [AtomicU32; 2],
+    /// Those of the sockets that are to be freed.
+    pub(super) inodes: [AtomicU64; 2],
     /// When a holder was first seen to be signalled.
     pub(super) struck: AtomicU64,
     /// When the command had ended: nobody acts any more.
@@ -64,7 +66,9 @@ impl Board {
             [pid, signal].into_iter().for_each(|number| number.store(0, SeqCst));
         }
         [&self.used, &self.ports[0], &self.ports[1]].into_iter().for_each(|number| number.store(0, SeqCst));
-        [&self.struck, &self.over].into_iter().for_each(|moment| moment.store(0, SeqCst));
+        [&self.struck, &self.over, &self.inodes[0], &self.inodes[1]]
+            .into_iter()
+            .for_each(|moment| moment.store(0, SeqCst));
     }
 
     /// A place for one more actor.

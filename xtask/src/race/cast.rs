@@ -191,6 +191,8 @@ impl Actor<'_> {
     /// Listens, and says where.
     fn open(&mut self, index: usize) -> io::Result<()> {
         let socket = TcpListener::bind(("127.0.0.1", 0))?;
+        let inode = nix::sys::stat::fstat(&socket)?.st_ino;
+        self.props.board.inodes[index].store(inode, SeqCst);
         self.props.board.ports[index].store(socket.local_addr()?.port().into(), SeqCst);
         self.socket = Some(socket);
         Ok(())

@@ -39,8 +39,10 @@ pub(super) struct Person {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct PortState {
     pub(super) port: u16,
-    /// As the kernel lists it.
+    /// Whether anybody listens, as the kernel lists it.
     pub(super) listens: bool,
+    /// Whether the very socket does that the command was to free.
+    pub(super) old_listens: bool,
     /// As bind(2) has it.
     pub(super) bindable: bool,
 }
@@ -87,12 +89,6 @@ impl Person {
 }
 
 impl Ending {
-    /// Whether somebody still listens with the socket that the command was to free.
-    fn old_listens(&self, group: usize) -> bool {
-        let holds = |p: &Person| p.may_hold(group) && p.held != 0 && p.let_go == 0 && p.died == 0;
-        self.ports[group].listens && self.people.iter().any(holds)
-    }
-
     /// The last moment in which somebody took the port anew.
     fn taken(&self, group: usize) -> u64 {
         if group == 0 { self.people.iter().map(|p| p.took).max().unwrap_or(0) } else { 0 }
@@ -136,8 +132,8 @@ impl Verdict {
     }
 
     fn claims_free(&mut self, ending: &Ending, group: usize, claim: &str) {
-        let PortState { port, bindable, .. } = ending.ports[group];
-        if ending.old_listens(group) {
+        let PortState { port, bindable, old_listens, .. } = ending.ports[group];
+        if old_listens {
             self.lie(format!("{claim}, but the old socket at {port} still listens"));
         } else if !bindable {
             self.differs(ending, ending.taken(group), || format!("{claim}, but bind() to {port} fails"));
@@ -173,7 +169,7 @@ impl Verdict {
     }
 
     fn outcome(&mut self, ending: &Ending, group: usize, outcome: &Value, done: bool) {
-        let PortState { port, listens, bindable } = ending.ports[group];
+        let PortState { port, listens, bindable, .. } = ending.ports[group];
         let status = outcome["status"].as_str().unwrap_or("?").to_owned();
         if done {
             self.claims_free(ending, group, &status);

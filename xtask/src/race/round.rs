@@ -249,7 +249,8 @@ impl Stage {
         self.props.begun.write(1).context("cannot tell that it has begun")?;
         let (ended, code) = self.follow(child)?;
         mark(&self.board.over);
-        let ports = ports.into_iter().map(look_at).collect::<Result<Vec<_>>>()?;
+        let ports = ports.into_iter().zip(&self.board.inodes);
+        let ports = ports.map(|(port, inode)| look_at(port, inode.load(SeqCst))).collect::<Result<Vec<_>>>()?;
         // Those who had ended by then.
         self.reap(None)?;
         let ending = Ending { people: self.people()?, ports, ended, code };
@@ -400,7 +401,7 @@ fn state(pid: u32) -> Result<State> {
 }
 
 /// The port as bind(2) and the kernel's list have it now.
-fn look_at(port: u16) -> Result<PortState> {
+fn look_at(port: u16, old: u64) -> Result<PortState> {
     let fd =
         socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).context("cannot open a socket")?;
     setsockopt(&fd, ReuseAddr, &true).context("cannot set SO_REUSEADDR")?;
@@ -412,16 +413,16 @@ fn look_at(port: u16) -> Result<PortState> {
     };
     drop(fd);
     let list = fs::read_to_string("/proc/net/tcp").context("cannot read /proc/net/tcp")?;
-    Ok(PortState { port, listens: listens(&list, port), bindable })
+    let inodes = listeners(&list, port);
+    Ok(PortState { port, listens: !inodes.is_empty(), old_listens: inodes.contains(&old), bindable })
 }
 
-/// Whether /proc/net/tcp has the port in state 0A, TCP_LISTEN.
-fn listens(list: &str, port: u16) -> bool {
+/// Inodes of the sockets that /proc/net/tcp has at the port in state 0A, TCP_LISTEN.
+fn listeners(list: &str, port: u16) -> Vec<u64> {
     let local = format!(":{port:04X}");
-    list.lines().skip(1).any(|line| {
-        let mut words = line.split_whitespace().skip(1);
-        words.next().is_some_and(|address| address.ends_with(&local)) && words.nth(1) == Some("0A")
-    })
+    let lines = list.lines().skip(1).map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let here = lines.filter(|words| words.len() > 9 && words[1].ends_with(&local) && words[3] == "0A");
+    here.filter_map(|words| words[9].parse().ok()).collect()
 }
 
 fn spawn(command: &mut Command) -> Result<Pid> {
@@ -446,15 +447,15 @@ fn text_of(file: &File) -> Result<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::listens;
+    use super::listeners;
 
     #[test]
     fn a_listener_is_told_from_a_connection() {
-        let list = "  sl  local_address rem_address   st\n\
-                       0: 0100007F:1F90 00000000:0000 0A 00000000:00000000\n\
-                       1: 0100007F:1F91 0100007F:1F90 01 00000000:00000000\n";
-        assert!(listens(list, 0x1f90));
-        assert!(!listens(list, 0x1f91));
-        assert!(!listens(list, 0x1f));
+        let list = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n\
+                       0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 7 1 ff\n\
+                       1: 0100007F:1F91 0100007F:1F90 01 00000000:00000000 00:00000000 00000000     0        0 8 1 ff\n";
+        assert_eq!(listeners(list, 0x1f90), [7]);
+        assert_eq!(listeners(list, 0x1f91), [0; 0]);
+        assert_eq!(listeners(list, 0x1f), [0; 0]);
     }
 }

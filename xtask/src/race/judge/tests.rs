@@ -19,7 +19,8 @@ fn ended(pid: u32) -> Person {
 }
 
 fn ending(people: Vec<Person>, listens: bool, code: i32) -> Ending {
-    let ports = vec![PortState { port: 8000, listens, bindable: !listens }];
+    let old_listens = listens && people.iter().all(|p| p.took == 0);
+    let ports = vec![PortState { port: 8000, listens, old_listens, bindable: !listens }];
     Ending { people, ports, ended: END, code: Some(code) }
 }
 
