@@ -14,6 +14,9 @@ use super::cast::Part;
 /// How old a look may be when a command ends.
 pub(super) const STALE_NS: u64 = 50_000_000;
 
+/// How soon who lets go of a port must end for a command to see both.
+const AT_ONCE_NS: u64 = 1_000_000;
+
 /// SIGKILL.
 const KILL: u32 = 9;
 
@@ -89,9 +92,11 @@ impl Person {
 }
 
 impl Ending {
-    /// The last moment in which somebody took the port anew.
+    /// The last moment in which somebody took the port anew. Who is about to has not written it down yet.
     fn taken(&self, group: usize) -> u64 {
-        if group == 0 { self.people.iter().map(|p| p.took).max().unwrap_or(0) } else { 0 }
+        let is_about_to = |p: &Person| matches!(p.part, Part::Successor | Part::Restarted) && p.died == 0;
+        let of = self.people.iter().filter(|_| group == 0);
+        of.map(|p| if p.took == 0 && is_about_to(p) { self.ended } else { p.took }).max().unwrap_or(0)
     }
 
     /// The last moment in which somebody let go of the port.
@@ -197,7 +202,10 @@ impl Verdict {
         }
         let omitted = |p: &&Person| {
             let is_ours = p.may_hold(group) && !p.is_bystander() && p.held != 0;
-            is_ours && p.first_signal() != 0 && p.died != 0 && ending.age(p.died) > STALE_NS && !killed.contains(&p.pid)
+            // One who closes the port and goes on is not waited for.
+            let at_once = p.let_go == 0 || p.died.saturating_sub(p.let_go) < AT_ONCE_NS;
+            let ended = at_once && p.died != 0 && ending.age(p.died) > STALE_NS;
+            is_ours && ended && p.first_signal() != 0 && !killed.contains(&p.pid)
         };
         if let Some(person) = ending.people.iter().find(omitted) {
             self.lie(format!("{} was signalled and ended, and is not among the killed", person.pid));
