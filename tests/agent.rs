@@ -22,14 +22,14 @@ use crate::{Test, test};
 const NOBODY: u32 = 65534;
 
 /// A running agent with its socket on a stage.
-struct Agent {
+pub struct Agent {
     child: Child,
     pidfd: OwnedFd,
-    socket: PathBuf,
+    pub socket: PathBuf,
 }
 
 impl Agent {
-    fn start(stage: &Stage) -> Agent {
+    pub fn start(stage: &Stage) -> Agent {
         Agent::start_with(stage, &[])
     }
 
@@ -38,7 +38,7 @@ impl Agent {
         Agent::of(with_socket(&[&["agent"], arguments].concat(), &socket), socket)
     }
 
-    fn of(mut command: Command, socket: PathBuf) -> Agent {
+    pub fn of(mut command: Command, socket: PathBuf) -> Agent {
         let mut child = command.spawn().expect("cannot run portwatch agent");
         let mut line = String::new();
         let mut errors = BufReader::new(child.stderr.take().expect("piped"));
@@ -49,11 +49,11 @@ impl Agent {
     }
 
     /// A verb that must ask this agent.
-    fn command(&self, arguments: &[&str]) -> Command {
+    pub fn command(&self, arguments: &[&str]) -> Command {
         with_socket(&[arguments, &["--agent"]].concat(), &self.socket)
     }
 
-    fn portwatch(&self, arguments: &[&str]) -> Run {
+    pub fn portwatch(&self, arguments: &[&str]) -> Run {
         finish(self.command(arguments).spawn().expect("cannot run portwatch"))
     }
 
@@ -74,7 +74,7 @@ impl Agent {
         rustix::process::pidfd_send_signal(&self.pidfd, signal).expect("the agent is gone");
     }
 
-    fn end(&mut self, signal: Signal) -> Option<i32> {
+    pub fn end(&mut self, signal: Signal) -> Option<i32> {
         self.signal(signal);
         assert!(wait_readable(&self.pidfd), "the agent does not end");
         self.child.wait().expect("wait").code()
@@ -102,7 +102,8 @@ impl Drop for Agent {
     }
 }
 
-fn with_socket(arguments: &[&str], socket: &std::path::Path) -> Command {
+/// Runs it with an agent's socket there, and the agent's state beside it.
+pub fn with_socket(arguments: &[&str], socket: &std::path::Path) -> Command {
     let mut command = command(arguments);
     command.env("PORTWATCH_SOCKET", socket).env("PORTWATCH_STATE", socket.parent().expect("a directory"));
     command

@@ -26,6 +26,7 @@ mod oracle;
 mod prefork;
 mod puppet;
 mod race;
+mod security;
 mod service;
 mod shell;
 mod storm;
@@ -104,6 +105,7 @@ fn main() -> ExitCode {
         service::trials(),
         hostile::trials(),
         user::trials(),
+        security::trials(),
         history::trials(),
     ];
     let trials = tests.into_iter().flatten().map(|test| {

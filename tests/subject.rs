@@ -233,6 +233,7 @@ const LACKS: &[&str] = &[
     "runit",
     "systemd",
     "tracepoint",
+    "userns",
     "vxlan",
     "zsh",
 ];
