@@ -22,6 +22,9 @@ use crate::{Test, test};
 /// An ordinary user whom nobody else on this machine is.
 const USER: u32 = 64_997;
 
+/// As `portwatch/PROTOCOL.md` says.
+const CONNECTIONS_OF_ONE: usize = 256;
+
 fn mode(path: &Path) -> u32 {
     fs::symlink_metadata(path).unwrap_or_else(|error| panic!("{}: {error}", path.display())).mode() & 0o7777
 }
@@ -212,6 +215,68 @@ fn client_in_a_container() {
     assert!(server.is_alive());
 }
 
+/// Root of a user namespace is whoever made that: its connections count as that user's, who may have so many.
+fn root_of_a_user_namespace() {
+    if !rustix::process::geteuid().is_root() {
+        return skip("root", "only root can become somebody else");
+    }
+    let stage = Stage::new();
+    let copy = copy_for_all(&stage);
+    let agent = Agent::start(&stage);
+    let address = nix::sys::socket::UnixAddr::new(&agent.socket).expect("an address");
+    // All that one user may have, held by a shell until its input ends.
+    let mut crowd = Command::new("sh");
+    crowd.args(["-c", "read line"]).stdin(std::process::Stdio::piped()).uid(USER).gid(USER);
+    // SAFETY: bare system calls, on an address that was made before the fork.
+    unsafe {
+        crowd.pre_exec(move || {
+            for _ in 0..CONNECTIONS_OF_ONE {
+                let fd = libc::socket(libc::AF_UNIX, libc::SOCK_STREAM, 0);
+                let size = nix::sys::socket::SockaddrLike::len(&address);
+                if libc::connect(fd, nix::sys::socket::SockaddrLike::as_ptr(&address), size) != 0 {
+                    return Err(std::io::Error::last_os_error());
+                }
+            }
+            Ok(())
+        });
+    }
+    let mut crowd = crowd.spawn().expect("a crowd");
+    let ask = |is_root_there: bool| {
+        let mut command = plain_command(&copy, &["list", "--agent"]);
+        command.env("PORTWATCH_SOCKET", &agent.socket).uid(USER).gid(USER).current_dir("/");
+        // SAFETY: bare system calls, on strings that end in NUL.
+        unsafe {
+            command.pre_exec(move || {
+                if !is_root_there {
+                    return Ok(());
+                }
+                // Who changed its user may not write to its own /proc before.
+                libc::prctl(libc::PR_SET_DUMPABLE, 1, 0, 0, 0);
+                if libc::unshare(libc::CLONE_NEWUSER) != 0 {
+                    return Err(std::io::Error::last_os_error());
+                }
+                let map = c"0 64997 1";
+                let fd = libc::open(c"/proc/self/uid_map".as_ptr(), libc::O_WRONLY);
+                match libc::write(fd, map.as_ptr().cast(), map.count_bytes()) {
+                    written if written < 0 => Err(std::io::Error::last_os_error()),
+                    _ => Ok(()),
+                }
+            });
+        }
+        command.spawn().map(finish)
+    };
+    for is_root_there in [false, true] {
+        match ask(is_root_there) {
+            Ok(run) => assert!(run.errors().contains("too many connections"), "{is_root_there}: {}", run.errors()),
+            Err(error) => skip("userns", &format!("no user namespace can be made: {error}")),
+        }
+    }
+    // Root has places that nobody else may take.
+    agent.portwatch(&["list"]).expect(0);
+    drop(crowd.stdin.take());
+    crowd.wait().expect("wait");
+}
+
 /// No request makes the agent signal, write or run anything: what it does not know, it refuses.
 fn requests_that_are_not_there() {
     use std::io::Write as _;
@@ -248,6 +313,7 @@ pub fn trials() -> Vec<Test> {
         test("security::no_name_breaks_a_line_of_the_journal", || names_in_the_log(true)),
         test("security::an_agent_of_an_ordinary_user_tells_what_that_user_sees", agent_of_an_ordinary_user),
         test("security::a_client_in_a_container_is_in_its_own_namespace_unless_it_asks", client_in_a_container),
+        test("security::root_of_a_user_namespace_is_the_user_who_made_it", root_of_a_user_namespace),
         test("security::a_request_that_is_not_in_the_protocol_does_nothing", requests_that_are_not_there),
     ]
 }

@@ -12,7 +12,7 @@ use serde_json::Value;
 use super::cast::Part;
 
 /// How old a look may be when a command ends.
-pub(super) const STALE_NS: u64 = 50_000_000;
+pub(super) const STALE_NS: u64 = 100_000_000;
 
 /// How soon who lets go of a port must end for a command to see both.
 const AT_ONCE_NS: u64 = 1_000_000;
