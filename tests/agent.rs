@@ -106,6 +106,7 @@ impl Drop for Agent {
     }
 }
 
+/// Runs it with an agent's socket there, and the agent's state beside it.
 pub fn with_socket(arguments: &[&str], socket: &std::path::Path) -> Command {
     let mut command = command(arguments);
     command.env("PORTWATCH_SOCKET", socket).env("PORTWATCH_STATE", socket.parent().expect("a directory"));

@@ -21,7 +21,8 @@ const ARGUMENTS: [&[u8]; 6] = [
     b"quote\"back\\slash",
 ];
 
-fn hostile_server(stage: &Stage) -> (Puppet, Sock) {
+/// A listener of a process with such a name and such arguments.
+pub fn hostile_server(stage: &Stage) -> (Puppet, Sock) {
     let puppet = stage.puppet_with_arguments(&ARGUMENTS.map(OsStr::from_bytes));
     puppet.set_name(NAME);
     let sock = puppet.serve();
@@ -30,7 +31,7 @@ fn hostile_server(stage: &Stage) -> (Puppet, Sock) {
 
 /// Nothing that a terminal obeys, but line ends.
 #[track_caller]
-fn assert_harmless(what: &str, bytes: &[u8]) {
+pub fn assert_harmless(what: &str, bytes: &[u8]) {
     let text = str::from_utf8(bytes).unwrap_or_else(|error| panic!("{what}: {error}"));
     let is_hazard = |c: char| (c.is_control() && c != '\n') || ('\u{202a}'..='\u{202e}').contains(&c);
     if let Some(found) = text.chars().find(|&c| is_hazard(c)) {

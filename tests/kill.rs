@@ -226,6 +226,48 @@ pub fn trials() -> Vec<Test> {
             assert_eq!((killed, remaining), (pids(&[&server]), pids(&[&supervisor])), "{outcome}");
             assert!(supervisor.is_alive());
         }),
+        test("kill::one_who_takes_the_port_before_it_is_proved_free_is_named_though_nobody_settles", || {
+            let stage = Stage::new();
+            let (server, stranger) = (stage.puppet(), stage.puppet());
+            let sock = server.tcp("127.0.0.1:0", "reuseport");
+            let spare = stranger.bind(&sock.address.to_string(), "reuseport");
+            let target = format!("{}/tcp", sock.port());
+            let (run, _) = crate::gate::run(
+                crate::subject::command(&["kill", &target, "--json", "--settle", "0"]),
+                crate::gate::Moment::After(nix::libc::SYS_pidfd_send_signal),
+                |_| true,
+                || {
+                    server.wait();
+                    stranger.listen(spare.fd);
+                },
+            );
+            let outcome = run.expect(1).json()[0].clone();
+            let (status, killed, _, still, remaining) = gist(&outcome);
+            assert_eq!((status, still), ("respawned", true), "{outcome}");
+            assert_eq!((killed, remaining), (pids(&[&server]), pids(&[&stranger])), "{outcome}");
+            assert!(stranger.is_alive());
+        }),
+        test("kill::one_who_takes_a_free_port_while_another_is_freed_is_named", || {
+            let stage = Stage::new();
+            let (server, stranger) = (stage.puppet(), stage.puppet());
+            let sock = server.serve();
+            let spare = stranger.bind("127.0.0.1:0", "reuseport");
+            let targets = [spare.port(), sock.port()].map(|port| format!("{port}/tcp"));
+            let (run, _) = crate::gate::run(
+                crate::subject::command(&["kill", &targets[0], &targets[1], "--json", "--settle", "0"]),
+                crate::gate::Moment::After(nix::libc::SYS_pidfd_send_signal),
+                |_| true,
+                || stranger.listen(spare.fd),
+            );
+            let outcomes = run.expect(1).json();
+            let of =
+                |port: u16| outcomes.as_array().and_then(|all| all.iter().find(|o| o["port"] == port)).expect("one");
+            assert_eq!(of(sock.port())["status"], "cleaned", "{outcomes}");
+            let (status, killed, _, still, remaining) = gist(of(spare.port()));
+            assert_eq!((status, still), ("respawned", true), "{outcomes}");
+            assert_eq!((killed, remaining), (Vec::new(), pids(&[&stranger])), "{outcomes}");
+            assert!(stranger.is_alive());
+        }),
         test("kill::bad_usage_is_exit_two_and_says_why_in_one_line", || {
             for arguments in [
                 &["kill"][..],

@@ -37,6 +37,7 @@ mod race;
 mod replay;
 mod rules;
 mod run;
+mod security;
 mod service;
 mod shell;
 mod storm;
@@ -128,6 +129,7 @@ fn main() -> ExitCode {
         service::trials(),
         hostile::trials(),
         user::trials(),
+        security::trials(),
         history::trials(),
         replay::trials(),
         sweep::trials(),

@@ -14,6 +14,7 @@ use std::process::{Command, Stdio};
 
 use caps::{CapSet, Capability, CapsHashSet};
 use nix::libc;
+use rustix::process::Signal;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
 };
@@ -81,6 +82,8 @@ impl Sandbox {
             ["/home", "/root", "/run/user", "/tmp", "/var/tmp"].into_iter().filter(|path| Path::new(path).exists());
         let hidden = hidden.map(|path| CString::new(path).expect("no NUL")).collect();
         let program = File::open(binary()).expect("the binary");
+        // Not where a service is passed its socket.
+        let program = rustix::io::fcntl_dupfd_cloexec(&program, 10).expect("a descriptor").into();
         Some(Sandbox { capabilities, others, hidden, system_calls: None, program })
     }
 
@@ -110,6 +113,23 @@ impl Sandbox {
             });
         }
         command
+    }
+
+    /// The agent as systemd starts it, with a socket that was made for it.
+    fn agent(&self, stage: &Stage) -> Agent {
+        let socket = stage.path("agent.sock");
+        let listener = UnixListener::bind(&socket).expect("a socket");
+        let mut command = self.command(&["agent", "--no-history"]);
+        command.env("LISTEN_FDS", "1");
+        let fd = listener.as_raw_fd();
+        // SAFETY: bare system calls on a descriptor that the parent keeps open meanwhile.
+        unsafe {
+            command.pre_exec(move || {
+                check(libc::dup2(fd, 3))?;
+                check(libc::fcntl(3, libc::F_SETFD, 0))
+            });
+        }
+        Agent::of(command, socket)
     }
 
     fn portwatch(&self, arguments: &[&str]) -> Run {
@@ -328,6 +348,54 @@ fn analyze(arguments: &[&str]) -> Option<(bool, String)> {
     }
 }
 
+/// What SECURITY.md says of each capability.
+fn agent_without_each_capability() {
+    let Some(whole) = Sandbox::new() else { return };
+    let tiers = subject::event_tiers();
+    let Some(&best) = tiers.first() else { return skip("kernel", "no event tier works") };
+    let each = whole.capabilities.iter().map(|&capability| Some(capability)).chain([None]);
+    for without in each.collect::<Vec<_>>() {
+        let scene = Scene::new();
+        let mut sandbox = Sandbox::new().expect("still root");
+        if let Some(capability) = without {
+            sandbox = sandbox.without(capability);
+        }
+        let mut agent = sandbox.agent(&scene.stage);
+        let status = agent.portwatch(&["status", "--json"]).expect(0).json();
+        let tier = status["agent"]["tier"].as_str().expect("a tier");
+        let target = format!("{}/tcp", scene.root.1.port());
+        let listeners = agent.portwatch(&["list", "--json", &target]).expect(0).json();
+        let holders = listeners[0]["holders"].as_array().expect("holders").as_slice();
+        match without {
+            Some(capability @ (Capability::CAP_BPF | Capability::CAP_PERFMON)) => {
+                assert_eq!(tier, "poll", "{capability}");
+                assert!(status["reasons"].to_string().contains(&capability.to_string()), "{status}");
+                scene.check(&holders[0], scene.root.0.pid);
+            }
+            Some(Capability::CAP_NET_ADMIN) => {
+                let expected = tiers.iter().find(|&&tier| tier != "tracepoint").unwrap_or(&"poll");
+                // Kprobes may need more than the unit has.
+                assert!(tier == *expected || tier == "poll", "{tier} without CAP_NET_ADMIN");
+                scene.check(&holders[0], scene.root.0.pid);
+            }
+            Some(Capability::CAP_SYS_PTRACE) => {
+                // Who it is, the kernel programs tell, where they can; where it runs, only /proc would.
+                let told = holders.first().map_or(&Value::Null, |holder| &holder["cwd"]);
+                assert!(told.is_null(), "{listeners}");
+            }
+            Some(Capability::CAP_DAC_READ_SEARCH) if status["agent"]["holders"] == "/proc" => {
+                assert!(holders.is_empty(), "{listeners}");
+            }
+            Some(Capability::CAP_DAC_READ_SEARCH | Capability::CAP_KILL) | None => {
+                assert_eq!(tier, best, "{without:?}");
+                scene.check(&holders[0], scene.root.0.pid);
+            }
+            Some(capability) => panic!("nothing is known to need {capability}"),
+        }
+        assert_eq!(agent.end(Signal::TERM), Some(0), "{without:?}");
+    }
+}
+
 pub fn trials() -> Vec<Test> {
     let mut tests = test_each_probe("service::what_the_unit_leaves_of_root_is_enough", |probe| {
         let Some(sandbox) = Sandbox::new() else { return };
@@ -416,6 +484,7 @@ pub fn trials() -> Vec<Test> {
                 }
             }
         }),
+        test("service::an_agent_that_lacks_a_capability_is_as_told", agent_without_each_capability),
         test("service::systemd_finds_the_unit_tight", || {
             let Some((_, said)) = analyze(&["security", "--offline=true", "--no-pager"]) else { return };
             let line = said.lines().find(|line| line.contains("exposure level")).unwrap_or_default();

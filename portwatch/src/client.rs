@@ -49,7 +49,8 @@ impl Client {
                 Err(error) => return Err(error).context("cannot connect"),
             };
             let mut client = Client { lines: Framed::new(stream, LinesCodec::new_with_max_length(MAX_RESPONSE)) };
-            client.send(&Request::Hello { version: VERSION }).await?;
+            // Who is turned away may find the door shut already, and is told why all the same.
+            let _ = client.send(&Request::Hello { version: VERSION }).await;
             match client.read().await? {
                 Response::Hello { version: VERSION, .. } => Ok(Some(client)),
                 other => Err(anyhow!("no greeting, but {other:?}")),

@@ -12,6 +12,8 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
+pub(crate) use free::fetch_peers;
+
 use anyhow::{Context, Result, bail};
 use nix::unistd::Uid;
 use serde_json::{Value, json};
@@ -90,7 +92,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let mut figures = serde_json::Map::new();
 
     if !args.quick {
-        free::fetch_peers();
+        fetch_peers();
     }
     let crowd = World::start(CROWD)?;
     println!(

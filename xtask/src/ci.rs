@@ -90,6 +90,7 @@ const STEPS: &[&[&str]] = &[
     &["fetch", "--quiet", "--locked", "--manifest-path", "portwatch/fuzz/Cargo.toml"],
     TESTS,
     &["xtask", "vm", "--kernel", "all"],
+    &["xtask", "race", "--rounds", "200", "--peer-rounds", "0"],
     &["xtask", "bench", "--quick"],
 ];
 

@@ -8,6 +8,7 @@ mod bench;
 mod ci;
 mod ebpf;
 mod fuzz;
+mod race;
 mod server;
 mod vm;
 mod world;
@@ -36,12 +37,16 @@ enum Verb {
     Fuzz(fuzz::Args),
     /// Measure portwatch and its peers side by side, as Markdown
     Bench(bench::Args),
+    /// Work against a kill in progress, and count who is hit, as Markdown
+    Race(race::Args),
     /// Run everything that CI runs, and list every failure
     Ci(ci::Args),
     #[command(hide = true)]
     World(world::Args),
     #[command(hide = true)]
     Server(server::Args),
+    #[command(hide = true)]
+    Arena(race::arena::Args),
 }
 
 fn main() -> ExitCode {
@@ -50,9 +55,11 @@ fn main() -> ExitCode {
         Verb::Vm(args) => vm::run(&args),
         Verb::Fuzz(args) => fuzz::run(&args),
         Verb::Bench(args) => bench::run(&args),
+        Verb::Race(args) => race::run(&args),
         Verb::Ci(args) => ci::run(&args),
         Verb::World(args) => world::run(&args),
         Verb::Server(args) => server::run(&args),
+        Verb::Arena(args) => race::arena::run(&args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -9,15 +9,18 @@
 //!     └── gone, and another agent has the lock: this one ends
 //! ```
 
-use std::fs::{self, File, Permissions};
+use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::os::unix::net::UnixListener as StdListener;
 use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context as _, anyhow};
-use rustix::fs::{FlockOperation, flock};
+use anyhow::{Context as _, anyhow, bail};
+use nix::sched::{CloneFlags, unshare};
+use rustix::fs::{FlockOperation, Mode, OFlags, flock};
+use rustix::process::umask;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::time::{Instant, sleep_until};
 
@@ -193,19 +196,21 @@ impl Drop for Socket {
 /// Listens at `path`, with the lock that goes with it: the one at hand as long as it is the one that others would meet.
 fn listen(path: &Path, lock: &mut Option<File>) -> anyhow::Result<UnixListener> {
     if let Some(parent) = path.parent() {
-        fs::create_dir_all(parent).with_context(|| format!("cannot make {}", parent.display()))?;
+        // Whatever the umask: who may write there may put a socket of its own in the place of ours.
+        let made = DirBuilder::new().recursive(true).mode(0o755).create(parent);
+        made.with_context(|| format!("cannot make {}", parent.display()))?;
     }
     hold_lock(path, lock)?;
-    // We have the lock, so whatever is there is what an agent that was killed left behind.
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            return Err(error).with_context(|| format!("cannot remove the old socket {}", path.display()));
+    // We have the lock, so a socket that is there is what an agent that was killed left behind.
+    match fs::symlink_metadata(path) {
+        Ok(metadata) if !metadata.file_type().is_socket() => {
+            bail!("{} is there and is no socket; choose another with --socket", path.display());
         }
-        _ => {}
+        Ok(_) => fs::remove_file(path).with_context(|| format!("cannot remove the old socket {}", path.display()))?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error).with_context(|| format!("cannot look at {}", path.display())),
     }
-    let listener = StdListener::bind(path).with_context(|| format!("cannot listen at {}", path.display()))?;
-    fs::set_permissions(path, Permissions::from_mode(0o666))
-        .with_context(|| format!("cannot let others connect to {}", path.display()))?;
+    let listener = bind(path).with_context(|| format!("cannot listen at {}", path.display()))?;
     listener.set_nonblocking(true).context("cannot make the socket non-blocking")?;
     UnixListener::from_std(listener).context("cannot poll the socket")
 }
@@ -231,12 +236,28 @@ fn hold_lock(path: &Path, lock: &mut Option<File>) -> anyhow::Result<bool> {
     Ok(!is_held)
 }
 
+/// Born with its mode: a chmod() afterwards would follow whatever has come to stand there.
+fn bind(path: &Path) -> io::Result<StdListener> {
+    let path = path.to_owned();
+    // The umask belongs to all threads of a process, but for one that parted with the others.
+    let bind = move || {
+        unshare(CloneFlags::CLONE_FS)?;
+        umask(Mode::from_raw_mode(0o111));
+        StdListener::bind(path)
+    };
+    let bound = thread::Builder::new().spawn(bind)?.join();
+    bound.unwrap_or_else(|_| Err(io::Error::other("its thread panicked")))
+}
+
+/// Nobody else may open it, for who can lock it can keep the agent from starting.
 fn lock(path: &Path) -> anyhow::Result<File> {
     let name = lock_path(path);
     let file = File::options()
         .write(true)
         .create(true)
         .truncate(false)
+        .mode(0o600)
+        .custom_flags(OFlags::NOFOLLOW.bits().cast_signed())
         .open(&name)
         .with_context(|| format!("cannot make {}", name.display()))?;
     match flock(&file, FlockOperation::NonBlockingLockExclusive) {

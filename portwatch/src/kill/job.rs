@@ -18,7 +18,7 @@ use super::directories::Held;
 use super::execute::{Options, World, execute, planned};
 use super::guards::{Guards, Units};
 use super::kin::Reach;
-use super::outcome::Outcome;
+use super::outcome::{Outcome, Status};
 use super::plan::Plan;
 use super::progress::Progress;
 use super::stop::{StopError, Stopping, Whole};
@@ -170,6 +170,8 @@ impl Job {
             ports.contains(&(socket.port, socket.proto)) && wanted.is_none_or(|netns| netns == socket.netns)
         };
         let all_netns = is_elsewhere(wanted);
+        // A port that was free in the beginning may not be when others have been freed.
+        let had_to_wait = plan.groups.iter().any(|group| group.sockets.is_empty()) && !plan.listeners.is_empty();
         let mut outcomes = execute(
             plan,
             options,
@@ -182,8 +184,12 @@ impl Job {
                 progress,
             },
         )?;
-        for outcome in &mut outcomes {
-            outcome.correct(&left_out, &selector.named_addresses(outcome.port));
+        let mut correct = |listeners: &[Listener], status| {
+            outcomes.iter_mut().for_each(|it| it.correct(listeners, &selector.named_addresses(it.port), status));
+        };
+        correct(&left_out, Status::Partial);
+        if had_to_wait {
+            correct(&scanner.scan(all_netns, &is_of_interest)?.listeners, Status::Respawned);
         }
         if let Some((held, glob)) = held {
             held.sweep(&glob, options.grace, &mut outcomes);

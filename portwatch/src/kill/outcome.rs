@@ -24,7 +24,7 @@ pub enum Status {
     Ghost,
     /// Still taken: the holders are gone, or survive SIGKILL; or nobody listens, and bind() fails all the same.
     Stuck,
-    /// It was freed, and somebody took it again.
+    /// It was freed, and somebody took it again; or nobody had it, and somebody took it meanwhile.
     Respawned,
     /// Still taken, for want of permission alone: `sudo` would help. What portwatch spares by its own rules (an ancestor
     /// of its own, a docker-proxy) no permission frees, so that is [`Status::Partial`].
@@ -174,9 +174,9 @@ impl Outcome {
 }
 
 impl Outcome {
-    /// A port on which nothing was selected is not free if a listener that the selectors leave out has it, so that none
-    /// of `addresses` can be bound.
-    pub fn correct(&mut self, left_out: &[Listener], addresses: &[IpAddr]) {
+    /// A port on which nothing was selected is not free if one of these listeners has it, so that none of `addresses` can
+    /// be bound: one that the selectors leave out ([`Status::Partial`]), or that came meanwhile ([`Status::Respawned`]).
+    pub fn correct(&mut self, listeners: &[Listener], addresses: &[IpAddr], status: Status) {
         if self.status != Status::Free {
             return;
         }
@@ -184,18 +184,19 @@ impl Outcome {
             (socket.port, socket.proto) == (self.port, self.proto)
                 && addresses.iter().any(|&address| socket.overlaps(address))
         };
-        let Some(listener) = left_out.iter().find(has) else { return };
+        let Some(listener) = listeners.iter().find(has) else { return };
         let who = match listener.binder() {
             Some(holder) => format!("{} ({})", holder.process.name, holder.process.id.pid),
             None => "nobody visible".to_owned(),
         };
-        self.status = Status::Partial;
+        let message = match status {
+            Status::Respawned => format!("{who} took it meanwhile"),
+            _ => format!("held by {who}, which the selectors leave out"),
+        };
+        self.status = status;
         self.still_listening = true;
         self.remaining_pids = listener.holders.iter().map(|holder| holder.process.id.pid).collect();
-        self.diagnostics = Some(Diagnostics {
-            message: format!("held by {who}, which the selectors leave out"),
-            ..Diagnostics::default()
-        });
+        self.diagnostics = Some(Diagnostics { message, ..Diagnostics::default() });
     }
 }
 

@@ -28,14 +28,27 @@ pub(super) struct Blocked {
 /// Where a server would bind.
 pub(super) type Place = (SocketAddr, Option<bool>);
 
-/// Binds at each place. `None`: it succeeds, or it says nothing about who has the port, or somebody listens there.
-pub(super) fn blocked(sight: &mut Sight, netns: NetnsId, places: &[Place]) -> Option<Blocked> {
+/// What bind() says of a port.
+pub(super) enum Proof {
+    /// It succeeds, or its failure says nothing about who has the port.
+    Free,
+    /// It fails, and somebody listens there.
+    Taken,
+    Blocked(Blocked),
+}
+
+/// Binds at each place.
+pub(super) fn prove(sight: &mut Sight, netns: NetnsId, places: &[Place]) -> Proof {
     for &(address, v6only) in places {
         if sight.is_in_use(netns, address, v6only) {
-            return sight.remnants(netns, address).map(Blocked::by);
+            return match sight.remnants(netns, address) {
+                Some(Some(remnants)) => Proof::Blocked(Blocked::by(remnants)),
+                Some(None) => Proof::Taken,
+                None => Proof::Free,
+            };
         }
     }
-    None
+    Proof::Free
 }
 
 impl Blocked {

@@ -86,11 +86,11 @@ impl Sight {
         self.watches.iter().find(|watch| watch.netns() == netns).is_some_and(|watch| watch.is_in_use(address, v6only))
     }
 
-    /// What [`Watch::remnants`] says.
-    pub(super) fn remnants(&mut self, netns: NetnsId, address: SocketAddr) -> Option<Vec<PortSocket>> {
+    /// What [`Watch::remnants`] says; `None`: the namespace is not seen.
+    pub(super) fn remnants(&mut self, netns: NetnsId, address: SocketAddr) -> Option<Option<Vec<PortSocket>>> {
         let watch = self.watches.iter_mut().find(|watch| watch.netns() == netns)?;
         // What cannot be listed is not known, and bind() failed all the same.
-        watch.remnants(address).unwrap_or(Some(Vec::new()))
+        Some(watch.remnants(address).unwrap_or(Some(Vec::new())))
     }
 }
 

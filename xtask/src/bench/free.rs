@@ -135,7 +135,7 @@ fn can_bind(port: u16) -> bool {
 }
 
 /// Fetches the peers that come from registries, as far as those are within reach.
-pub(super) fn fetch_peers() {
+pub(crate) fn fetch_peers() {
     let tools = target().join("tools");
     if find("killport").is_none() {
         let mut install = cargo();

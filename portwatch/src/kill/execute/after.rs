@@ -8,7 +8,7 @@ use super::{AFTERMATH, LINGER, Run, SCAN_EVERY, World};
 use crate::kill::life::Life;
 use crate::kill::life::Stage;
 use crate::kill::plan::push_new;
-use crate::kill::prove::{self, Place};
+use crate::kill::prove::{self, Place, Proof};
 use crate::model::{Listener, NetnsId, ProcessId, Protocol};
 use crate::source::netns;
 use crate::source::stat::has_ended;
@@ -79,16 +79,26 @@ impl Run {
         let mut open: Vec<usize> = (0..self.plan.groups.len()).filter(|&g| self.is_provable(g)).collect();
         loop {
             let mut left = Vec::new();
+            let mut taken = false;
             for group in open {
                 let places = self.places(group, world);
                 let netns = self.netns_of(group);
                 let was_blocked = self.blocked[group].is_some();
-                self.blocked[group] = prove::blocked(&mut self.sight, netns, &places);
-                if self.blocked[group].is_some() {
-                    left.push(group);
-                } else if was_blocked {
-                    self.freed[group] = Some(self.started.elapsed());
+                match prove::prove(&mut self.sight, netns, &places) {
+                    Proof::Blocked(by) => {
+                        self.blocked[group] = Some(by);
+                        left.push(group);
+                        continue;
+                    }
+                    Proof::Taken => taken = true,
+                    Proof::Free if was_blocked => self.freed[group] = Some(self.started.elapsed()),
+                    Proof::Free => {}
                 }
+                self.blocked[group] = None;
+            }
+            if taken {
+                // Since the last look, by somebody who is to be named.
+                self.look(world)?;
             }
             // Nothing of ours is about to go where nobody had the port.
             left.retain(|&g| !self.plan.groups[g].sockets.is_empty());
