@@ -226,6 +226,29 @@ pub fn trials() -> Vec<Test> {
             assert_eq!((killed, remaining), (pids(&[&server]), pids(&[&supervisor])), "{outcome}");
             assert!(supervisor.is_alive());
         }),
+        test("kill::a_child_of_one_who_is_gone_when_its_signal_comes_is_found", || {
+            let stage = Stage::new();
+            let holder = stage.puppet();
+            let sock = holder.serve();
+            holder.ignore_term();
+            let (pid, mut holder, mut child) = (holder.pid, Some(holder), None);
+            let target = format!("{}/tcp", sock.port());
+            let run = crate::gate::signals(
+                crate::subject::command(&["kill", &target, "--json", "--grace", "100ms"]),
+                |signalled, signal| {
+                    if (signalled, signal) == (pid, nix::libc::SIGKILL)
+                        && let Some(holder) = holder.take()
+                    {
+                        child = Some(holder.fork());
+                        holder.exit();
+                    }
+                },
+            );
+            let child = child.expect("no SIGKILL was about to be sent");
+            let outcome = run.expect(0).json()[0].clone();
+            assert_eq!(outcome["status"], "cleaned", "{outcome}");
+            assert_eq!(child.wait(), Some(nix::libc::SIGKILL));
+        }),
         test("kill::one_who_takes_the_port_before_it_is_proved_free_is_named_though_nobody_settles", || {
             let stage = Stage::new();
             let (server, stranger) = (stage.puppet(), stage.puppet());

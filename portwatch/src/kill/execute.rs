@@ -332,6 +332,7 @@ impl Run {
             }
             let is_firm = matches!(life.grip, Grip::Firm(_));
             let Some(target) = life.take_grip(began) else {
+                self.note_end(index);
                 self.tell_if_over(index, world);
                 continue;
             };
@@ -375,6 +376,7 @@ impl Run {
             life.grip = if is_firm { Grip::Firm(target) } else { Grip::Loose };
             life.sent(sent, signal, stage, began);
             self.began |= is_sent;
+            self.note_end(index);
             if is_sent {
                 tell(&self.lives[index], Step::Sent { signal: SignalName(signal), resumed }, world);
             } else if let Some(failed) = &self.lives[index].failure {
@@ -412,9 +414,16 @@ impl Run {
 
     fn over(&mut self, index: usize, world: &mut World<'_>) {
         self.lives[index].over(self.began);
-        self.stale = true;
-        self.last_end = Instant::now();
+        self.note_end(index);
         self.tell_if_over(index, world);
+    }
+
+    /// Who has ended may have left the port to somebody who is not known yet.
+    fn note_end(&mut self, index: usize) {
+        let life = &self.lives[index];
+        if life.ended || life.gone {
+            (self.stale, self.last_end) = (true, Instant::now());
+        }
     }
 
     /// Looks at the sockets alone: which of those known are left, and whether others came.

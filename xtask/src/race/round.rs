@@ -312,9 +312,16 @@ impl Stage {
     fn bury(&mut self, pid: Pid, code: Option<i32>, signal: u32, goes_on: bool) -> Result<()> {
         let pid = pid.as_raw().cast_unsigned();
         self.learn_of_children();
-        let of_pid = |k: &&mut Known| k.died == 0 && self.board.slots()[k.seat].pid.load(SeqCst) == pid;
-        // Not one of ours: what the command started, and left behind.
-        let Some(known) = self.known.iter_mut().rev().find(of_pid) else { return Ok(()) };
+        let slots = self.board.slots();
+        let has = |k: &Known, number: u32| k.died == 0 && slots[k.seat].pid.load(SeqCst) == number;
+        // Else a child that ended before it, or who forked it, had written down its number.
+        let seat = self.known.iter().rposition(|k| has(k, pid)).or_else(|| {
+            let is_child = |k: &Known| has(k, 0) && k.part == Part::Holder && slots[k.seat].held.load(SeqCst) != 0;
+            self.known.iter().position(is_child)
+        });
+        // Else what the command started, and left behind.
+        let Some(known) = seat.map(|index| &mut self.known[index]) else { return Ok(()) };
+        slots[known.seat].pid.store(pid, SeqCst);
         (known.died, known.killed_by) = (now(), signal);
         let slot = &self.board.slots()[known.seat];
         let was_holder = slot.held.load(SeqCst) != 0;
