@@ -4,7 +4,6 @@
 pub(crate) mod agent;
 pub(crate) mod completions;
 pub(crate) mod diagnose;
-mod feed;
 pub(crate) mod history;
 pub(crate) mod kill;
 pub(crate) mod list;

@@ -27,10 +27,10 @@ use portwatch::waiting::{Condition, Goal, Look, Scope};
 use portwatch::wire::Selection;
 use tokio::task::JoinHandle;
 
-use super::feed::Feed;
 use super::{Users, explain, note, print, reach_agent, read, refused, selector, view};
 use crate::cli::{Globals, Netns, Selectors, TARGETS, duration};
 use crate::exit_codes::{self, NO, Usage};
+use portwatch::feed::Feed;
 
 #[derive(Debug, Args)]
 #[command(

@@ -16,10 +16,10 @@ use portwatch::tracker::Tracker;
 use portwatch::wire::Selection;
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::feed::Feed;
 use super::{Users, block_on, clock, explain, note, reach_agent, refused, selector, view};
 use crate::cli::{Globals, Selectors, Since, TARGETS, duration};
 use crate::exit_codes::Usage;
+use portwatch::feed::Feed;
 
 #[derive(Debug, Args)]
 #[command(after_help = format!("\

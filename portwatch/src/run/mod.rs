@@ -39,12 +39,28 @@ mod watcher;
 use std::ffi::OsString;
 use std::time::Duration;
 
+use anyhow::Context as _;
+
 pub use control::{Cause, Over, Start, Status};
 pub use keeper::Supervised;
 pub use signals::{Signals, Told};
 
 /// Exit code where the lifetime was over, as timeout(1) has it.
 pub const LIFETIME_OVER: u8 = 124;
+
+/// Runs it, and returns when it is over and nothing of it is left. To be called by a process that has one thread: it
+/// forks. Signals are the caller's own affair ([`Supervised`] and [`Signals`] pass them on); when the caller is killed, all
+/// that it ran is ended.
+///
+/// # Errors
+/// When it cannot be started, or the watcher was lost.
+pub fn supervise(order: &Order) -> anyhow::Result<Over> {
+    let supervised = Supervised::prepare(order)?;
+    let started = supervised.start(Start::default())?;
+    started.with_context(|| format!("cannot run {}", order.program.display()))?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.context("cannot start the event loop")?.block_on(supervised.over())
+}
 
 /// What is to be run.
 #[derive(Clone, Debug)]

@@ -83,6 +83,7 @@ impl Selector {
     /// A range of more ports than this names none of them (see [`Selector::named_ports`]).
     pub const NAMED_RANGE_MAX: usize = 16;
 
+    /// Picks what matches one of the targets, if there are any, and all of the filters.
     pub fn new(targets: Vec<Target>, filters: Filters) -> Self {
         let (placed, anywhere): (Vec<&Target>, Vec<&Target>) =
             targets.iter().partition(|target| target.address.is_some());

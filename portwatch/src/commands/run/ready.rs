@@ -12,9 +12,9 @@ use portwatch::source::{Live, Probe, Scanner, Tier, diag, netns, stat};
 use portwatch::tracker::Tracker;
 use portwatch::wire::Selection;
 
-use super::super::feed::Feed;
 use super::super::{explain, reach_agent};
 use crate::cli::Globals;
+use portwatch::feed::Feed;
 
 /// How often sockets are looked at without events, and how often a server is asked for its health: of a server that is up
 /// and not well nothing tells when that changes.

@@ -1,17 +1,19 @@
 //! Changes as they happen: from the agent where one answers, else from probes of our own.
 
-use portwatch::client::Subscription;
-use portwatch::model::{Change, Listener};
-use portwatch::tracker::Tracker;
+use crate::client::Subscription;
+use crate::model::{Change, Listener};
+use crate::tracker::Tracker;
 
-pub(crate) enum Feed {
+/// Where changes come from.
+#[derive(Debug)]
+pub enum Feed {
     Agent(Box<Subscription>),
     Own(Box<Tracker>),
 }
 
 impl Feed {
     /// Cancel safe. There are none where the table was only confirmed.
-    pub(crate) async fn next(&mut self) -> anyhow::Result<Vec<Change>> {
+    pub async fn next(&mut self) -> anyhow::Result<Vec<Change>> {
         match self {
             Feed::Agent(subscription) => subscription.next().await,
             Feed::Own(tracker) => {
@@ -23,7 +25,7 @@ impl Feed {
     }
 
     /// What is open now.
-    pub(crate) fn listeners(&self) -> Vec<&Listener> {
+    pub fn listeners(&self) -> Vec<&Listener> {
         match self {
             Feed::Agent(subscription) => subscription.listeners().collect(),
             Feed::Own(tracker) => tracker.table().listeners().collect(),

@@ -1,0 +1,24 @@
+//! Asks the agent who has a port, other users' processes included. `cargo run --example agent -- 8000`
+
+use std::path::PathBuf;
+
+use portwatch::client::Client;
+use portwatch::wire::{Request, Response, Selection};
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> anyhow::Result<()> {
+    let socket = std::env::var_os("PORTWATCH_SOCKET").unwrap_or_else(|| "/run/portwatch/agent.sock".into());
+    let targets: Vec<String> = std::env::args().skip(1).collect();
+    let Some(mut client) = Client::connect(&PathBuf::from(socket)).await? else {
+        anyhow::bail!("no agent answers; start one: portwatch agent");
+    };
+    let selection = Selection::of(&portwatch::selector(&targets)?);
+    let (answers, _more) = client.ask(&Request::Who { selection }).await?;
+    for answer in answers {
+        if let Response::Listener { listener, .. } = answer {
+            let holder = listener.binder().map(|holder| (holder.process.id.pid, &holder.process.name));
+            println!("{}: {holder:?}", listener.socket.port);
+        }
+    }
+    Ok(())
+}
