@@ -67,7 +67,7 @@ impl Agent {
     /// Programs, maps and links of the kernel's that it holds: what its descriptors say.
     pub fn kernel_objects(&self) -> BTreeSet<(String, u32)> {
         let infos = fs::read_dir(format!("/proc/{}/fdinfo", self.child.id())).expect("its descriptors");
-        let texts = infos.map(|info| fs::read_to_string(info.expect("an entry").path()).expect("its fdinfo"));
+        let texts = infos.filter_map(|info| read_fdinfo(&info.expect("an entry").path()));
         let ids = texts.flat_map(|text| {
             let lines = text.lines().filter_map(|line| {
                 let (name, id) = line.split_once(':')?;
@@ -106,6 +106,14 @@ fn exists(name: &str, id: u32) -> bool {
     true
 }
 
+/// `None`: closed meanwhile.
+fn read_fdinfo(path: &Path) -> Option<String> {
+    match fs::read_to_string(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        text => Some(text.expect("its fdinfo")),
+    }
+}
+
 /// Takes the agent's links to cgroups off, as `bpftool link detach` does; how many there were.
 fn detach_cgroup_links(agent: &Agent) -> usize {
     // enum bpf_cmd (linux/bpf.h).
@@ -120,7 +128,7 @@ fn detach_cgroup_links(agent: &Agent) -> usize {
         result as u32
     };
     let infos = fs::read_dir(format!("/proc/{}/fdinfo", agent.child.id())).expect("its descriptors");
-    let texts = infos.map(|info| fs::read_to_string(info.expect("an entry").path()).expect("its fdinfo"));
+    let texts = infos.filter_map(|info| read_fdinfo(&info.expect("an entry").path()));
     let links: Vec<u32> = texts
         .filter(|text| text.contains("link_type:\tcgroup\n"))
         .filter_map(|text| text.lines().find_map(|line| line.strip_prefix("link_id:"))?.trim().parse().ok())

@@ -245,6 +245,11 @@ pub enum Event {
         at: BootNs,
         process: Arc<Process>,
     },
+    /// What was known of a holder is not so any more: its user changed, of which the kernel tells nothing.
+    Renewed {
+        at: BootNs,
+        process: Arc<Process>,
+    },
     /// The last thread of a known holder exits.
     Exited {
         at: BootNs,
@@ -270,6 +275,7 @@ impl Event {
             | Event::Closed { at, .. }
             | Event::Forked { at, .. }
             | Event::Execed { at, .. }
+            | Event::Renewed { at, .. }
             | Event::Exited { at, .. }
             | Event::Refused { at, .. }
             | Event::Unsure { at }

@@ -15,11 +15,12 @@
 //! again, soon at first and then once a second. Events are applied meanwhile, but the table is not known to be true.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::model::{BootNs, Change, Event};
+use crate::model::{BootNs, Change, Event, ProcessId, Socket};
 use crate::source::{Live, Probe, process};
 use crate::table::Table;
 
@@ -108,6 +109,24 @@ impl Tracker {
             changes.extend(self.refresh(lost));
         }
         changes
+    }
+
+    /// Looks again at who the holders of these sockets run as: of setuid(2), by which servers give up what they needed to
+    /// bind their port, the kernel tells nothing.
+    pub fn renew_users(&mut self, of: &dyn Fn(&Socket) -> bool) -> Vec<Change> {
+        let listeners = self.table.listeners().filter(|listener| of(&listener.socket));
+        let holders =
+            listeners.flat_map(|listener| &listener.holders).map(|holder| (holder.process.id, &holder.process));
+        let mut looked_at = HashSet::new();
+        let changed: Vec<ProcessId> = holders
+            .filter(|(id, known)| {
+                looked_at.insert(*id) && process::uid_of(id.pid).is_some_and(|uid| known.uid != Some(uid))
+            })
+            .map(|(id, _)| id)
+            .collect();
+        let at = process::boot_ns_now();
+        let renewed = changed.into_iter().filter_map(process::read_exact);
+        renewed.flat_map(|process| self.table.apply(Event::Renewed { at, process: Arc::new(process) })).collect()
     }
 
     /// Waits for the next changes; there are none where a snapshot confirmed what was known, or could not be read

@@ -196,8 +196,13 @@ extern "C" fn flee(_: libc::c_int) {
 
 /// Writes down who it is: PID and start.
 fn note(path: &str) {
-    let stat = std::fs::read_to_string("/proc/self/stat").expect("stat");
-    let start = stat.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(19)).expect("a start");
+    let start = loop {
+        let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+        // Nothing: a signal handler has forked meanwhile, and the file that was open is the other one's.
+        if let Some(start) = stat.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(19)) {
+            break start.to_owned();
+        }
+    };
     let mut file = OpenOptions::new().append(true).create(true).mode(0o666).open(path).expect("notes");
     file.write_all(format!("{} {start}\n", std::process::id()).as_bytes()).expect("notes");
 }

@@ -246,13 +246,16 @@ impl Core {
         let now = process::boot_ns_now();
         match ask {
             Ask::List { selector, reply } => {
+                self.renew_users(&selector);
                 let _ = reply.send(Ok(self.listeners(&selector, now)));
             }
             Ask::Who { selector, reply } => {
+                self.renew_users(&selector);
                 let all = self.tracker.table().listeners().filter(|listener| selector.matches(listener, now));
                 let _ = reply.send(Ok(all.map(|listener| (listener.clone(), self.lineages.of(listener))).collect()));
             }
             Ask::Watch { selector, since, reply } => {
+                self.renew_users(&selector);
                 let changes = self.subscribers.subscribe();
                 let listeners = self.listeners(&selector, now);
                 self.metrics.subscribers(self.subscribers.receiver_count());
@@ -268,6 +271,13 @@ impl Core {
                 let _ = reply.send(Ok(self.rules.states(self.tracker.table().listeners())));
             }
             Ask::ReplaceRules { rules } => self.replace_rules(rules),
+        }
+    }
+
+    fn renew_users(&mut self, selector: &Selector) {
+        let changes = self.tracker.renew_users(&|socket| selector.matches_socket(socket));
+        if !changes.is_empty() {
+            self.publish(changes);
         }
     }
 

@@ -83,7 +83,8 @@ impl Socket {
     /// Goes on with a socket that a service manager made: it sees to it that there is one agent.
     pub(super) fn adopt(listener: StdListener, troubles: Troubles) -> anyhow::Result<Socket> {
         let address = listener.local_addr().context("cannot tell where the service manager listens")?;
-        let place = address.as_pathname().map(|path| Place::new(path.to_owned()));
+        // In the file system that a service is shown, its socket may have no place: then nobody can look after it.
+        let place = address.as_pathname().map(|path| Place::new(path.to_owned())).filter(Place::is_ours);
         let listener = UnixListener::from_std(listener).context("cannot poll the socket of the service manager")?;
         Socket { listener, place, is_own: false, lock: None, troubles, look_at: None, is_stirred: false }.watched()
     }

@@ -142,6 +142,11 @@ fn open(pid: u32) -> Option<OwnedFd> {
     rustix::fs::openat(CWD, path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).ok()
 }
 
+/// Effective uid of whoever has the PID now.
+pub fn uid_of(pid: u32) -> Option<u32> {
+    rustix::fs::stat(format!("/proc/{pid}")).ok().map(|status| status.st_uid)
+}
+
 fn details(pid: u32, dir: BorrowedFd<'_>, stat: Stat) -> Process {
     // The directory's owner is the effective uid, whatever the process did to its dumpable flag: see
     // task_dump_owner() in fs/proc/base.c.

@@ -97,6 +97,7 @@ impl Table {
             Event::Closed { at, id, by } => self.closed(at, id, by, &mut out),
             Event::Forked { at, parent, child } => self.forked(at, parent, child, &mut out),
             Event::Execed { at, process } => self.execed(at, process, &mut out),
+            Event::Renewed { at, process } => self.renewed(at, &process, &mut out),
             Event::Exited { at, id } => self.exited(at, id, &mut out),
             Event::Refused { at, attempt } => self.refused(at, attempt, &mut out),
             Event::Unsure { at } => self.mark_unread(at),
@@ -331,16 +332,26 @@ impl Table {
 
     fn execed(&mut self, at: BootNs, process: Arc<Process>, out: &mut Vec<Change>) {
         self.stir(process.id, at);
-        if !self.rows.renew_details(key(process.id), at) {
-            return;
+        if self.rows.renew_details(key(process.id), at) {
+            self.rows.held_by(process.id).into_iter().for_each(|id| self.mark_row(id, at));
+            self.replace(at, &process, out);
         }
+    }
+
+    fn renewed(&mut self, at: BootNs, process: &Arc<Process>, out: &mut Vec<Change>) {
+        if self.rows.renew_details(key(process.id), at) {
+            self.replace(at, process, out);
+        }
+    }
+
+    /// What is known of a holder, in every row that it holds.
+    fn replace(&mut self, at: BootNs, process: &Arc<Process>, out: &mut Vec<Change>) {
         for id in self.rows.held_by(process.id) {
-            self.mark_row(id, at);
             let Some(row) = self.rows.get_mut(id) else { continue };
             let holders = row.listener.holders.iter_mut();
             for holder in holders.filter(|holder| holder.process.id.is_same(process.id)) {
-                let differs = holder.process != process;
-                holder.process = Arc::clone(&process);
+                let differs = holder.process != *process;
+                holder.process = Arc::clone(process);
                 if differs {
                     out.push(Change::Holders { at, listener: row.listener.clone() });
                     break;
