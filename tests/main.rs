@@ -21,6 +21,7 @@ mod chaos;
 mod container;
 mod diagnose;
 mod dockerd;
+mod embed;
 mod faults;
 mod gate;
 mod history;
@@ -134,6 +135,7 @@ fn main() -> ExitCode {
         replay::trials(),
         sweep::trials(),
         rules::trials(),
+        embed::trials(),
     ];
     let trials = tests.into_iter().flatten().map(|test| {
         Trial::test(test.name, move || {

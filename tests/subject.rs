@@ -209,6 +209,7 @@ const LACKS: &[&str] = &[
     "conflicts",
     "destroy",
     "docker",
+    "examples",
     "fexit",
     "fish",
     "fuse",

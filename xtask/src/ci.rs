@@ -12,6 +12,7 @@ use crate::{cargo, must, shown};
 /// `conflicts`, which some kernels refuse: the emulated machines require the first two.
 const REQUIRED: &[&str] = &[
     "kernel",
+    "examples",
     "lossless",
     "native",
     "root",

@@ -13,25 +13,37 @@
 //! goes that way until nothing more appears.
 
 mod aftermath;
+#[doc(hidden)]
 pub mod cleanup;
 mod close;
+#[doc(hidden)]
 pub mod concern;
 mod directories;
+#[doc(hidden)]
 pub mod execute;
 mod guards;
+#[doc(hidden)]
 pub mod job;
+#[doc(hidden)]
 pub mod kin;
 mod life;
+#[doc(hidden)]
 pub mod outcome;
+#[doc(hidden)]
 pub mod plan;
+#[doc(hidden)]
 pub mod preview;
+#[doc(hidden)]
 pub mod progress;
 mod prove;
 mod report;
 mod sight;
+#[doc(hidden)]
 pub mod signal;
 mod stop;
+#[doc(hidden)]
 pub mod target;
+#[doc(hidden)]
 pub mod text;
 mod why;
 
@@ -43,7 +55,7 @@ pub use guards::{Guards, Units};
 pub use job::{Choice, Job, Terms};
 pub use kin::Reach;
 pub use outcome::{Outcome, Status, exit_code};
-pub use plan::Plan;
+pub use plan::{Group, Plan, Refused, Spared, Stop, Victim};
 pub use progress::{Progress, Step};
 pub(crate) use report::not_permitted;
 pub use stop::{StopError, Stopper, Stopping, Whole};
