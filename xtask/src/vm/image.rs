@@ -37,7 +37,7 @@ for module in @MODULES@; do insmod /modules/$module || echo "init: cannot load $
 ip link set lo up
 ulimit -n 65536
 cd /tmp
-env PORTWATCH_BIN=/bin/portwatch PORTWATCH_TEST_EMULATED=1 PORTWATCH_TEST_REQUIRE=kernel,root,fexit,kprobe,tracepoint RUST_BACKTRACE=1 /bin/scenarios --color=never --test-threads=1 @ARGS@
+env PORTWATCH_BIN=/bin/portwatch PORTWATCH_TEST_EMULATED=1 PORTWATCH_TEST_REQUIRE=kernel,root,fexit,kprobe,tracepoint PORTWATCH_TEST_ENDS=20 PORTWATCH_TEST_SWEEPS=100 RUST_BACKTRACE=1 /bin/scenarios --color=never --test-threads=1 @ARGS@
 code=$?
 echo "VM-EXIT: $code"
 poweroff -f
