@@ -219,8 +219,8 @@ impl Core {
     fn publish(&mut self, changes: Vec<Change>) {
         let clock = super::clock();
         self.metrics.batch(clock.now_boot_ns, changes.iter().map(Change::at));
+        self.lineages.apply(&changes);
         for change in changes {
-            self.lineages.apply(&change);
             self.metrics.change(&change);
             self.rules.change(&change);
             if let Some(history) = &mut self.history {

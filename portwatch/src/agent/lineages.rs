@@ -6,51 +6,68 @@ use std::sync::Arc;
 use crate::model::{Ancestor, Change, Listener, ProcessId};
 use crate::source::stat;
 
-/// More is not remembered: 16 MiB or so.
-const MAX: usize = 1 << 16;
+/// Ancestors in all that are remembered: 16 MiB or so, where no two listeners share theirs.
+const MAX: usize = 1 << 18;
+
+/// Changes at once from which on it is a flood. Reading a line takes several files, and the task that owns the table has
+/// the flood to take in.
+const FLOOD: usize = 64;
 
 #[derive(Debug, Default)]
 pub(super) struct Lineages {
     /// By the cookie of the socket, which no other ever has; of open listeners alone.
-    known: HashMap<u64, Arc<[Ancestor]>>,
+    lines: HashMap<u64, Arc<[Ancestor]>>,
+    /// How many ancestors those are.
+    count: usize,
     /// Who opened one last: a server with many ports is looked at once.
     last: Option<(ProcessId, Arc<[Ancestor]>)>,
 }
 
 impl Lineages {
-    /// Reads whom the binder came from before that can change much more; forgets what has closed.
-    pub(super) fn apply(&mut self, change: &Change) {
-        match change {
-            Change::Opened { listener, .. } if self.known.len() < MAX && listener.socket.id.cookie != 0 => {
-                let Some(binder) = listener.binder().map(|binder| binder.process.id) else { return };
-                let lineage = self.read(binder);
-                // That it came from init is what /proc says at any time.
-                if lineage.len() > 1 {
-                    self.known.insert(listener.socket.id.cookie, lineage);
-                }
+    /// Reads whom the binders came from before that can change much more; forgets what has closed.
+    pub(super) fn apply(&mut self, changes: &[Change]) {
+        for change in changes {
+            match change {
+                Change::Opened { listener, .. } if changes.len() < FLOOD => self.learn(listener),
+                Change::Closed { listener, .. } => self.forget(listener),
+                _ => {}
             }
-            Change::Closed { listener, .. } => {
-                self.known.remove(&listener.socket.id.cookie);
-            }
-            _ => {}
+        }
+    }
+
+    fn learn(&mut self, listener: &Listener) {
+        let Some(binder) = listener.binder().map(|binder| binder.process.id) else { return };
+        if self.count >= MAX || listener.socket.id.cookie == 0 {
+            return;
+        }
+        let line = self.read(binder);
+        // That it came from init is what /proc says at any time.
+        if line.len() > 1 {
+            self.forget(listener);
+            self.count += line.len();
+            self.lines.insert(listener.socket.id.cookie, line);
         }
     }
 
     fn read(&mut self, binder: ProcessId) -> Arc<[Ancestor]> {
-        if let Some((last, lineage)) = &self.last
+        if let Some((last, line)) = &self.last
             && last.is_same(binder)
         {
-            return Arc::clone(lineage);
+            return Arc::clone(line);
         }
         // Of another process that has the number now, nothing is said.
         let stat = |pid| stat::read(pid).ok().filter(|stat| pid != binder.pid || stat.id().is_same(binder));
-        let lineage: Arc<[Ancestor]> = stat::lineage(binder.pid, &stat).into();
-        self.last = Some((binder, Arc::clone(&lineage)));
-        lineage
+        let line: Arc<[Ancestor]> = stat::lineage(binder.pid, &stat).into();
+        self.last = Some((binder, Arc::clone(&line)));
+        line
     }
 
-    /// Of the binder, nearest first; nothing where it was open before the agent, or came from init.
+    fn forget(&mut self, listener: &Listener) {
+        self.count -= self.lines.remove(&listener.socket.id.cookie).map_or(0, |line| line.len());
+    }
+
+    /// Of the binder, nearest first; nothing where it was open before the agent, opened in a flood, or came from init.
     pub(super) fn of(&self, listener: &Listener) -> Vec<Ancestor> {
-        self.known.get(&listener.socket.id.cookie).map(|lineage| lineage.to_vec()).unwrap_or_default()
+        self.lines.get(&listener.socket.id.cookie).map(|line| line.to_vec()).unwrap_or_default()
     }
 }

@@ -3,16 +3,19 @@
 use crate::model::ProcessId;
 use crate::select::{Facts, Family, Relative};
 
-use super::{process, stat};
+use super::process;
+use super::stat::{self, Stat};
 
 /// What `reader` may know: the environment of its own processes; root's is everybody's.
 pub fn facts(reader: u32) -> Facts {
     Facts { reader, environment: process::environment_for, family }
 }
 
+/// Of whom it cannot be told out of whom it came, for they are too many, nothing is.
 fn family(id: ProcessId) -> Option<Family> {
     let own = stat::read(id.pid).ok().filter(|own| own.id().is_same(id))?;
-    let relative = |pid| stat::read(pid).ok().map(|stat| Relative { id: stat.id(), name: stat.name });
-    let ancestors = stat::ancestors(id.pid, &|pid| stat::read(pid).ok());
-    Some(Family { session: own.session, ancestors: ancestors.into_iter().filter_map(relative).collect() })
+    let ancestors = stat::nearest(id.pid, &|pid| stat::read(pid).ok());
+    let relative = |stat: Stat| Relative { id: stat.id(), name: stat.name };
+    (ancestors.len() < stat::GENERATIONS)
+        .then(|| Family { session: own.session, ancestors: ancestors.into_iter().map(relative).collect() })
 }

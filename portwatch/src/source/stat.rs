@@ -1,6 +1,7 @@
 //! `/proc/PID/stat`: who a process is, whose child it is, what state it is in. Everything that reads this file reads it
 //! here.
 
+use std::collections::HashSet;
 use std::ffi::CStr;
 use std::fs;
 use std::io;
@@ -129,36 +130,51 @@ pub(super) fn read_at(dir: BorrowedFd<'_>, path: &CStr) -> Option<Stat> {
     Stat::parse(&buffer[..length])
 }
 
+/// Generations that are told of a process. Somebody may nest processes by the ten thousand, and have others pay for each.
+pub const GENERATIONS: usize = 64;
+
 /// The ancestors of a process, its parent first, as far as they are visible. It ends at a parent that started after
 /// its child: the true one is gone and its PID in use again.
 pub fn ancestors(pid: u32, stat: &dyn Fn(u32) -> Option<Stat>) -> Vec<u32> {
-    let mut found = Vec::new();
-    let mut child = stat(pid);
-    while let Some(Stat { ppid: parent, start, .. }) = child {
-        // Processes that end while we walk could make the chain bite its tail.
-        if parent == 0 || parent == pid || found.contains(&parent) {
-            break;
-        }
-        child = stat(parent);
-        if child.as_ref().is_some_and(|parent| parent.start > start) {
-            break;
-        }
-        found.push(parent);
-    }
-    found
+    line(pid, usize::MAX, stat).into_iter().map(|(pid, _)| pid).collect()
 }
 
-/// The ancestors of a process with their names, its parent first.
+/// The ancestors of a process with their names, its parent first: the nearest [`GENERATIONS`].
 pub fn lineage(pid: u32, stat: &dyn Fn(u32) -> Option<Stat>) -> Vec<Ancestor> {
-    let named = |pid| stat(pid).map(|Stat { name, .. }| Ancestor { pid, name });
-    ancestors(pid, stat).into_iter().filter_map(named).collect()
+    nearest(pid, stat).into_iter().map(|Stat { pid, name, .. }| Ancestor { pid, name }).collect()
+}
+
+/// The nearest [`GENERATIONS`] of the ancestors of a process that are visible, its parent first.
+pub fn nearest(pid: u32, stat: &dyn Fn(u32) -> Option<Stat>) -> Vec<Stat> {
+    line(pid, GENERATIONS, stat).into_iter().filter_map(|(_, stat)| stat).collect()
+}
+
+fn line(pid: u32, most: usize, stat: &dyn Fn(u32) -> Option<Stat>) -> Vec<(u32, Option<Stat>)> {
+    let mut found = Vec::new();
+    // Processes that end while we walk could make the chain bite its tail.
+    let mut met = HashSet::from([pid]);
+    let Some(own) = stat(pid) else { return found };
+    let (mut parent, mut start) = (own.ppid, own.start);
+    while parent != 0 && found.len() < most && met.insert(parent) {
+        let Some(next) = stat(parent) else {
+            found.push((parent, None));
+            break;
+        };
+        if next.start > start {
+            break;
+        }
+        let this = std::mem::replace(&mut parent, next.ppid);
+        start = next.start;
+        found.push((this, Some(next)));
+    }
+    found
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn line(name: &str) -> String {
+    fn line_of(name: &str) -> String {
         format!("42 ({name}) S 7 8 9 34816 10 4194560 1 2 3 4 5 6 7 8 20 0 1 0 12345 1 2\n")
     }
 
@@ -177,9 +193,9 @@ mod tests {
                 exiting: false,
                 start: 123_450_000_000,
             };
-            assert_eq!(Stat::parse(line(name).as_bytes()), Some(expected));
+            assert_eq!(Stat::parse(line_of(name).as_bytes()), Some(expected));
         }
-        let mut bytes = line("x?y").into_bytes();
+        let mut bytes = line_of("x?y").into_bytes();
         bytes[5] = 0xff;
         assert_eq!(Stat::parse(&bytes).unwrap().name, "x\u{fffd}y");
         for broken in ["", "7", "7 (bash", "7 )bash( S 1", "7 (bash) S", "7 (bash) S 3 7 7", "7 (bash) S x 7 7"] {
@@ -221,6 +237,19 @@ mod tests {
     }
 
     #[test]
+    fn of_a_long_line_the_nearest_are_told_and_all_are_spared() {
+        let text = line_of("x");
+        let stat =
+            |pid: u32| Some(Stat { pid, ppid: pid - 1, start: pid.into(), ..Stat::parse(text.as_bytes()).unwrap() });
+        assert_eq!(ancestors(20_001, &stat).len(), 20_000);
+        let told: Vec<u32> = lineage(20_001, &stat).into_iter().map(|ancestor| ancestor.pid).collect();
+        assert_eq!(told, (20_001 - GENERATIONS as u32..=20_000).rev().collect::<Vec<_>>());
+        // Of a parent that is hidden, the number is known alone.
+        let hidden = |pid: u32| stat(pid).filter(|stat| stat.pid != 8);
+        assert_eq!((ancestors(10, &hidden), lineage(10, &hidden).len()), (vec![9, 8], 1));
+    }
+
+    #[test]
     fn a_parent_younger_than_its_child_is_a_stranger() {
         let stat = |pid: u32| {
             let (ppid, start) = match pid {
@@ -229,7 +258,7 @@ mod tests {
                 7 => (1, 25),
                 _ => return None,
             };
-            let line = String::from_utf8(line("x").into_bytes()).unwrap();
+            let line = String::from_utf8(line_of("x").into_bytes()).unwrap();
             Some(Stat { pid, ppid, start, ..Stat::parse(line.as_bytes()).unwrap() })
         };
         assert_eq!(ancestors(9, &stat), [8]);

@@ -5,11 +5,12 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::Selection;
+use super::{Scope, Selection};
 use crate::engine::Wanted;
 use crate::kill::signal::SignalName;
 use crate::kill::{Options, Outcome, Reach, Terms};
 use crate::model::NetnsId;
+use crate::select::Since;
 
 /// The longest grace or settling time, in ms: an hour. Each kill that goes on takes a place from the others.
 pub const MAX_WAIT_MS: u64 = 3_600_000;
@@ -88,7 +89,13 @@ impl Selection {
     /// Much as somebody would type it: for logs and history. Hostile text.
     pub fn words(&self) -> String {
         let mut words = self.targets.join(" ");
-        let flags = [("-4", self.ipv4), ("-6", self.ipv6), ("--tcp", self.tcp), ("--udp", self.udp)];
+        let flags = [
+            ("-4", self.ipv4),
+            ("-6", self.ipv6),
+            ("--tcp", self.tcp),
+            ("--udp", self.udp),
+            ("--orphans", self.orphans),
+        ];
         for (flag, _) in flags.into_iter().filter(|(_, given)| *given) {
             let _ = write!(words, " {flag}");
         }
@@ -105,8 +112,26 @@ impl Selection {
         add("--unit", &mut self.units.iter().cloned());
         add("--container", &mut self.containers.iter().map(name_of));
         add("--older-than", &mut self.older_than_ms.iter().map(|ms| format!("{ms}ms")));
+        add("--since", &mut self.since.iter().map(moment));
+        // A value may be a secret, and a log is read by many.
+        add("--env", &mut self.env.iter().map(|variable| variable.split('=').next().unwrap_or_default().to_owned()));
+        add("--descendant-of", &mut self.descendants_of.iter().map(|process| process.pid.to_string()));
+        add("--cgroup", &mut self.cgroups.iter().cloned());
+        add("--except", &mut self.except.iter().cloned());
+        let netns = match self.netns {
+            Scope::Own => None,
+            Scope::All => Some("all".to_owned()),
+            Scope::Id(number) => Some(number.to_string()),
+        };
+        add("--netns", &mut netns.into_iter());
         words.trim_start().to_owned()
     }
+}
+
+/// `mark` where that is what it was, and when.
+fn moment(since: &Since) -> String {
+    let (what, Since::After(moment) | Since::Mark(moment)) = (matches!(since, Since::Mark(_)), *since);
+    format!("{}{} ms after boot", if what { "mark, " } else { "" }, moment / 1_000_000)
 }
 
 fn name_of(wanted: &Wanted) -> String {
@@ -160,6 +185,7 @@ mod tests {
     use super::*;
     use crate::kill::Status;
     use crate::kill::outcome::{Diagnostics, Failure, Owner};
+    use crate::model::ProcessId;
 
     #[test]
     fn an_outcome_survives_the_wire() {
@@ -209,5 +235,18 @@ mod tests {
         };
         assert_eq!(selection.words(), "8000/tcp 3000-3005 -6 --cwd /tmp/*");
         assert_eq!(Selection { pids: vec![7], ..Selection::default() }.words(), "--pid 7");
+        let provenance = Selection {
+            orphans: true,
+            since: Some(Since::Mark(5_000_000)),
+            env: vec!["CI".into(), "TOKEN=secret".into()],
+            descendants_of: vec![ProcessId { pid: 9, start: 1 }],
+            cgroups: vec!["/a".into()],
+            except: vec!["80".into()],
+            netns: Scope::All,
+            ..Selection::default()
+        };
+        let want = "--orphans --since mark, 5 ms after boot --env CI --env TOKEN --descendant-of 9 --cgroup /a --except 80 \
+                    --netns all";
+        assert_eq!(provenance.words(), want);
     }
 }
