@@ -54,6 +54,13 @@ fn only_own(stage: &Stage) {
     }
     finish(command(&["who", &target]).spawn().expect("portwatch")).expect(1);
     finish(command(&["wait", &target, "--bound", "--timeout", "50ms"]).spawn().expect("portwatch")).expect(1);
+    // Nor does a kill tell who is in the way.
+    let run = finish(command(&["kill", &target, "--json", "--yes"]).spawn().expect("portwatch")).expect(1);
+    let outcome = &run.json()[0];
+    assert_eq!((&outcome["status"], &outcome["remaining_pids"]), (&json!("partial"), &json!([])), "{outcome}");
+    let want = "held by somebody of whom the agent's configuration tells you nothing";
+    assert_eq!(outcome["diagnostics"]["message"], want, "{outcome}");
+    assert!(root.is_alive());
     for port in [hidden, of_own.port()] {
         let port = port.to_string();
         agent.until("stored", |_| agent.portwatch(&["history", "--json", &port]).expect(0).json() != json!([]));

@@ -12,7 +12,7 @@
 //! Who may be ended is decided twice, by [`Identity::guards`]: for the plan, and of the very process right before each
 //! signal to it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::mpsc as std_mpsc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -167,6 +167,7 @@ pub(super) fn begin(
         gate,
         asks: asks.clone(),
         place,
+        planned: HashSet::new(),
     };
     let spawned = thread::Builder::new().name("kill".to_owned()).spawn(move || work.done());
     spawned.map_err(|error| (ErrorKind::Failed, format!("cannot start a thread for the kill: {error}")))?;
@@ -187,6 +188,8 @@ struct Work {
     gate: std_mpsc::Receiver<()>,
     asks: mpsc::Sender<Ask>,
     place: Place,
+    /// Pids that the plan has told.
+    planned: HashSet<u32>,
 }
 
 impl Work {
@@ -208,6 +211,10 @@ impl Work {
         let kills = self.place.kills.clone();
         let choice = kills.with_scanner(|scanner| Choice::read(scanner, &self.selector))?;
         let job = Job::prepare(choice, &self.request.terms(), self.guards.clone())?;
+        let (victims, refused) = (&job.plan().victims, &job.plan().refused);
+        let planned =
+            victims.iter().map(|victim| &victim.process).chain(refused.iter().map(|refused| &refused.process));
+        self.planned = planned.map(|process| process.id.pid).collect();
         let concerns = concern::concerns(job.plan(), self.by.uid, false, &|pid| stat::read(pid).ok());
         self.tell(Response::Plan { plan: Box::new(without_holders(job.plan())), concerns });
         if self.request.dry_run {
@@ -250,10 +257,32 @@ impl Work {
         }
     }
 
-    fn report(&self, outcomes: Vec<Outcome>) -> usize {
+    fn report(&self, mut outcomes: Vec<Outcome>) -> usize {
         let count = outcomes.len();
+        if let Some(uid) = self.selector.shows_only() {
+            outcomes.iter_mut().for_each(|outcome| self.conceal(outcome, uid));
+        }
         outcomes.into_iter().for_each(|outcome| self.tell(Response::Outcome(Box::new(outcome.into()))));
         count
+    }
+
+    /// Leaves out of an outcome who else is on the port, of whom this user is not told: all that is not theirs, and was not
+    /// in the plan.
+    fn conceal(&self, outcome: &mut Outcome, uid: u32) {
+        let is_told = |pid: u32| self.planned.contains(&pid) || process::owner(pid) == Some(uid);
+        let told = |outcome: &Outcome| outcome.remaining_pids.len() + outcome.names.len();
+        let count = told(outcome);
+        outcome.remaining_pids.retain(|pid| is_told(*pid));
+        outcome.names.retain(|(pid, _)| is_told(*pid));
+        let mut is_hidden = told(outcome) < count;
+        let Some(diagnostics) = &mut outcome.diagnostics else { return };
+        is_hidden |= diagnostics.new_owners.iter().any(|owner| !is_told(owner.pid));
+        diagnostics.new_owners.retain(|owner| is_told(owner.pid));
+        // Names processes in sentences.
+        diagnostics.findings.clear();
+        if is_hidden {
+            diagnostics.message = "held by somebody of whom the agent's configuration tells you nothing".to_owned();
+        }
     }
 
     /// Waits for a peer that reads slowly, until it is given up.

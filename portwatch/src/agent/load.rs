@@ -71,11 +71,21 @@ pub(super) enum Answer {
 #[derive(Debug)]
 pub(super) struct Turn<'a> {
     _permits: [Option<SemaphorePermit<'a>>; 2],
+    was_small: bool,
+}
+
+impl Turn<'_> {
+    /// The answer took no memory to speak of: to give that back takes longer than to make it.
+    pub(super) fn was_small(&mut self) {
+        self.was_small = true;
+    }
 }
 
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
-        super::give_back_memory();
+        if !self.was_small {
+            super::give_back_memory();
+        }
     }
 }
 
@@ -151,7 +161,7 @@ impl Place {
         // Never closed, so there is always a permit in the end.
         let own = own.acquire().await.ok();
         let all = if self.user.uid == 0 { None } else { all.acquire().await.ok() };
-        Turn { _permits: [own, all] }
+        Turn { _permits: [own, all], was_small: false }
     }
 }
 

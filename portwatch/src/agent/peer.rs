@@ -3,6 +3,7 @@
 use std::convert::Infallible;
 use std::path::Path;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -243,25 +244,37 @@ impl Peer {
         }
     }
 
-    /// Asks for what may be much. Answers that wait for their turn take no memory: then it is asked anew.
-    async fn gather<'p, T>(
+    /// Asks for what may be much. Answers that wait for their turn take no memory: then it is asked anew. `ask` is handed
+    /// the selector without what has to be looked up of processes, which is done afterwards.
+    async fn gather<'p, T: Send + 'static>(
         &self,
         place: &'p Place,
-        ask: impl Fn(oneshot::Sender<Result<Vec<T>, String>>) -> Ask,
+        selector: &Selector,
+        of: fn(&T) -> &Listener,
+        ask: impl Fn(Box<Selector>, oneshot::Sender<Result<Vec<T>, String>>) -> Ask,
     ) -> Result<Result<(Vec<T>, Option<Turn<'p>>), String>, End> {
+        let ask = |reply| ask(Box::new(selector.clone().without_facts()), reply);
         match self.ask(&ask).await? {
-            Ok(few) if few.len() <= FEW => return Ok(Ok((few, None))),
+            Ok(few) if few.len() <= few_for(selector) => return Ok(Ok((few, None))),
             Ok(many) => drop(many),
             Err(trouble) => return Ok(Err(trouble)),
         }
-        let turn = place.turn(Answer::List).await;
-        Ok(self.ask(&ask).await?.map(|all| (all, Some(turn))))
+        let mut turn = place.turn(Answer::List).await;
+        match self.ask(&ask).await? {
+            Ok(all) => {
+                if all.len() <= FEW {
+                    turn.was_small();
+                }
+                Ok(Ok((sifted(all, selector, of).await?, Some(turn))))
+            }
+            Err(trouble) => Ok(Err(trouble)),
+        }
     }
 
     async fn list(&mut self, selection: &Selection, identity: Identity, place: &Place) -> Result<(), End> {
         let Some(selector) = self.selector(selection, identity).await? else { return Ok(()) };
-        let ask = |reply| Ask::List { selector: Box::new(selector.clone()), reply };
-        let (listeners, _turn) = match self.gather(place, ask).await? {
+        let ask = |selector, reply| Ask::List { selector, reply };
+        let (listeners, _turn) = match self.gather(place, &selector, |listener| listener, ask).await? {
             Ok(gathered) => gathered,
             Err(trouble) => return self.refuse(ErrorKind::Failed, &trouble).await,
         };
@@ -271,8 +284,8 @@ impl Peer {
 
     async fn who(&mut self, selection: &Selection, identity: Identity, place: &Place) -> Result<(), End> {
         let Some(selector) = self.selector(selection, identity).await? else { return Ok(()) };
-        let ask = |reply| Ask::Who { selector: Box::new(selector.clone()), reply };
-        let (listeners, _turn) = match self.gather(place, ask).await? {
+        let ask = |selector, reply| Ask::Who { selector, reply };
+        let (listeners, _turn) = match self.gather(place, &selector, |(listener, _)| listener, ask).await? {
             Ok(gathered) => gathered,
             Err(trouble) => return self.refuse(ErrorKind::Failed, &trouble).await,
         };
@@ -311,7 +324,7 @@ impl Peer {
         let Some(path) = self.status().await?.history.map(|history| history.path) else {
             return self.refuse(ErrorKind::Failed, NO_HISTORY).await;
         };
-        let _turn = place.turn(Answer::History).await;
+        let mut turn = place.turn(Answer::History).await;
         let query = move || {
             let clock = super::clock();
             let now = history::clock(clock.now_wall, clock.tz.clone()).now_boot_ns;
@@ -324,6 +337,9 @@ impl Peer {
             Ok(answer) => answer,
             Err(error) => return self.refuse(ErrorKind::Failed, &format!("{error:#}")).await,
         };
+        if lives.len() <= FEW {
+            turn.was_small();
+        }
         let tell = async {
             let count = lives.len();
             for life in lives {
@@ -375,10 +391,13 @@ impl Peer {
         &mut self,
         work: impl FnOnce() -> anyhow::Result<Option<Mark>> + Send + 'static,
         what: &str,
-        _turn: Turn<'_>,
+        mut turn: Turn<'_>,
     ) -> Result<(), End> {
         match tokio::task::spawn_blocking(work).await.map_err(|_| End::Stopped)? {
             Ok(mark) => {
+                if mark.as_ref().is_none_or(|mark| mark.listeners.len() <= FEW) {
+                    turn.was_small();
+                }
                 self.send(&Response::Mark { mark: mark.map(Box::new) }).await?;
                 self.send(&Response::End { count: 1, more: false }).await?;
                 self.flush().await
@@ -422,11 +441,14 @@ impl Peer {
     async fn rules(&mut self, identity: Identity, place: &Place) -> Result<(), End> {
         let mut visible = Selector::new(Vec::new(), Filters::default());
         visible.show_only(self.shared.policy.only(identity));
-        let _turn = place.turn(Answer::List).await;
+        let mut turn = place.turn(Answer::List).await;
         let rules = match self.ask(|reply| Ask::Rules { reply }).await? {
             Ok(rules) => rules,
             Err(trouble) => return self.refuse(ErrorKind::Failed, &trouble).await,
         };
+        if rules.iter().map(|rule| 1 + rule.matches.len()).sum::<usize>() <= FEW {
+            turn.was_small();
+        }
         let tell = async {
             let count = rules.len();
             for mut rule in rules {
@@ -451,10 +473,14 @@ impl Peer {
             // After an interruption, the past is what was told already.
             let since = since.take();
             let mut turn = if since.is_some() { Some(place.turn(Answer::History).await) } else { None };
+            // The configuration may have been read anew.
+            selector.show_only(self.shared.policy.only(identity));
             let Subscription { at, listeners, mut changes, past } = loop {
-                let selector = Box::new(selector.clone());
-                match self.ask(|reply| Ask::Watch { selector, since, reply }).await? {
-                    Ok(subscription) if subscription.listeners.len() > FEW && turn.is_none() => drop(subscription),
+                let plain = Box::new(selector.clone().without_facts());
+                match self.ask(|reply| Ask::Watch { selector: plain, since, reply }).await? {
+                    Ok(subscription) if subscription.listeners.len() > few_for(&selector) && turn.is_none() => {
+                        drop(subscription);
+                    }
                     Ok(subscription) => break subscription,
                     Err(trouble) => return self.refuse(ErrorKind::Failed, &trouble).await,
                 }
@@ -468,6 +494,7 @@ impl Peer {
                 (Some(_), None) => return self.refuse(ErrorKind::Failed, NO_HISTORY).await,
                 (None, _) => false,
             };
+            let listeners = sifted(listeners, &selector, |listener| listener).await?;
             let mut shown = Shown::default();
             let begin = async {
                 for listener in listeners {
@@ -491,9 +518,20 @@ impl Peer {
                     Err(RecvError::Lagged(lost)) => break lost + changes.len() as u64,
                     Err(RecvError::Closed) => return Err(End::Stopped),
                 };
-                // The configuration may have been read anew.
                 selector.show_only(self.shared.policy.only(identity));
-                if shown.concerns(&change, &selector) {
+                let concerns = match selector.needs_facts() {
+                    false => shown.concerns(&change, &selector),
+                    true => {
+                        let mut turn = place.turn(Answer::List).await;
+                        turn.was_small();
+                        let (change, selector) = (Arc::clone(&change), selector.clone());
+                        let look = move || (shown.concerns(&change, &selector), shown);
+                        let looked = tokio::task::spawn_blocking(look).await.map_err(|_| End::Stopped)?;
+                        shown = looked.1;
+                        looked.0
+                    }
+                };
+                if concerns {
                     let change = seen_by(&selector, Change::clone(&change));
                     self.send(&Response::Change { change }).await?;
                 }
@@ -519,9 +557,16 @@ impl Peer {
             }
         };
         let more = changes.len() > MAX_PAST;
+        let wanted = selector.clone();
+        // To look through all of them takes time.
+        let sift = move || {
+            let (mut shown, mut told) = (Shown::default(), changes.split_off(usize::from(more)));
+            told.retain(|change| shown.concerns(change, &wanted));
+            told
+        };
+        let told = tokio::task::spawn_blocking(sift).await.map_err(|_| End::Stopped)?;
         let tell = async {
-            let mut shown = Shown::default();
-            for change in changes.drain(usize::from(more)..).filter(|change| shown.concerns(change, selector)) {
+            for change in told {
                 self.send(&Response::Past { change: seen_by(selector, change) }).await?;
             }
             Ok(Some(more))
@@ -530,10 +575,40 @@ impl Peer {
     }
 }
 
-/// Without the listener in the way of a bind, where that is nothing that the peer may see.
+/// Listeners that may be in memory without waiting for a turn, where nothing has to be looked up of them.
+fn few_for(selector: &Selector) -> usize {
+    if selector.needs_facts() { 0 } else { FEW }
+}
+
+/// Those that the selector picks, of those that it picks without what has to be looked up of processes: that reads files
+/// of /proc by the thousand, and not on this thread, which has a table to keep.
+async fn sifted<T: Send + 'static>(
+    mut all: Vec<T>,
+    selector: &Selector,
+    of: fn(&T) -> &Listener,
+) -> Result<Vec<T>, End> {
+    if !selector.needs_facts() || all.is_empty() {
+        return Ok(all);
+    }
+    let selector = selector.clone();
+    let sift = move || {
+        let now = process::boot_ns_now();
+        all.retain(|one| selector.matches(of(one), now));
+        all
+    };
+    tokio::task::spawn_blocking(sift).await.map_err(|_| End::Stopped)
+}
+
+/// Without the listener in the way of a bind, and without who held what has closed, where that is nothing that the peer
+/// may see.
 fn seen_by(selector: &Selector, mut change: Change) -> Change {
-    if let Change::Conflict { held_by, .. } = &mut change {
-        held_by.take_if(|listener| !selector.may_see(listener));
+    match &mut change {
+        Change::Conflict { held_by, .. } => drop(held_by.take_if(|listener| !selector.may_see(listener))),
+        Change::Closed { listener, by, .. } if !selector.may_see(listener) => {
+            listener.holders.clear();
+            *by = None;
+        }
+        _ => {}
     }
     change
 }

@@ -119,6 +119,26 @@ impl Selector {
         Selector { facts, ..self }
     }
 
+    /// Whose listeners are all that it picks, as [`Selector::show_only`] said.
+    pub fn shows_only(&self) -> Option<u32> {
+        self.only_of
+    }
+
+    /// Whether it asks for what has to be looked up of each process.
+    pub fn needs_facts(&self) -> bool {
+        let Filters { variables, descendants_of, orphans, .. } = &self.filters;
+        *orphans || !variables.is_empty() || !descendants_of.is_empty()
+    }
+
+    /// The same without what has to be looked up: picks all that this one does, and perhaps more.
+    pub fn without_facts(self) -> Self {
+        self.filtered(|filters| {
+            filters.orphans = false;
+            filters.variables.clear();
+            filters.descendants_of.clear();
+        })
+    }
+
     /// The same with other filters.
     pub fn filtered(mut self, change: impl FnOnce(&mut Filters)) -> Self {
         change(&mut self.filters);

@@ -27,7 +27,8 @@ impl Shown {
                 if concerns {
                     self.0.extend(keys.clone());
                 }
-                concerns || keys.into_iter().any(|key| self.0.contains(&key))
+                // What was given to another user is not told of any more, but that it closes.
+                concerns || (selector.may_see(listener) && keys.into_iter().any(|key| self.0.contains(&key)))
             }
             Change::Closed { at, listener, by } => {
                 let mut known = false;

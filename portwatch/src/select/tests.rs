@@ -5,7 +5,7 @@ use std::time::Duration;
 use globset::{Glob, GlobBuilder};
 
 use super::*;
-use crate::model::{Holder, ProcessId};
+use crate::model::{Change, Holder, ProcessId, SocketId};
 
 fn targets(words: &str) -> Result<Vec<Target>, String> {
     let words: Vec<&str> = words.split(' ').collect();
@@ -229,4 +229,21 @@ fn the_addresses_of_a_port_are_those_that_were_named() {
         let got: Vec<String> = selector.named_addresses(8000).iter().map(IpAddr::to_string).collect();
         assert_eq!(got, want, "{words}");
     }
+}
+
+#[test]
+fn what_was_given_to_another_user_is_not_told_of_any_more() {
+    let held_by = |uid: u32| {
+        let process = Arc::new(Process { uid: Some(uid), ..Process::bare(ProcessId { pid: 7, start: 1 }, "x") });
+        let socket = Socket { uid: 0, id: SocketId { inode: 5, cookie: 5 }, ..Socket::example("127.0.0.1", 8000) };
+        Listener { socket, since: None, holders: vec![Holder { process, fds: Vec::new(), binder: true }] }
+    };
+    let holders = |uid| Change::Holders { at: 1, listener: held_by(uid) };
+    let mut selector = Selector::new(Vec::new(), Filters::default());
+    selector.show_only(Some(1000));
+    let mut shown = Shown::default();
+    assert!(!shown.concerns(&holders(0), &selector));
+    assert!(shown.concerns(&holders(1000), &selector));
+    assert!(!shown.concerns(&holders(0), &selector));
+    assert!(shown.concerns(&Change::Closed { at: 2, listener: held_by(0), by: None }, &selector));
 }

@@ -24,6 +24,11 @@ pub(super) fn check(pin: &Pin, glob: &GlobMatcher, ending: &[u32]) -> Result<(),
     if !is_deep(&pin.path) {
         return Err("it is / or a directory in /".to_owned());
     }
+    // Before anything is looked up there.
+    let mounts = fs::read("/proc/self/mountinfo").map_err(|error| format!("mounts cannot be read: {error}"))?;
+    if let Some(why) = mounted(&mounts, &pin.path, pin.inode.device) {
+        return Err(why);
+    }
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
     let found = match rustix::fs::openat2(CWD, &pin.path, flags, Mode::empty(), resolve) {
@@ -36,10 +41,6 @@ pub(super) fn check(pin: &Pin, glob: &GlobMatcher, ending: &[u32]) -> Result<(),
     if owner != pin.uid {
         return Err(format!("it belongs to uid {owner}, and the process ran as uid {}", pin.uid));
     }
-    let mounts = fs::read("/proc/self/mountinfo").map_err(|error| format!("mounts cannot be read: {error}"))?;
-    if let Some(why) = mounted(&mounts, &pin.path, pin.inode.device) {
-        return Err(why);
-    }
     if let Some(why) = homes(pin.uid).iter().find_map(|home| is_around(pin.inode, home)) {
         return Err(why);
     }
@@ -49,7 +50,7 @@ pub(super) fn check(pin: &Pin, glob: &GlobMatcher, ending: &[u32]) -> Result<(),
     }
 }
 
-/// What is mounted there or further down, or serves it: a file system that a user's program serves may keep us waiting for
+/// What is mounted there or further down, or serves it or what is above it: a file system that a user's program serves may keep us waiting for
 /// ever. The fields of a line are in proc_pid_mountinfo(5).
 fn mounted(mountinfo: &[u8], path: &Path, device: u64) -> Option<String> {
     let device = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
@@ -66,7 +67,8 @@ fn mounted(mountinfo: &[u8], path: &Path, device: u64) -> Option<String> {
         let after = fields.iter().position(|field| *field == "-")?;
         let kind = fields.get(after + 1)?;
         let is_fuse = *kind == "fuse" || *kind == "fuseblk" || kind.starts_with("fuse.");
-        (is_fuse && fields[2] == device).then(|| format!("it is on a file system that a program serves ({kind})"))
+        (is_fuse && (fields[2] == device || path.starts_with(&point)))
+            .then(|| format!("it is on a file system that a program serves ({kind})"))
     })
 }
 
@@ -174,6 +176,7 @@ mod tests {
             ("/tmp/a", (8, 1), None),
             ("/tmp/a b/in2", (8, 1), None),
             ("/x", (0, 41), Some("it is on a file system that a program serves (fuse.sshfs)")),
+            ("/home/al/remote/x", (8, 1), Some("it is on a file system that a program serves (fuse.sshfs)")),
             ("/x", (0, 40), None),
         ] {
             let device = rustix::fs::makedev(device.0, device.1);

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Scope, Selection};
+use super::Selection;
 use crate::engine::Wanted;
 use crate::kill::signal::SignalName;
 use crate::kill::{Options, Outcome, Reach, Terms};
@@ -118,12 +118,6 @@ impl Selection {
         add("--descendant-of", &mut self.descendants_of.iter().map(|process| process.pid.to_string()));
         add("--cgroup", &mut self.cgroups.iter().cloned());
         add("--except", &mut self.except.iter().cloned());
-        let netns = match self.netns {
-            Scope::Own => None,
-            Scope::All => Some("all".to_owned()),
-            Scope::Id(number) => Some(number.to_string()),
-        };
-        add("--netns", &mut netns.into_iter());
         words.trim_start().to_owned()
     }
 }
@@ -242,11 +236,10 @@ mod tests {
             descendants_of: vec![ProcessId { pid: 9, start: 1 }],
             cgroups: vec!["/a".into()],
             except: vec!["80".into()],
-            netns: Scope::All,
             ..Selection::default()
         };
-        let want = "--orphans --since mark, 5 ms after boot --env CI --env TOKEN --descendant-of 9 --cgroup /a --except 80 \
-                    --netns all";
+        let want =
+            "--orphans --since mark, 5 ms after boot --env CI --env TOKEN --descendant-of 9 --cgroup /a --except 80";
         assert_eq!(provenance.words(), want);
     }
 }
