@@ -6,6 +6,7 @@ mod scene;
 mod servers;
 
 use std::fs;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
@@ -325,6 +326,32 @@ fn bystanders() {
     bystander.connect(sock.address);
 }
 
+/// A script that starts a helper and becomes portwatch: the helper is portwatch's child, and no part of what it runs.
+fn children_from_before() {
+    let scene = Scene::new();
+    let (port, note) = (scene.port(), scene.stage.path("helper"));
+    let plain =
+        scene.run_command(&["--port", &port.to_string(), "--grace", "0"], &["child=daemon+wait", "serve", "wait"]);
+    let mut script = Command::new("sh");
+    script.args(["-c", "sleep 1000 >/dev/null 2>&1 & echo $! >\"$0\"; exec \"$@\""]).arg(&note);
+    script.arg(plain.get_program()).args(plain.get_args());
+    script.envs(plain.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    script.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let running = Scene::start_command(&mut script);
+    let helper: u32 = fs::read_to_string(&note).expect("a note").trim().parse().expect("a pid");
+    let front = running.child.id();
+    let children = fs::read_to_string(format!("/proc/{front}/task/{front}/children")).expect("children");
+    let mut children = children.split_whitespace().map(|pid| pid.parse().expect("a pid"));
+    kill(children.find(|pid| *pid != helper).expect("the supervisor"));
+    running.finish().expect(137);
+    // It is ours now, and nothing has ended it.
+    assert!(scene::children().contains(&helper));
+    let stat = fs::read_to_string(format!("/proc/{helper}/stat")).expect("the helper");
+    assert!(stat.contains("(sleep) S"), "{stat}");
+    kill(helper);
+    scene.expect_nothing_left(port);
+}
+
 fn interrupted_at_a_terminal() {
     let scene = Scene::new();
     let port = scene.port();
@@ -402,6 +429,7 @@ pub fn trials() -> Vec<Test> {
         test("run::the_command_dies_with_both_supervisors", both_killed),
         test("run::orphans_are_reaped", zombies),
         test("run::nobody_else_is_hit", bystanders),
+        test("run::children_from_before_go_on", children_from_before),
         test("run::ctrl_c_reaches_the_command_once", interrupted_at_a_terminal),
         test("run::ctrl_z_stops_it_and_fg_brings_it_back", stopped_at_a_terminal),
     ];

@@ -104,7 +104,12 @@ impl Scene {
 
     /// Starts it in a process group of its own; returns once it says that it is ready.
     pub fn start(&self, arguments: &[&str], words: &[&str]) -> Running {
-        let mut child = self.run_command(arguments, words).process_group(0).spawn().expect("portwatch");
+        Scene::start_command(&mut self.run_command(arguments, words))
+    }
+
+    /// The same of a command that becomes portwatch.
+    pub fn start_command(command: &mut Command) -> Running {
+        let mut child = command.process_group(0).spawn().expect("portwatch");
         let mut errors = BufReader::new(child.stderr.take().expect("piped"));
         let mut said = String::new();
         while !said.contains("ready: ") {

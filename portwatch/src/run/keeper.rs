@@ -37,6 +37,8 @@ struct Keeper {
     /// SIGCHLD.
     signals: SignalFd,
     grace: Duration,
+    /// Children from before: a script that ends in `exec portwatch run` may have started some, which are none of ours.
+    others: Vec<ProcessId>,
 }
 
 impl Supervised {
@@ -50,6 +52,7 @@ impl Supervised {
         let (control, theirs) = Control::pair()?;
         signals::expect_children();
         let (signals, inherited) = signals::block(&SigSet::from(Signal::SIGCHLD))?;
+        let others = tree::children();
         let front = stat::read(std::process::id()).context("cannot read /proc/self/stat")?.id();
         let own = if order.background {
             // SAFETY: there is one thread, so the child may do whatever this process may.
@@ -74,7 +77,7 @@ impl Supervised {
         drop(theirs);
         match control.receive(true).context("the supervisor says nonsense")? {
             Some(FromWatcher::Hello { watcher, keeper }) => {
-                let own = own.map(|signals| Keeper { watcher, signals, grace: order.grace });
+                let own = own.map(|signals| Keeper { watcher, signals, grace: order.grace, others });
                 Ok(Supervised { control, watcher, keeper, own })
             }
             _ => anyhow::bail!("the supervisor did not start"),
@@ -148,13 +151,13 @@ impl Supervised {
 }
 
 impl Keeper {
-    /// Ends whatever descends from this process.
+    /// Ends whatever descends from this process, but for children from before.
     fn clear(&self) -> (usize, Vec<crate::model::Ancestor>) {
         let enclosure = Enclosure::of(self.watcher);
-        let mut clearing = Clearing::begin(self.grace);
+        let mut clearing = Clearing::begin(self.grace, self.others.clone());
         let mut some_ended = false;
         let unended = loop {
-            if !tree::reap(&mut |_, _| some_ended = true) {
+            if !tree::reap(&mut |_, _| some_ended = true) || clearing.is_over() {
                 break Vec::new();
             }
             match clearing.step(std::mem::take(&mut some_ended), enclosure.as_ref()) {
@@ -188,7 +191,7 @@ fn keep(order: &Order, control: Control, inherited: SigSet) -> ! {
         drop(control);
         // It is not reaped yet, whatever became of it.
         let id = stat::read(watcher).context("cannot read the watcher's stat")?.id();
-        let keeper = Keeper { watcher: id, signals, grace: order.grace };
+        let keeper = Keeper { watcher: id, signals, grace: order.grace, others: Vec::new() };
         let mut is_over = None;
         while is_over.is_none() {
             let some_left = tree::reap(&mut |pid, how| {

@@ -80,6 +80,8 @@ pub(super) struct Clearing {
     asked: HashSet<ProcessId>,
     /// When somebody ended last, once SIGKILL is sent.
     progress: Option<Instant>,
+    /// Children of this process that it had before, and what comes of them.
+    spared: Vec<ProcessId>,
 }
 
 /// What [`Clearing::step`] says.
@@ -92,8 +94,33 @@ pub(super) enum Next {
 }
 
 impl Clearing {
-    pub(super) fn begin(grace: Duration) -> Clearing {
-        Clearing { kill_at: Instant::now() + grace, asked: HashSet::new(), progress: None }
+    /// `spared` are children that are to go on.
+    pub(super) fn begin(grace: Duration, spared: Vec<ProcessId>) -> Clearing {
+        Clearing { kill_at: Instant::now() + grace, asked: HashSet::new(), progress: None, spared }
+    }
+
+    /// Whether those that are spared are all that is left: of them wait(2) tells nothing else.
+    pub(super) fn is_over(&self) -> bool {
+        let own = std::process::id();
+        let is_ours = |stat: &Stat| stat.ppid == own && !self.spares(stat.pid);
+        !self.spared.is_empty()
+            && self.children().next().is_none()
+            && stat::all().is_ok_and(|all| !all.iter().any(is_ours))
+    }
+
+    fn spares(&self, pid: u32) -> bool {
+        !self.spared.is_empty()
+            && stat::read(pid).is_ok_and(|stat| self.spared.iter().any(|spared| spared.is_same(stat.id())))
+    }
+
+    /// The children of this process, zombies included, that are not spared.
+    fn children(&self) -> impl Iterator<Item = u32> {
+        children_of(std::process::id()).into_iter().filter(|pid| !self.spares(*pid))
+    }
+
+    /// Every descendant that can be found and proved to be one at this moment.
+    fn each_descendant(&self, found: &mut dyn FnMut(&Stat, BorrowedFd<'_>)) {
+        visit(self.children(), std::process::id(), None, MAX_DEPTH, found);
     }
 
     /// How many were asked to end.
@@ -113,18 +140,18 @@ impl Clearing {
         }
         let since = *self.progress.get_or_insert(now);
         if now.duration_since(since) > GIVE_UP {
-            return Next::GaveUp(children().filter_map(named).take(NAMED).collect());
+            return Next::GaveUp(self.children().filter_map(named).take(NAMED).collect());
         }
         if let Some(enclosure) = enclosure {
             enclosure.kill();
         }
         let mut is_refused = false;
-        for pid in children() {
+        for pid in self.children() {
             is_refused |= signal_child(pid, Signal::KILL) == Err(Errno::PERM);
         }
         if is_refused {
             // Of one that we may not signal, the children may be ours to signal all the same.
-            each_descendant(&mut |_, pidfd| {
+            self.each_descendant(&mut |_, pidfd| {
                 let _ = pidfd_send_signal(pidfd, Signal::KILL);
             });
         }
@@ -133,13 +160,14 @@ impl Clearing {
 
     /// SIGTERM to each that did not get it yet, and SIGCONT, for who is stopped cannot end.
     fn ask(&mut self) {
-        let asked = &mut self.asked;
-        each_descendant(&mut |stat, pidfd| {
+        let mut asked = std::mem::take(&mut self.asked);
+        self.each_descendant(&mut |stat, pidfd| {
             if !stat.exiting && asked.insert(stat.id()) {
                 let _ = pidfd_send_signal(pidfd, Signal::TERM);
                 let _ = pidfd_send_signal(pidfd, Signal::CONT);
             }
         });
+        self.asked = asked;
     }
 }
 
@@ -151,10 +179,10 @@ fn named(pid: u32) -> Option<Ancestor> {
     stat::read(pid).ok().map(|Stat { pid, name, .. }| Ancestor { pid, name })
 }
 
-/// The children of this process, zombies included.
-fn children() -> impl Iterator<Item = u32> {
-    let own = std::process::id();
-    children_of(own).into_iter()
+/// The children that this process has now.
+pub(super) fn children() -> Vec<ProcessId> {
+    let all = children_of(std::process::id()).into_iter();
+    all.filter_map(|pid| stat::read(pid).ok()).map(|stat| stat.id()).collect()
 }
 
 fn children_of(pid: u32) -> Vec<u32> {
@@ -173,13 +201,14 @@ fn children_of(pid: u32) -> Vec<u32> {
     })
 }
 
-/// Every descendant that can be found and proved to be one at this moment.
-fn each_descendant(found: &mut dyn FnMut(&Stat, BorrowedFd<'_>)) {
-    visit(std::process::id(), None, MAX_DEPTH, found);
-}
-
-fn visit(parent: u32, parent_fd: Option<BorrowedFd<'_>>, depth: usize, found: &mut dyn FnMut(&Stat, BorrowedFd<'_>)) {
-    for pid in children_of(parent) {
+fn visit(
+    children: impl Iterator<Item = u32>,
+    parent: u32,
+    parent_fd: Option<BorrowedFd<'_>>,
+    depth: usize,
+    found: &mut dyn FnMut(&Stat, BorrowedFd<'_>),
+) {
+    for pid in children {
         let Some(number) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { continue };
         let Ok(pidfd) = pidfd_open(number, PidfdFlags::empty()) else { continue };
         let Ok(stat) = stat::read(pid) else { continue };
@@ -188,7 +217,7 @@ fn visit(parent: u32, parent_fd: Option<BorrowedFd<'_>>, depth: usize, found: &m
         if is_ours {
             found(&stat, pidfd.as_fd());
             if depth > 0 {
-                visit(pid, Some(pidfd.as_fd()), depth - 1, found);
+                visit(children_of(pid).into_iter(), pid, Some(pidfd.as_fd()), depth - 1, found);
             }
         }
     }

@@ -157,7 +157,7 @@ impl<'a> Watcher<'a> {
             (Stage::Running | Stage::Asked { .. }, _) => {
                 self.cause.get_or_insert(Cause::Ended);
                 self.signal_command(Signal::KILL);
-                self.stage = Stage::Clearing(Clearing::begin(self.order.grace));
+                self.stage = Stage::Clearing(Clearing::begin(self.order.grace, Vec::new()));
             }
             (Stage::Clearing(_), _) => {}
         }
