@@ -52,10 +52,11 @@ impl Agent {
         }
     }
 
-    /// Resident, in bytes.
+    /// What it has of its own in memory, in bytes. Pages of the program's file, which a debug build has many of, come and
+    /// go as they are used.
     pub fn memory(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("its status");
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("VmRSS");
+        let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).expect("RssAnon");
         line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") << 10
     }
 

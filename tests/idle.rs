@@ -21,7 +21,8 @@ const SEARCH: Duration = Duration::from_secs(120);
 const LONG_QUIET: Duration = Duration::from_secs(30);
 const LONG_SEARCH: Duration = Duration::from_secs(300);
 
-/// What 10,000 listeners may take of the agent's memory: what an agent that has few leaves of 40 MiB.
+/// What 10,000 listeners may take of the agent's memory: what an agent that has few leaves of 40 MiB. (`cargo xtask bench`
+/// tells the whole, of a release build.)
 const MOST_GROWTH: u64 = 24 << 20;
 
 fn nothing_runs(tier: &'static str) {
