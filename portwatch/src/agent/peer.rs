@@ -1,31 +1,29 @@
 //! One connection: who it is, what it asks, and that it stays within bounds.
 
+mod marks;
+mod watch;
+
 use std::convert::Infallible;
 use std::path::Path;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context as _;
 use futures_util::{SinkExt, StreamExt as _};
 use tokio::net::UnixStream;
-use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 use tokio_util::codec::{Framed, LinesCodec, LinesCodecError};
 
 use super::AlreadyRunning;
 use super::access::Identity;
-use super::core::{Ask, MAX_PAST, Past, Subscription};
+use super::core::Ask;
 use super::kill::{self, Kills};
 use super::load::{Answer, Load, Place, Turn};
 use super::policy::Policy;
 use super::socket::Socket;
-use crate::history::{self, Lives, Reader, Utc};
-use crate::mark::store::Store;
-use crate::mark::{Mark, file, is_name};
-use crate::model::{Ancestor, Change, Listener};
-use crate::select::{Filters, Selector, Shown};
+use crate::history::{self, Lives, Reader};
+use crate::model::{Ancestor, Listener};
+use crate::select::{Filters, Selector};
 use crate::source::{origin, process, stat};
 use crate::wire::{ErrorKind, Kill, MAX_REQUEST, Request, Response, Selection, VERSION};
 
@@ -56,8 +54,6 @@ const BUFFER: usize = 16 << 10;
 const KERNEL_BUFFER: usize = 32 << 10;
 
 const NO_HISTORY: &str = "this agent keeps no history";
-
-const BAD_NAME: &str = "a mark's name has up to 64 letters, digits and ._-";
 
 /// What all connections share.
 #[derive(Clone, Debug)]
@@ -285,15 +281,23 @@ impl Peer {
     async fn who(&mut self, selection: &Selection, identity: Identity, place: &Place) -> Result<(), End> {
         let Some(selector) = self.selector(selection, identity).await? else { return Ok(()) };
         let ask = |selector, reply| Ask::Who { selector, reply };
-        let (listeners, _turn) = match self.gather(place, &selector, |(listener, _)| listener, ask).await? {
+        let (listeners, turn) = match self.gather(place, &selector, |(listener, _)| listener, ask).await? {
             Ok(gathered) => gathered,
             Err(trouble) => return self.refuse(ErrorKind::Failed, &trouble).await,
         };
-        let told = listeners.into_iter().map(|(listener, lineage)| {
-            let ancestors = ancestors_of(&listener);
-            (listener, ancestors, lineage)
-        });
-        self.tell(told).await
+        let look = move || -> Vec<_> {
+            let looked = |(listener, lineage)| {
+                let ancestors = ancestors_of(&listener);
+                (listener, ancestors, lineage)
+            };
+            listeners.into_iter().map(looked).collect()
+        };
+        // A few files of /proc each.
+        let told = match turn {
+            None => look(),
+            Some(_) => tokio::task::spawn_blocking(look).await.map_err(|_| End::Stopped)?,
+        };
+        self.tell(told.into_iter()).await
     }
 
     /// Listeners, each with the ancestors of its holders and its lineage.
@@ -351,61 +355,6 @@ impl Peer {
         timeout(READING, tell).await.map_err(|_| End::Gone)?
     }
 
-    async fn mark(&mut self, name: String, identity: Identity, place: &Place) -> Result<(), End> {
-        if !is_name(&name) {
-            return self.refuse(ErrorKind::Usage, BAD_NAME).await;
-        }
-        // Not of its network namespace alone: whoever reads it may mean another.
-        let mut selector = Selector::new(Vec::new(), Filters::default());
-        selector.show_only(self.shared.policy.only(identity));
-        let turn = place.turn(Answer::History).await;
-        let listeners = match self.ask(|reply| Ask::List { selector: Box::new(selector), reply }).await? {
-            Ok(listeners) => listeners,
-            Err(trouble) => return self.refuse(ErrorKind::Failed, &trouble).await,
-        };
-        let marks = self.shared.marks.to_path_buf();
-        let keep = move || {
-            // After the list: whoever is in it ran before.
-            let mark = Mark::new(&listeners, identity.uid, file::boot_id()?, &super::clock());
-            open_marks(&marks)?.keep(identity.uid, &name, &mark.line()?)?;
-            Ok(Some(mark))
-        };
-        self.answer_with_mark(keep, "cannot keep the mark", turn).await
-    }
-
-    async fn marked(&mut self, name: String, identity: Identity, place: &Place) -> Result<(), End> {
-        if !is_name(&name) {
-            return self.refuse(ErrorKind::Usage, BAD_NAME).await;
-        }
-        let marks = self.shared.marks.to_path_buf();
-        let find = move || {
-            let Some(bytes) = open_marks(&marks)?.find(identity.uid, &name)? else { return Ok(None) };
-            Ok(Some(Mark::read(&bytes, &file::boot_id()?, process::boot_ns_now())?))
-        };
-        let turn = place.turn(Answer::History).await;
-        self.answer_with_mark(find, "the mark", turn).await
-    }
-
-    /// Files block: not this thread, which has a table to keep.
-    async fn answer_with_mark(
-        &mut self,
-        work: impl FnOnce() -> anyhow::Result<Option<Mark>> + Send + 'static,
-        what: &str,
-        mut turn: Turn<'_>,
-    ) -> Result<(), End> {
-        match tokio::task::spawn_blocking(work).await.map_err(|_| End::Stopped)? {
-            Ok(mark) => {
-                if mark.as_ref().is_none_or(|mark| mark.listeners.len() <= FEW) {
-                    turn.was_small();
-                }
-                self.send(&Response::Mark { mark: mark.map(Box::new) }).await?;
-                self.send(&Response::End { count: 1, more: false }).await?;
-                self.flush().await
-            }
-            Err(error) => self.refuse(ErrorKind::Failed, &format!("{what}: {error:#}")).await,
-        }
-    }
-
     async fn kill(&mut self, request: Kill, identity: Identity, place: &Place) -> Result<(), End> {
         if let Err(message) = self.shared.policy.may_kill(identity, self.lines.get_ref()) {
             return self.refuse(ErrorKind::Denied, &message).await;
@@ -460,119 +409,6 @@ impl Peer {
         };
         timeout(READING, tell).await.map_err(|_| End::Gone)?
     }
-
-    async fn watch(
-        &mut self,
-        selection: &Selection,
-        identity: Identity,
-        place: &Place,
-        mut since: Option<Utc>,
-    ) -> Result<(), End> {
-        let Some(mut selector) = self.selector(selection, identity).await? else { return Ok(()) };
-        loop {
-            // After an interruption, the past is what was told already.
-            let since = since.take();
-            let mut turn = if since.is_some() { Some(place.turn(Answer::History).await) } else { None };
-            // The configuration may have been read anew.
-            selector.show_only(self.shared.policy.only(identity));
-            let Subscription { at, listeners, mut changes, past } = loop {
-                let plain = Box::new(selector.clone().without_facts());
-                match self.ask(|reply| Ask::Watch { selector: plain, since, reply }).await? {
-                    Ok(subscription) if subscription.listeners.len() > few_for(&selector) && turn.is_none() => {
-                        drop(subscription);
-                    }
-                    Ok(subscription) => break subscription,
-                    Err(trouble) => return self.refuse(ErrorKind::Failed, &trouble).await,
-                }
-                turn = Some(place.turn(Answer::List).await);
-            };
-            let more = match (since, past) {
-                (Some(_), Some(past)) => match self.tell_past(past, &selector).await? {
-                    Some(more) => more,
-                    None => return Ok(()),
-                },
-                (Some(_), None) => return self.refuse(ErrorKind::Failed, NO_HISTORY).await,
-                (None, _) => false,
-            };
-            let listeners = sifted(listeners, &selector, |listener| listener).await?;
-            let mut shown = Shown::default();
-            let begin = async {
-                for listener in listeners {
-                    shown.add(&listener);
-                    self.send(&Response::Listener { listener, ancestors: Vec::new(), lineage: Vec::new() }).await?;
-                }
-                self.send(&Response::Watching { at, more }).await?;
-                self.flush().await
-            };
-            timeout(READING, begin).await.map_err(|_| End::Gone)??;
-            drop(turn);
-            let lost = loop {
-                let change = tokio::select! {
-                    change = changes.recv() => change,
-                    // Whatever a subscriber says, it has nothing more to ask; as a rule it hangs up.
-                    _ = self.lines.next() => return Ok(()),
-                };
-                let change = match change {
-                    Ok(change) => change,
-                    // Those that are still there are told by the listeners that follow.
-                    Err(RecvError::Lagged(lost)) => break lost + changes.len() as u64,
-                    Err(RecvError::Closed) => return Err(End::Stopped),
-                };
-                selector.show_only(self.shared.policy.only(identity));
-                let concerns = match selector.needs_facts() {
-                    false => shown.concerns(&change, &selector),
-                    true => {
-                        let mut turn = place.turn(Answer::List).await;
-                        turn.was_small();
-                        let (change, selector) = (Arc::clone(&change), selector.clone());
-                        let look = move || (shown.concerns(&change, &selector), shown);
-                        let looked = tokio::task::spawn_blocking(look).await.map_err(|_| End::Stopped)?;
-                        shown = looked.1;
-                        looked.0
-                    }
-                };
-                if concerns {
-                    let change = seen_by(&selector, Change::clone(&change));
-                    self.send(&Response::Change { change }).await?;
-                }
-                if changes.is_empty() {
-                    self.flush().await?;
-                }
-            };
-            self.send(&Response::Lagged { lost }).await?;
-        }
-    }
-
-    /// Tells of the past, and says whether some was left out; `None` where it cannot be told, of which the peer was told.
-    async fn tell_past(&mut self, past: Past, selector: &Selector) -> Result<Option<bool>, End> {
-        let mut changes = match past.await {
-            Ok(Ok(changes)) => changes,
-            Ok(Err(error)) => {
-                self.refuse(ErrorKind::Failed, &format!("{error:#}")).await?;
-                return Ok(None);
-            }
-            Err(_) => {
-                self.refuse(ErrorKind::Busy, "the history is too far behind to be replayed; try again later").await?;
-                return Ok(None);
-            }
-        };
-        let more = changes.len() > MAX_PAST;
-        let wanted = selector.clone();
-        // To look through all of them takes time.
-        let sift = move || {
-            let (mut shown, mut told) = (Shown::default(), changes.split_off(usize::from(more)));
-            told.retain(|change| shown.concerns(change, &wanted));
-            told
-        };
-        let told = tokio::task::spawn_blocking(sift).await.map_err(|_| End::Stopped)?;
-        let tell = async {
-            for change in told {
-                self.send(&Response::Past { change: seen_by(selector, change) }).await?;
-            }
-            Ok(Some(more))
-        };
-        timeout(READING, tell).await.map_err(|_| End::Gone)?
-    }
 }
 
 /// Listeners that may be in memory without waiting for a turn, where nothing has to be looked up of them.
@@ -597,28 +433,6 @@ async fn sifted<T: Send + 'static>(
         all
     };
     tokio::task::spawn_blocking(sift).await.map_err(|_| End::Stopped)
-}
-
-/// Without the listener in the way of a bind, and without who held what has closed, where that is nothing that the peer
-/// may see.
-fn seen_by(selector: &Selector, mut change: Change) -> Change {
-    match &mut change {
-        Change::Conflict { held_by, .. } => drop(held_by.take_if(|listener| !selector.may_see(listener))),
-        Change::Closed { listener, by, .. } if !selector.may_see(listener) => {
-            listener.holders.clear();
-            *by = None;
-        }
-        _ => {}
-    }
-    change
-}
-
-fn open_marks(path: &Path) -> anyhow::Result<Store> {
-    let (Some(base), Some(name)) = (path.parent(), path.file_name().and_then(|name| name.to_str())) else {
-        anyhow::bail!("{} is no directory for marks", path.display());
-    };
-    let euid = rustix::process::geteuid().as_raw();
-    Store::open(base, &[name], euid).with_context(|| format!("cannot open {}", path.display()))
 }
 
 /// Of each holder, nearest first.
