@@ -14,6 +14,7 @@
 //! is connected and nothing is amiss. What is amiss is in [`troubles`], and the agent goes on.
 
 mod access;
+mod alarm;
 mod core;
 mod kill;
 mod lineages;

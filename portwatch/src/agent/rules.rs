@@ -10,11 +10,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
 
 use anyhow::Context as _;
 use tokio::sync::mpsc as channel;
 
+use super::alarm::Alarm;
 use crate::kill::text;
 use crate::model::{BootNs, Change, Listener, SocketId};
 use crate::rules::queue::Due;
@@ -53,6 +53,7 @@ pub(super) enum Step {
 #[derive(Debug)]
 pub(super) struct Rules {
     queue: Queue,
+    alarm: Alarm,
     dry_run: bool,
     probe: Probe,
     /// `None` before a rule fires for the first time.
@@ -69,6 +70,7 @@ impl Rules {
     pub(super) fn new(dry_run: bool, probe: Probe) -> Rules {
         Rules {
             queue: Queue::default(),
+            alarm: Alarm::default(),
             dry_run,
             probe,
             jobs: None,
@@ -101,7 +103,7 @@ impl Rules {
                 self.pending.remove(&(done.rule.name.clone(), done.listener.socket.id));
                 Step::Done(Box::new(done))
             }
-            () = until(self.queue.next()) => Step::Due,
+            () = self.alarm.until(self.queue.next()) => Step::Due,
         }
     }
 
@@ -161,15 +163,6 @@ fn carry_out(jobs: &Receiver<Job>, done: &channel::UnboundedSender<Done>, curren
     }
 }
 
-/// By the clock of deadlines, which goes on while the host sleeps, as the timer's does not: after that the rule is late
-/// until something happens, by at most as long as the host slept.
-async fn until(deadline: Option<BootNs>) {
-    match deadline {
-        Some(at) => tokio::time::sleep(Duration::from_nanos(at.saturating_sub(process::boot_ns_now()))).await,
-        None => std::future::pending().await,
-    }
-}
-
 impl Done {
     /// Tells the log. Text of processes goes into fields, or is escaped.
     pub(super) fn log(&self) {
@@ -200,6 +193,8 @@ impl Done {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::model::Socket;
     use crate::rules::Action;
