@@ -15,8 +15,9 @@ const FLOOD: usize = 64;
 
 #[derive(Debug, Default)]
 pub(super) struct Lineages {
-    /// By the cookie of the socket, which no other ever has; of open listeners alone.
-    lines: HashMap<u64, Arc<[Ancestor]>>,
+    /// By the inode of the socket (kernels before 5.12 tell no cookie when one opens), with the binder; of open listeners
+    /// alone.
+    lines: HashMap<u64, (ProcessId, Arc<[Ancestor]>)>,
     /// How many ancestors those are.
     count: usize,
     /// Who opened one last: a server with many ports is looked at once.
@@ -37,7 +38,7 @@ impl Lineages {
 
     fn learn(&mut self, listener: &Listener) {
         let Some(binder) = listener.binder().map(|binder| binder.process.id) else { return };
-        if self.count >= MAX || listener.socket.id.cookie == 0 {
+        if self.count >= MAX || listener.socket.id.inode == 0 {
             return;
         }
         let line = self.read(binder);
@@ -45,7 +46,7 @@ impl Lineages {
         if line.len() > 1 {
             self.forget(listener);
             self.count += line.len();
-            self.lines.insert(listener.socket.id.cookie, line);
+            self.lines.insert(listener.socket.id.inode, (binder, line));
         }
     }
 
@@ -63,11 +64,14 @@ impl Lineages {
     }
 
     fn forget(&mut self, listener: &Listener) {
-        self.count -= self.lines.remove(&listener.socket.id.cookie).map_or(0, |line| line.len());
+        self.count -= self.lines.remove(&listener.socket.id.inode).map_or(0, |(_, line)| line.len());
     }
 
     /// Of the binder, nearest first; nothing where it was open before the agent, opened in a flood, or came from init.
     pub(super) fn of(&self, listener: &Listener) -> Vec<Ancestor> {
-        self.lines.get(&listener.socket.id.cookie).map(|line| line.to_vec()).unwrap_or_default()
+        let binder = listener.binder().map(|binder| binder.process.id);
+        let known = self.lines.get(&listener.socket.id.inode);
+        let known = known.filter(|(process, _)| binder.is_none_or(|binder| binder.is_same(*process)));
+        known.map(|(_, line)| line.to_vec()).unwrap_or_default()
     }
 }
