@@ -44,11 +44,16 @@ impl Agent {
     pub fn until(&self, wanted: &str, is: impl Fn(&Value) -> bool) -> Value {
         let begun = Instant::now();
         loop {
-            let status = self.status();
-            if is(&status) {
-                return status;
+            let run = self.portwatch(&["status", "--json"]);
+            // 4: busy for longer than the asking one waits. That may be, for a while.
+            if run.code != Some(4) {
+                assert!(matches!(run.code, Some(0 | 1)), "{run:?}");
+                let status = run.json()["agent"].clone();
+                if is(&status) {
+                    return status;
+                }
             }
-            assert!(begun.elapsed() < PATIENCE, "never {wanted}: {status}");
+            assert!(begun.elapsed() < PATIENCE, "never {wanted}: {run:?}");
         }
     }
 
