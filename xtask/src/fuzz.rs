@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
+use serde_json::json;
 
 use crate::{cargo, find, must, output_of, root, target};
 
@@ -27,6 +28,9 @@ pub(crate) struct Args {
     /// Only this target
     #[arg(long)]
     target: Option<String>,
+    /// Write the figures to a file, too
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
@@ -52,15 +56,27 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let output = target().join("fuzz");
     must(cargo_fuzz("build").arg("--target-dir").arg(&output).args(args.target.as_deref()))
         .context("cannot build the targets: it takes a compiler of rustup's, which has the sanitizers' libraries")?;
-    let mut failures = Vec::new();
+    let (mut failures, mut figures) = (Vec::new(), Vec::new());
+    println!("| target | inputs | seconds | edges covered | finding |\n|---|--:|--:|--:|---|");
     for name in chosen {
-        match search(name, args.seconds, &folder, &output) {
-            Ok(line) => println!("{name}: {line}"),
+        let seconds = args.seconds;
+        match search(name, seconds, &folder, &output) {
+            Ok(Searched { inputs, edges }) => {
+                println!("| {name} | {inputs} | {seconds} | {edges} | none |");
+                figures.push(
+                    json!({"target": name, "inputs": inputs, "seconds": seconds, "edges": edges, "finding": null}),
+                );
+            }
             Err(error) => {
-                println!("{name}: {error:#}");
+                println!("| {name} | | {seconds} | | {error:#} |");
+                figures.push(json!({"target": name, "seconds": seconds, "finding": format!("{error:#}")}));
                 failures.push(name);
             }
         }
+    }
+    if let Some(path) = &args.json {
+        let text = serde_json::to_string_pretty(&figures)? + "\n";
+        fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
     }
     if !failures.is_empty() {
         bail!("found something in {}", failures.join(", "));
@@ -81,8 +97,14 @@ fn cargo_fuzz() -> Result<PathBuf> {
     Ok(program)
 }
 
-/// Runs one target; what it did, in one line.
-fn search(name: &str, seconds: u32, folder: &Path, output: &Path) -> Result<String> {
+/// What a run without a finding did.
+struct Searched {
+    inputs: u64,
+    edges: u64,
+}
+
+/// Runs one target.
+fn search(name: &str, seconds: u32, folder: &Path, output: &Path) -> Result<Searched> {
     let [corpus, artifacts] = ["corpus", "artifacts"].map(|kind| output.join(kind).join(name));
     for folder in [&corpus, &artifacts] {
         fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
@@ -112,8 +134,10 @@ fn search(name: &str, seconds: u32, folder: &Path, output: &Path) -> Result<Stri
     }
     // `#4194304 DONE   cov: 512 ft: 1499 corp: 301/19Kb lim: 4096 exec/s: 23301 rss: 450Mb`
     let done = said.lines().rfind(|line| line.contains("DONE")).context("it did not say that it was done")?;
-    let (executions, rest) = done.trim_start_matches('#').split_once('\t').unwrap_or((done, ""));
-    Ok(format!("{executions} inputs in {seconds} s, {}", rest.trim_start_matches("DONE").trim()))
+    let mut words = done.trim_start_matches('#').split_whitespace();
+    let inputs = words.next().and_then(|word| word.parse().ok()).context("it did not count its inputs")?;
+    let edges = words.skip_while(|word| *word != "cov:").nth(1).and_then(|word| word.parse().ok()).unwrap_or(0);
+    Ok(Searched { inputs, edges })
 }
 
 fn host() -> Result<String> {

@@ -7,6 +7,7 @@
 mod bench;
 mod ci;
 mod ebpf;
+mod evidence;
 mod fuzz;
 mod race;
 mod server;
@@ -39,6 +40,8 @@ enum Verb {
     Bench(bench::Args),
     /// Work against a kill in progress, and count who is hit, as Markdown
     Race(race::Args),
+    /// Make portwatch/EVIDENCE.md of what bench, race, chaos, soak and fuzz found
+    Evidence(evidence::Args),
     /// Run everything that CI runs, and list every failure
     Ci(ci::Args),
     #[command(hide = true)]
@@ -56,6 +59,7 @@ fn main() -> ExitCode {
         Verb::Fuzz(args) => fuzz::run(&args),
         Verb::Bench(args) => bench::run(&args),
         Verb::Race(args) => race::run(&args),
+        Verb::Evidence(args) => evidence::run(&args),
         Verb::Ci(args) => ci::run(&args),
         Verb::World(args) => world::run(&args),
         Verb::Server(args) => server::run(&args),
