@@ -310,6 +310,8 @@ impl Puppet {
     }
 
     pub fn open_mailbox(&self) {
+        // Of an earlier one of its own, or of somebody who had its PID.
+        let _none = std::fs::remove_file(self.mailbox());
         self.tell(&format!("mailbox {}", self.mailbox().display()));
     }
 

@@ -1,5 +1,6 @@
 //! `cargo xtask ci`: everything that CI runs, in order; every failure is listed, not only the first.
 
+use std::process::Command;
 use std::time::Instant;
 
 use anyhow::{Result, anyhow, bail};
@@ -103,10 +104,15 @@ fn run_step(args: &[&str]) -> Result<()> {
     command.args(args);
     if args == TESTS {
         command.env("PORTWATCH_TEST_REQUIRE", REQUIRED.join(","));
-        if !Uid::effective().is_root() {
-            command.env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER", "sudo --preserve-env");
-        }
+        as_root(&mut command);
     }
     let line = shown(&command);
     must(&mut command).map_err(|error| anyhow!("{}", error.to_string().replace(&line, &args.join(" "))))
+}
+
+/// Lets cargo run tests as root.
+pub(crate) fn as_root(cargo: &mut Command) {
+    if !Uid::effective().is_root() {
+        cargo.env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER", "sudo --preserve-env");
+    }
 }

@@ -1,0 +1,3 @@
+#[derive(clap::Args)]
+pub(crate) struct Args {}
+pub(crate) fn run(_: &Args) -> anyhow::Result<()> { let _ = crate::scenario::release(); Ok(()) }
