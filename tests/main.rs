@@ -4,6 +4,7 @@
 //! - `PORTWATCH_BIN` names the binary under test (default: the one that cargo built).
 //! - `PORTWATCH_TEST_REQUIRE=kernel,fexit,tracepoint,mptcp,…` makes a test fail that is otherwise skipped because the
 //!   machine lacks that.
+//! - `PORTWATCH_TEST_CHAOS` is for how many seconds there is chaos (default: a few rounds).
 //! - `PORTWATCH_TEST_ENDS` is how many random ends of `run` are tried (default: as many as fit in 20 s).
 //! - `PORTWATCH_TEST_SEED` repeats a round of chaos.
 //! - `PORTWATCH_TEST_SOAK` lets an agent work under a steady load, for so many minutes (without: not at all).

@@ -9,13 +9,15 @@
 mod actor;
 pub mod sys;
 
-use std::cell::RefCell;
-use std::collections::BTreeSet;
+use std::cell::{Ref, RefCell};
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::fmt::Write as _;
+use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -28,6 +30,8 @@ use nix::libc;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, WaitIdStatus};
 use tempfile::TempDir;
+
+use crate::oracle;
 
 pub use actor::run;
 pub use sys::monotonic_ns;
@@ -59,6 +63,8 @@ struct Inner {
     control: UnixListener,
     /// Inodes of all sockets that puppets of this stage ever told of.
     inodes: RefCell<BTreeSet<u64>>,
+    /// Network namespaces that puppets of this stage left, by inode: sockets may be there still, when nobody else is.
+    left: RefCell<BTreeMap<u32, File>>,
 }
 
 /// A socket of a puppet.
@@ -99,7 +105,7 @@ impl Stage {
         // Puppets that became ordinary users fork, too.
         open_to_all(&directory.path().join("control"), 0o777);
         open_to_all(directory.path(), 0o755);
-        Stage { inner: Rc::new(Inner { directory, control, inodes: RefCell::default() }) }
+        Stage { inner: Rc::new(Inner { directory, control, inodes: RefCell::default(), left: RefCell::default() }) }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -143,6 +149,11 @@ impl Stage {
     /// Whether a puppet of this stage opened the socket.
     pub fn knows(&self, inode: u64) -> bool {
         self.inner.inodes.borrow().contains(&inode)
+    }
+
+    /// The network namespaces that puppets left, by inode.
+    pub fn left(&self) -> Ref<'_, BTreeMap<u32, File>> {
+        self.inner.left.borrow()
     }
 }
 
@@ -354,6 +365,11 @@ impl Puppet {
     /// Moves into a network namespace of its own; false, loudly, where only root may.
     #[track_caller]
     pub fn unshare_net(&self) -> bool {
+        let opened = oracle::tasks(self.pid).into_iter().find_map(|task| File::open(task.join("ns/net")).ok());
+        if let Some(namespace) = opened {
+            let inode = namespace.metadata().expect("a namespace").ino() as u32;
+            self.stage.left.borrow_mut().entry(inode).or_insert(namespace);
+        }
         match self.attempt("unshare-net") {
             Ok(_) => true,
             Err(refused) if !rustix::process::geteuid().is_root() => {
