@@ -22,12 +22,12 @@ use crate::subject::{event_tiers, skip};
 use crate::{Test, test};
 
 /// Rounds, as far as they fit into the time; one at least.
-const ROUNDS: usize = 5;
+const ROUNDS: usize = 3;
 const TIME: Duration = Duration::from_secs(30);
 
 /// Lulls in a round, and the most that is done before one.
 const LULLS: usize = 3;
-const STEPS: usize = 60;
+const STEPS: usize = 100;
 
 const MOST_PUPPETS: usize = 12;
 

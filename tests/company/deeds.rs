@@ -29,16 +29,16 @@ pub const STEADY: &[(usize, Deed)] = &[
 
 /// And what they seldom do.
 pub const WILD: &[(usize, Deed)] = &[
-    (10, listen),
+    (18, listen),
     (6, close),
     (4, shut_down),
     (4, listen_again),
     (4, join_group),
     (2, duplicate),
-    (5, fork),
+    (8, fork),
     (3, exec),
-    (3, exit),
-    (2, killed),
+    (2, exit),
+    (1, killed),
     (8, storm),
     (6, pass),
     (4, receive),

@@ -92,6 +92,7 @@ const STEPS: &[&[&str]] = &[
     &["fetch", "--quiet", "--locked", "--manifest-path", "portwatch/fuzz/Cargo.toml"],
     TESTS,
     &["xtask", "vm", "--kernel", "all"],
+    &["xtask", "chaos", "--seconds", "60"],
     &["xtask", "race", "--rounds", "200", "--peer-rounds", "0"],
     &["xtask", "bench", "--quick"],
 ];
