@@ -229,7 +229,8 @@ fn text_of(panic: &(dyn std::any::Any + Send)) -> String {
 }
 
 fn chaos() {
-    let number = |name: &str| env::var(name).ok().map(|value| value.parse::<u64>().unwrap_or_else(|_| panic!("{name}")));
+    let number =
+        |name: &str| env::var(name).ok().map(|value| value.parse::<u64>().unwrap_or_else(|_| panic!("{name}")));
     let (given, seconds) = (number("PORTWATCH_TEST_SEED"), number("PORTWATCH_TEST_CHAOS"));
     let (most, time) = seconds.map_or((ROUNDS, TIME), |seconds| (usize::MAX, Duration::from_secs(seconds)));
     // Even, and the next round's is two more: the lowest bit counts for nothing.

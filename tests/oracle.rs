@@ -62,7 +62,8 @@ type Tables = Vec<(&'static str, &'static str, String)>;
 
 /// Those of the network namespace of a task.
 fn tables(task: &Path) -> Tables {
-    let files = [("tcp", "0A", "net/tcp"), ("tcp", "0A", "net/tcp6"), ("udp", "07", "net/udp"), ("udp", "07", "net/udp6")];
+    let files =
+        [("tcp", "0A", "net/tcp"), ("tcp", "0A", "net/tcp6"), ("udp", "07", "net/udp"), ("udp", "07", "net/udp6")];
     let read = |file| fs::read_to_string(task.join(file)).unwrap_or_default();
     files.map(|(proto, state, file)| (proto, state, read(file))).into()
 }

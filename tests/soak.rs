@@ -348,7 +348,8 @@ fn soak(time: Duration) {
     soak.work(time);
     let figures = soak.figures(seed, time);
     report(&figures);
-    let failed: Vec<_> = figures["verdicts"].as_array().into_iter().flatten().filter(|it| it["holds"] != true).collect();
+    let failed: Vec<_> =
+        figures["verdicts"].as_array().into_iter().flatten().filter(|it| it["holds"] != true).collect();
     assert!(failed.is_empty(), "{failed:#?}");
 }
 

@@ -153,11 +153,8 @@ fn fork(company: &mut Company, n: usize) {
         return exit(company, n);
     }
     let player = &company.players[n];
-    let child = Player {
-        socks: player.socks.clone(),
-        silent: player.silent.clone(),
-        ..Player::new(player.puppet.fork())
-    };
+    let child =
+        Player { socks: player.socks.clone(), silent: player.silent.clone(), ..Player::new(player.puppet.fork()) };
     let what = format!("{} to {}", player.puppet.pid, child.puppet.pid);
     company.players.push(child);
     company.note("fork", &what);
