@@ -51,7 +51,7 @@ pub fn truth(stage: &Stage, puppets: &[&Puppet]) -> BTreeSet<Row> {
     for (netns, task) in &namespaces {
         take(*netns, tables(task));
     }
-    for (netns, file) in stage.left().iter().filter(|(netns, _)| !namespaces.contains_key(netns)) {
+    for (netns, file) in stage.namespaces().iter().filter(|(netns, _)| !namespaces.contains_key(netns)) {
         take(*netns, tables_within(file));
     }
     rows
@@ -79,12 +79,12 @@ fn tables_within(namespace: &fs::File) -> Tables {
     })
 }
 
-/// The network namespaces that puppets left and nobody is in: who looks for namespaces does not find them, only sockets
+/// The network namespaces that puppets were in and nobody is in now: who looks for namespaces does not find them, only sockets
 /// that somebody holds are seen there.
 pub fn abandoned(stage: &Stage, puppets: &[&Puppet]) -> BTreeSet<u32> {
     let tasks = puppets.iter().flat_map(|puppet| tasks(puppet.pid)).chain([PathBuf::from("/proc/self")]);
     let lived_in: BTreeSet<u32> = tasks.filter_map(|task| namespace(&task)).collect();
-    stage.left().keys().copied().filter(|netns| !lived_in.contains(netns)).collect()
+    stage.namespaces().keys().copied().filter(|netns| !lived_in.contains(netns)).collect()
 }
 
 /// `/proc/PID/task/TID` of every thread.

@@ -63,8 +63,9 @@ struct Inner {
     control: UnixListener,
     /// Inodes of all sockets that puppets of this stage ever told of.
     inodes: RefCell<BTreeSet<u64>>,
-    /// Network namespaces that puppets of this stage left, by inode: sockets may be there still, when nobody else is.
-    left: RefCell<BTreeMap<u32, File>>,
+    /// Network namespaces that puppets of this stage moved from and to, by inode: sockets may be there still when nobody
+    /// is any more.
+    namespaces: RefCell<BTreeMap<u32, File>>,
 }
 
 /// A socket of a puppet.
@@ -105,7 +106,9 @@ impl Stage {
         // Puppets that became ordinary users fork, too.
         open_to_all(&directory.path().join("control"), 0o777);
         open_to_all(directory.path(), 0o755);
-        Stage { inner: Rc::new(Inner { directory, control, inodes: RefCell::default(), left: RefCell::default() }) }
+        Stage {
+            inner: Rc::new(Inner { directory, control, inodes: RefCell::default(), namespaces: RefCell::default() }),
+        }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -151,9 +154,9 @@ impl Stage {
         self.inner.inodes.borrow().contains(&inode)
     }
 
-    /// The network namespaces that puppets left, by inode.
-    pub fn left(&self) -> Ref<'_, BTreeMap<u32, File>> {
-        self.inner.left.borrow()
+    /// The network namespaces that puppets moved from and to, by inode.
+    pub fn namespaces(&self) -> Ref<'_, BTreeMap<u32, File>> {
+        self.inner.namespaces.borrow()
     }
 }
 
@@ -365,18 +368,25 @@ impl Puppet {
     /// Moves into a network namespace of its own; false, loudly, where only root may.
     #[track_caller]
     pub fn unshare_net(&self) -> bool {
-        let opened = oracle::tasks(self.pid).into_iter().find_map(|task| File::open(task.join("ns/net")).ok());
-        if let Some(namespace) = opened {
-            let inode = namespace.metadata().expect("a namespace").ino() as u32;
-            self.stage.left.borrow_mut().entry(inode).or_insert(namespace);
-        }
+        self.remember_namespace();
         match self.attempt("unshare-net") {
-            Ok(_) => true,
+            Ok(_) => {
+                self.remember_namespace();
+                true
+            }
             Err(refused) if !rustix::process::geteuid().is_root() => {
                 crate::subject::skip("root", &refused.text);
                 false
             }
             Err(refused) => panic!("{}", refused.text),
+        }
+    }
+
+    fn remember_namespace(&self) {
+        let opened = oracle::tasks(self.pid).into_iter().find_map(|task| File::open(task.join("ns/net")).ok());
+        if let Some(namespace) = opened {
+            let inode = namespace.metadata().expect("a namespace").ino() as u32;
+            self.stage.namespaces.borrow_mut().entry(inode).or_insert(namespace);
         }
     }
 
