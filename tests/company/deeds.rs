@@ -1,5 +1,4 @@
-//! What one of a company may do. Each draws all its numbers before it does anything, so that what a kernel refuses changes
-//! nothing of what follows.
+//! What one of a company may do. Nothing but the seed and what the kernel refuses decides what is done, and in which order.
 
 use rustix::process::Signal;
 
