@@ -65,7 +65,7 @@ impl Agent {
         line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") << 10
     }
 
-    fn descriptors(&self) -> Vec<u32> {
+    pub fn descriptors(&self) -> Vec<u32> {
         let entries = fs::read_dir(format!("/proc/{}/fd", self.child.id())).expect("its descriptors");
         entries.map(|entry| entry.expect("an entry").file_name().to_str().expect("a number").parse().unwrap()).collect()
     }

@@ -4,8 +4,10 @@
 //! - `PORTWATCH_BIN` names the binary under test (default: the one that cargo built).
 //! - `PORTWATCH_TEST_REQUIRE=kernel,fexit,tracepoint,mptcp,…` makes a test fail that is otherwise skipped because the
 //!   machine lacks that.
+//! - `PORTWATCH_TEST_CHAOS` is for how many seconds there is chaos (default: a few rounds).
 //! - `PORTWATCH_TEST_ENDS` is how many random ends of `run` are tried (default: as many as fit in 20 s).
 //! - `PORTWATCH_TEST_SEED` repeats a round of chaos.
+//! - `PORTWATCH_TEST_SOAK` lets an agent work under a steady load, for so many minutes (without: not at all).
 //! - `PORTWATCH_TEST_STORM` is the number of listeners that a storm opens (default 20000).
 //! - `PORTWATCH_TEST_SWEEPS` is how often an adversary is fought (default: as often as fits into ten seconds).
 //!
@@ -18,6 +20,7 @@ mod access;
 mod agent;
 mod agent_kill;
 mod chaos;
+mod company;
 mod container;
 mod diagnose;
 mod dockerd;
@@ -41,6 +44,7 @@ mod run;
 mod security;
 mod service;
 mod shell;
+mod soak;
 mod storm;
 mod stubborn;
 mod subject;
@@ -126,6 +130,7 @@ fn main() -> ExitCode {
         access::trials(),
         faults::trials(),
         chaos::trials(),
+        soak::trials(),
         metrics::trials(),
         service::trials(),
         hostile::trials(),

@@ -21,8 +21,8 @@ pub struct Row {
     pub holders: BTreeMap<u32, BTreeSet<u32>>,
 }
 
-/// Every listener that a puppet of the stage opened and that exists now, in the network namespaces of `puppets`, held
-/// by them or by nobody.
+/// Every listener that a puppet of the stage opened and that exists now, in the network namespaces that `puppets` are or
+/// were in, held by them or by nobody.
 pub fn truth(stage: &Stage, puppets: &[&Puppet]) -> BTreeSet<Row> {
     let mut held: BTreeMap<u64, BTreeMap<u32, BTreeSet<u32>>> = BTreeMap::new();
     let mut namespaces: BTreeMap<u32, PathBuf> = BTreeMap::new();
@@ -38,24 +38,57 @@ pub fn truth(stage: &Stage, puppets: &[&Puppet]) -> BTreeSet<Row> {
         }
     }
     let mut rows = BTreeSet::new();
-    for (netns, task) in namespaces {
-        for (proto, state) in [("tcp", "0A"), ("udp", "07")] {
-            for file in [proto.to_owned(), format!("{proto}6")] {
-                let text = fs::read_to_string(task.join("net").join(file)).unwrap_or_default();
-                let found = text.lines().skip(1).filter_map(|line| parse(line, proto, state, netns));
-                rows.extend(
-                    found
-                        .filter(|row| stage.knows(row.inode))
-                        .map(|row| Row { holders: held.get(&row.inode).cloned().unwrap_or_default(), ..row }),
-                );
-            }
+    let mut take = |netns: u32, tables: Tables| {
+        for (proto, state, text) in tables {
+            let found = text.lines().skip(1).filter_map(|line| parse(line, proto, state, netns));
+            rows.extend(
+                found
+                    .filter(|row| stage.knows(row.inode))
+                    .map(|row| Row { holders: held.get(&row.inode).cloned().unwrap_or_default(), ..row }),
+            );
         }
+    };
+    for (netns, task) in &namespaces {
+        take(*netns, tables(task));
+    }
+    for (netns, file) in stage.namespaces().iter().filter(|(netns, _)| !namespaces.contains_key(netns)) {
+        take(*netns, tables_within(file));
     }
     rows
 }
 
+/// Sockets as the kernel lists them: protocol, the state that is asked for, and the text.
+type Tables = Vec<(&'static str, &'static str, String)>;
+
+/// Those of the network namespace of a task.
+fn tables(task: &Path) -> Tables {
+    let files =
+        [("tcp", "0A", "net/tcp"), ("tcp", "0A", "net/tcp6"), ("udp", "07", "net/udp"), ("udp", "07", "net/udp6")];
+    let read = |file| fs::read_to_string(task.join(file)).unwrap_or_default();
+    files.map(|(proto, state, file)| (proto, state, read(file))).into()
+}
+
+/// Those of a network namespace, by a thread that enters it.
+fn tables_within(namespace: &fs::File) -> Tables {
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNET).expect("setns");
+            tables(Path::new("/proc/thread-self"))
+        });
+        thread.join().expect("a thread in another network namespace")
+    })
+}
+
+/// The network namespaces that puppets were in and nobody is in now: who looks for namespaces does not find them, only sockets
+/// that somebody holds are seen there.
+pub fn abandoned(stage: &Stage, puppets: &[&Puppet]) -> BTreeSet<u32> {
+    let tasks = puppets.iter().flat_map(|puppet| tasks(puppet.pid)).chain([PathBuf::from("/proc/self")]);
+    let lived_in: BTreeSet<u32> = tasks.filter_map(|task| namespace(&task)).collect();
+    stage.namespaces().keys().copied().filter(|netns| !lived_in.contains(netns)).collect()
+}
+
 /// `/proc/PID/task/TID` of every thread.
-fn tasks(pid: u32) -> Vec<PathBuf> {
+pub fn tasks(pid: u32) -> Vec<PathBuf> {
     let entries = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten();
     entries.flatten().map(|entry| entry.path()).collect()
 }

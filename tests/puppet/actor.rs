@@ -134,7 +134,8 @@ impl Actor {
 
     /// Replaces the program by itself; only returns where that failed.
     fn exec(&self) -> io::Error {
-        Command::new("/proc/self/exe").env(CONTROL_VARIABLE, &self.path).exec()
+        // A thread-group leader that exited, which `self` would mean, has no program any more.
+        Command::new("/proc/thread-self/exe").env(CONTROL_VARIABLE, &self.path).exec()
     }
 
     /// A new thread goes on as the puppet, and the thread-group leader exits: a zombie whose process still serves.

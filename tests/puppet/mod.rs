@@ -9,13 +9,15 @@
 mod actor;
 pub mod sys;
 
-use std::cell::RefCell;
-use std::collections::BTreeSet;
+use std::cell::{Ref, RefCell};
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::fmt::Write as _;
+use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -28,6 +30,8 @@ use nix::libc;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, WaitIdStatus};
 use tempfile::TempDir;
+
+use crate::oracle;
 
 pub use actor::run;
 pub use sys::monotonic_ns;
@@ -59,6 +63,9 @@ struct Inner {
     control: UnixListener,
     /// Inodes of all sockets that puppets of this stage ever told of.
     inodes: RefCell<BTreeSet<u64>>,
+    /// Network namespaces that puppets of this stage moved from and to, by inode: sockets may be there still when nobody
+    /// is any more.
+    namespaces: RefCell<BTreeMap<u32, File>>,
 }
 
 /// A socket of a puppet.
@@ -99,7 +106,9 @@ impl Stage {
         // Puppets that became ordinary users fork, too.
         open_to_all(&directory.path().join("control"), 0o777);
         open_to_all(directory.path(), 0o755);
-        Stage { inner: Rc::new(Inner { directory, control, inodes: RefCell::default() }) }
+        Stage {
+            inner: Rc::new(Inner { directory, control, inodes: RefCell::default(), namespaces: RefCell::default() }),
+        }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -143,6 +152,11 @@ impl Stage {
     /// Whether a puppet of this stage opened the socket.
     pub fn knows(&self, inode: u64) -> bool {
         self.inner.inodes.borrow().contains(&inode)
+    }
+
+    /// The network namespaces that puppets moved from and to, by inode.
+    pub fn namespaces(&self) -> Ref<'_, BTreeMap<u32, File>> {
+        self.inner.namespaces.borrow()
     }
 }
 
@@ -310,6 +324,8 @@ impl Puppet {
     }
 
     pub fn open_mailbox(&self) {
+        // Of an earlier one of its own, or of somebody who had its PID.
+        let _none = std::fs::remove_file(self.mailbox());
         self.tell(&format!("mailbox {}", self.mailbox().display()));
     }
 
@@ -352,13 +368,25 @@ impl Puppet {
     /// Moves into a network namespace of its own; false, loudly, where only root may.
     #[track_caller]
     pub fn unshare_net(&self) -> bool {
+        self.remember_namespace();
         match self.attempt("unshare-net") {
-            Ok(_) => true,
+            Ok(_) => {
+                self.remember_namespace();
+                true
+            }
             Err(refused) if !rustix::process::geteuid().is_root() => {
                 crate::subject::skip("root", &refused.text);
                 false
             }
             Err(refused) => panic!("{}", refused.text),
+        }
+    }
+
+    fn remember_namespace(&self) {
+        let opened = oracle::tasks(self.pid).into_iter().find_map(|task| File::open(task.join("ns/net")).ok());
+        if let Some(namespace) = opened {
+            let inode = namespace.metadata().expect("a namespace").ino() as u32;
+            self.stage.namespaces.borrow_mut().entry(inode).or_insert(namespace);
         }
     }
 

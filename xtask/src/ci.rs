@@ -1,5 +1,6 @@
 //! `cargo xtask ci`: everything that CI runs, in order; every failure is listed, not only the first.
 
+use std::process::Command;
 use std::time::Instant;
 
 use anyhow::{Result, anyhow, bail};
@@ -91,6 +92,7 @@ const STEPS: &[&[&str]] = &[
     &["fetch", "--quiet", "--locked", "--manifest-path", "portwatch/fuzz/Cargo.toml"],
     TESTS,
     &["xtask", "vm", "--kernel", "all"],
+    &["xtask", "chaos", "--seconds", "60"],
     &["xtask", "race", "--rounds", "200", "--peer-rounds", "0"],
     &["xtask", "bench", "--quick"],
 ];
@@ -103,10 +105,15 @@ fn run_step(args: &[&str]) -> Result<()> {
     command.args(args);
     if args == TESTS {
         command.env("PORTWATCH_TEST_REQUIRE", REQUIRED.join(","));
-        if !Uid::effective().is_root() {
-            command.env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER", "sudo --preserve-env");
-        }
+        as_root(&mut command);
     }
     let line = shown(&command);
     must(&mut command).map_err(|error| anyhow!("{}", error.to_string().replace(&line, &args.join(" "))))
+}
+
+/// Lets cargo run tests as root.
+pub(crate) fn as_root(cargo: &mut Command) {
+    if !Uid::effective().is_root() {
+        cargo.env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER", "sudo --preserve-env");
+    }
 }

@@ -5,12 +5,15 @@
 //! kernel objects, which are committed.
 
 mod bench;
+mod chaos;
 mod ci;
 mod ebpf;
 mod evidence;
 mod fuzz;
 mod race;
+mod scenario;
 mod server;
+mod soak;
 mod vm;
 mod world;
 
@@ -40,6 +43,10 @@ enum Verb {
     Bench(bench::Args),
     /// Work against a kill in progress, and count who is hit, as Markdown
     Race(race::Args),
+    /// Let processes and an agent do random things, and compare what it says with what is, as Markdown
+    Chaos(chaos::Args),
+    /// Let one agent work under a steady load, and see whether it stays as it was, as Markdown
+    Soak(soak::Args),
     /// Make portwatch/EVIDENCE.md of what bench, race, chaos, soak and fuzz found
     Evidence(evidence::Args),
     /// Run everything that CI runs, and list every failure
@@ -59,6 +66,8 @@ fn main() -> ExitCode {
         Verb::Fuzz(args) => fuzz::run(&args),
         Verb::Bench(args) => bench::run(&args),
         Verb::Race(args) => race::run(&args),
+        Verb::Chaos(args) => chaos::run(&args),
+        Verb::Soak(args) => soak::run(&args),
         Verb::Evidence(args) => evidence::run(&args),
         Verb::Ci(args) => ci::run(&args),
         Verb::World(args) => world::run(&args),

@@ -16,6 +16,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use serde_json::Value;
 
 use self::image::Binaries;
 use self::kernel::Kernel;
@@ -40,13 +41,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    if crate::find("qemu-system-x86_64").is_none() {
-        bail!("qemu-system-x86_64 is missing: install Debian's packages qemu-system-x86, cpio and busybox-static");
-    }
-    let releases: Vec<&kernel::Release> =
-        kernel::RELEASES.iter().filter(|release| args.kernel == "all" || release.series == args.kernel).collect();
-    let kernels = releases.into_iter().map(Kernel::obtain).collect::<Result<Vec<_>>>()?;
-    let binaries = Binaries::build()?;
+    let (kernels, binaries) = prepare(&args.kernel)?;
     let mut failures = Vec::new();
     for kernel in &kernels {
         if let Err(error) = test_on(kernel, &binaries, args) {
@@ -60,12 +55,55 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
+/// The kernels of that name, or all, and what is to run on them.
+fn prepare(name: &str) -> Result<(Vec<Kernel>, Binaries)> {
+    if crate::find("qemu-system-x86_64").is_none() {
+        bail!("qemu-system-x86_64 is missing: install Debian's packages qemu-system-x86, cpio and busybox-static");
+    }
+    let releases: Vec<&kernel::Release> =
+        kernel::RELEASES.iter().filter(|release| name == "all" || release.series == name).collect();
+    let kernels = releases.into_iter().map(Kernel::obtain).collect::<Result<Vec<_>>>()?;
+    Ok((kernels, Binaries::build()?))
+}
+
+/// Runs one scenario, with variables in its environment, on one kernel after the other: each one's release, the figures
+/// that the scenario reported, and whether it passed.
+pub(crate) fn play(
+    name: &str,
+    scenario: &str,
+    variables: &[(&str, String)],
+    limit: u64,
+) -> Result<Vec<(String, Option<Value>, bool)>> {
+    let (kernels, binaries) = prepare(name)?;
+    let play_on = |kernel: &Kernel| -> Result<(String, Option<Value>, bool)> {
+        let initramfs = image::pack(kernel, &binaries, variables, &["--exact".to_owned(), scenario.to_owned()])?;
+        let mut figures = None;
+        let booted = boot(kernel, &initramfs, "", Duration::from_secs(limit), &mut |line| {
+            match crate::scenario::figures(line) {
+                Some(found) => figures = Some(found),
+                // stdout is for the figures.
+                None => eprintln!("{} | {}", kernel.series, harmless(line)),
+            }
+        });
+        let passed = match booted {
+            Ok((code, _)) => code == 0,
+            Err(error) => {
+                eprintln!("{}: {error:#}", kernel.series);
+                false
+            }
+        };
+        Ok((kernel.version.clone(), figures, passed))
+    };
+    kernels.iter().map(play_on).collect()
+}
+
 fn test_on(kernel: &Kernel, binaries: &Binaries, args: &Args) -> Result<()> {
     let all_but_alike = || ALIKE.iter().flat_map(|area| ["--skip".to_owned(), (*area).to_owned()]).collect();
     let test_args = if args.test_args.is_empty() { all_but_alike() } else { args.test_args.clone() };
-    let initramfs = image::pack(kernel, binaries, &test_args)?;
+    let initramfs = image::pack(kernel, binaries, &[], &test_args)?;
     let started = Instant::now();
-    let (code, booted) = boot(kernel, &initramfs, &args.append, Duration::from_secs(args.timeout))?;
+    let show = &mut |line: &str| println!("{} | {}", kernel.series, harmless(line));
+    let (code, booted) = boot(kernel, &initramfs, &args.append, Duration::from_secs(args.timeout), show)?;
     println!(
         "{}: {} in {:.1} s from power-on to result, {:.1} s of them until init ran ({})",
         kernel.series,
@@ -80,8 +118,14 @@ fn test_on(kernel: &Kernel, binaries: &Binaries, args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Boots the machine, prints its console and returns the tests' exit code and how long init took to come up.
-fn boot(kernel: &Kernel, initramfs: &Path, append: &str, limit: Duration) -> Result<(i32, Duration)> {
+/// Boots the machine, shows each line of its console and returns the tests' exit code and how long init took to come up.
+fn boot(
+    kernel: &Kernel,
+    initramfs: &Path,
+    append: &str,
+    limit: Duration,
+    show: &mut dyn FnMut(&str),
+) -> Result<(i32, Duration)> {
     let command_line = format!("console=ttyS0 quiet panic=-1 {append}");
     let started = Instant::now();
     let mut qemu = Machine(
@@ -125,7 +169,7 @@ fn boot(kernel: &Kernel, initramfs: &Path, append: &str, limit: Duration) -> Res
                 if line.starts_with(image::BOOT_MARK) {
                     booted = started.elapsed();
                 } else {
-                    println!("{} | {}", kernel.series, harmless(&line));
+                    show(&line);
                 }
             }
             Err(RecvTimeoutError::Timeout) => bail!("no result after {} s: the machine was stopped", limit.as_secs()),

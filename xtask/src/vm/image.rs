@@ -37,7 +37,7 @@ for module in @MODULES@; do insmod /modules/$module || echo "init: cannot load $
 ip link set lo up
 ulimit -n 65536
 cd /tmp
-env PORTWATCH_BIN=/bin/portwatch PORTWATCH_TEST_EMULATED=1 PORTWATCH_TEST_REQUIRE=kernel,root,fexit,kprobe,tracepoint PORTWATCH_TEST_ENDS=20 PORTWATCH_TEST_SWEEPS=100 RUST_BACKTRACE=1 /bin/scenarios --color=never --test-threads=1 @ARGS@
+env PORTWATCH_BIN=/bin/portwatch PORTWATCH_TEST_EMULATED=1 PORTWATCH_TEST_REQUIRE=kernel,root,fexit,kprobe,tracepoint PORTWATCH_TEST_ENDS=20 PORTWATCH_TEST_SWEEPS=100 RUST_BACKTRACE=1 @VARIABLES@ /bin/scenarios --color=never --test-threads=1 @ARGS@
 code=$?
 echo "VM-EXIT: $code"
 poweroff -f
@@ -85,7 +85,12 @@ impl Binaries {
 }
 
 /// Makes the initramfs for one kernel and returns its path.
-pub(super) fn pack(kernel: &Kernel, binaries: &Binaries, test_args: &[String]) -> Result<PathBuf> {
+pub(super) fn pack(
+    kernel: &Kernel,
+    binaries: &Binaries,
+    variables: &[(&str, String)],
+    test_args: &[String],
+) -> Result<PathBuf> {
     let folder = target().join("vm").join(kernel.series);
     let root = folder.join("initramfs");
     if root.exists() {
@@ -106,7 +111,9 @@ pub(super) fn pack(kernel: &Kernel, binaries: &Binaries, test_args: &[String]) -
     write(&root.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/sh\n")?;
     write(&root.join("etc/group"), "root:x:0:\nnogroup:x:65534:\n")?;
     write(&root.join("etc/hosts"), "127.0.0.1 localhost\n::1 localhost\n")?;
-    let init = INIT.replace("@MODULES@", &modules.join(" ")).replace("@ARGS@", &quoted(test_args));
+    let variables: Vec<String> = variables.iter().map(|(name, value)| format!("{name}={value}")).collect();
+    let init = INIT.replace("@MODULES@", &modules.join(" ")).replace("@VARIABLES@", &quoted(&variables));
+    let init = init.replace("@ARGS@", &quoted(test_args));
     write(&root.join("init"), &init)?;
     fs::set_permissions(root.join("init"), fs::Permissions::from_mode(0o755)).context("cannot make init executable")?;
 

@@ -344,7 +344,9 @@ impl Probes {
     /// Whether a UDP socket without a mark of bind() is known to be bound: seen when it was, or there from the start.
     /// Where UDP is not seen, all count.
     pub(crate) fn knows_udp(&self, id: SocketId) -> bool {
-        !self.sees_udp || self.udp.contains(id)
+        // The programs remember it before they ask the ring for room: this stays true of a record that was lost.
+        let is_remembered = || id.cookie != 0 && self.udp_bound.get(&id.cookie, 0).is_ok();
+        !self.sees_udp || self.udp.contains(id) || is_remembered()
     }
 
     /// Whether UDP sockets raise events; else somebody has to look.
