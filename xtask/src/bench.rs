@@ -49,7 +49,7 @@ struct Effort {
 }
 
 const fn of(processes: usize, listeners: usize) -> world::Args {
-    world::Args { processes, fds: 100, listeners }
+    world::Args { processes, fds: 100, listeners, each: 1 }
 }
 
 const FULL: Effort = Effort {

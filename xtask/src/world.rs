@@ -24,9 +24,12 @@ pub(crate) struct Args {
     /// Open files of each process
     #[arg(long)]
     pub(crate) fds: usize,
-    /// How many of the processes hold a TCP listener on 127.0.0.1
+    /// How many of the processes hold TCP listeners on 127.0.0.1
     #[arg(long)]
     pub(crate) listeners: usize,
+    /// How many each of those holds
+    #[arg(long, default_value_t = 1)]
+    pub(crate) each: usize,
 }
 
 /// A running crowd. Dropping it ends and reaps all of it.
@@ -34,7 +37,7 @@ pub(crate) struct World {
     child: Child,
     /// Closing it is the order to end.
     lifeline: Option<ChildStdin>,
-    /// Ports of the listeners, one per process that has one.
+    /// Ports of the listeners, those of one process after those of another.
     pub(crate) ports: Vec<u16>,
 }
 
@@ -46,6 +49,7 @@ impl World {
             .args(["--processes", &args.processes.to_string()])
             .args(["--fds", &args.fds.to_string()])
             .args(["--listeners", &args.listeners.to_string()])
+            .args(["--each", &args.each.to_string()])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -58,7 +62,7 @@ impl World {
             .read_line(&mut line)
             .context("cannot read the ports")?;
         world.ports = line.split_whitespace().filter_map(|port| port.parse().ok()).collect();
-        if world.ports.len() != args.listeners {
+        if world.ports.len() != args.listeners * args.each {
             bail!("the crowd of {} processes did not come up", args.processes);
         }
         Ok(world)
@@ -100,7 +104,8 @@ fn raise(args: &Args, children: &mut Vec<Pid>) -> Result<String> {
             ForkResult::Parent { child } => children.push(child),
             ForkResult::Child => {
                 drop(reader);
-                let lived = live(parent, args.fds, number < args.listeners, writer);
+                let listeners = if number < args.listeners { args.each } else { 0 };
+                let lived = live(parent, args.fds, listeners, writer);
                 std::process::exit(i32::from(lived.is_err()));
             }
         }
@@ -110,9 +115,8 @@ fn raise(args: &Args, children: &mut Vec<Pid>) -> Result<String> {
     let mut ready = 0;
     for line in BufReader::new(File::from(reader)).lines() {
         ready += 1;
-        if let Ok(port) = line.context("cannot read from the crowd")?.parse::<u16>() {
-            ports.push(port.to_string());
-        }
+        let line = line.context("cannot read from the crowd")?;
+        ports.extend(line.split_whitespace().map(str::to_owned));
     }
     if ready != args.processes {
         bail!("only {ready} of {} processes came up", args.processes);
@@ -121,13 +125,17 @@ fn raise(args: &Args, children: &mut Vec<Pid>) -> Result<String> {
 }
 
 /// A child's life: open files (every tenth a socket), say so, wait for the end.
-fn live(parent: Pid, fds: usize, listens: bool, ready: OwnedFd) -> Result<()> {
+fn live(parent: Pid, fds: usize, listeners: usize, ready: OwnedFd) -> Result<()> {
     prctl::set_pdeathsig(Signal::SIGKILL)?;
     if getppid() != parent {
         bail!("orphaned before the death signal was set");
     }
-    let listener = if listens { Some(TcpListener::bind(("127.0.0.1", 0))?) } else { None };
-    let port = listener.as_ref().map(TcpListener::local_addr).transpose()?.map(|address| address.port());
+    let listeners = (0..listeners).map(|_| TcpListener::bind(("127.0.0.1", 0))).collect::<io::Result<Vec<_>>>()?;
+    let mut text = String::new();
+    for listener in &listeners {
+        text += &format!("{} ", listener.local_addr()?.port());
+    }
+    text.push('\n');
     // Numbers are given lowest first, and `ready` gives its own back.
     let last = i32::try_from(fds)?;
     for number in 0.. {
@@ -143,7 +151,7 @@ fn live(parent: Pid, fds: usize, listens: bool, ready: OwnedFd) -> Result<()> {
         }
     }
     let mut ready = File::from(ready);
-    let text = port.map_or_else(|| "-\n".to_owned(), |port| format!("{port}\n"));
+    // In one write, which up to PIPE_BUF (680 ports) is not mixed with those of others.
     ready.write_all(text.as_bytes())?;
     drop(ready);
     loop {
