@@ -7,16 +7,18 @@ mod agent;
 mod commands;
 mod free;
 mod live;
+mod section;
 
 use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
 pub(crate) use free::fetch_peers;
+pub(crate) use live::storm;
 
 use anyhow::{Context, Result, bail};
 use nix::unistd::Uid;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::world::{self, World};
 use crate::{cargo, must, target};
@@ -32,16 +34,16 @@ pub(crate) struct Args {
     /// The portwatch to measure [default: a release build of this workspace]
     #[arg(long, value_name = "PATH")]
     portwatch: Option<PathBuf>,
+    /// Only this part, of those about the event path and the agent: latency, throughput, cost, agent
+    #[arg(long, value_name = "PART")]
+    only: Option<String>,
 }
 
 /// How much is measured: counts, and the time after which a part stops with what it has.
 struct Effort {
     rounds: usize,
     rounds_limit: Duration,
-    listens: usize,
-    listens_limit: Duration,
-    blocks: usize,
-    block: Duration,
+    live: live::Effort,
     /// How often each command frees a port of each kind of server.
     frees: usize,
     /// Where the agent is asked.
@@ -55,10 +57,7 @@ const fn of(processes: usize, listeners: usize) -> world::Args {
 const FULL: Effort = Effort {
     rounds: 15,
     rounds_limit: Duration::from_secs(60),
-    listens: 2000,
-    listens_limit: Duration::from_secs(10),
-    blocks: 10,
-    block: Duration::from_millis(200),
+    live: live::FULL,
     frees: 11,
     worlds: &[of(10, 10), of(1000, 10), of(1000, 1000), of(5000, 10)],
 };
@@ -66,10 +65,7 @@ const FULL: Effort = Effort {
 const QUICK: Effort = Effort {
     rounds: 5,
     rounds_limit: Duration::from_secs(10),
-    listens: 500,
-    listens_limit: Duration::from_secs(3),
-    blocks: 4,
-    block: Duration::from_millis(100),
+    live: live::QUICK,
     frees: 3,
     worlds: &[of(10, 10), of(1000, 10)],
 };
@@ -91,70 +87,46 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let mut wrong = Vec::new();
     let mut figures = serde_json::Map::new();
 
-    if !args.quick {
-        fetch_peers();
+    if args.only.is_none() {
+        if !args.quick {
+            fetch_peers();
+        }
+        let crowd = World::start(CROWD)?;
+        println!(
+            "### Who listens? {} processes with {} open files each, {} listeners\n",
+            CROWD.processes, CROWD.fds, CROWD.listeners
+        );
+        let rows = commands::measure(&portwatch, &crowd.ports, &effort)?;
+        println!("{}", commands::markdown(&rows));
+        wrong.extend(rows.iter().filter_map(commands::Row::complaint));
+        figures.insert("commands".into(), commands::figures(&rows));
+
+        println!("### From a command to a port that can be bound, in that crowd\n");
+        let rows = free::measure(&portwatch, &effort)?;
+        println!("{}", free::markdown(&rows));
+        wrong.extend(rows.iter().filter_map(free::Row::complaint));
+        figures.insert("free".into(), free::figures(&rows));
+
+        drop(crowd);
+        println!("### One port's owner, asked of the agent\n");
+        let rows = agent::measure(&portwatch, effort.worlds, &effort)?;
+        println!("{}", agent::markdown(&rows));
+        figures.insert("worlds".into(), agent::figures(&rows));
     }
-    let crowd = World::start(CROWD)?;
-    println!(
-        "### Who listens? {} processes with {} open files each, {} listeners\n",
-        CROWD.processes, CROWD.fds, CROWD.listeners
-    );
-    let rows = commands::measure(&portwatch, &crowd.ports, &effort)?;
-    println!("{}", commands::markdown(&rows));
-    wrong.extend(rows.iter().filter_map(commands::Row::complaint));
-    figures.insert("commands".into(), commands::figures(&rows));
 
-    println!("### From a command to a port that can be bound, in that crowd\n");
-    let rows = free::measure(&portwatch, &effort)?;
-    println!("{}", free::markdown(&rows));
-    wrong.extend(rows.iter().filter_map(free::Row::complaint));
-    figures.insert("free".into(), free::figures(&rows));
-
-    drop(crowd);
-    println!("### One port's owner, asked of the agent\n");
-    let rows = agent::measure(&portwatch, effort.worlds, &effort)?;
-    println!("{}", agent::markdown(&rows));
-    figures.insert("agent".into(), agent::figures(&rows));
-
-    let crowd = World::start(CROWD)?;
-    println!("### From listen() to the line of `watch --json`\n");
-    println!("| host | listens | p50 µs | p99 µs |\n|---|--:|--:|--:|");
-    let mut latencies = Vec::new();
-    latencies.push(live::latency(&portwatch, "in that crowd", &effort));
-    drop(crowd);
-    latencies.push(live::latency(&portwatch, "without it", &effort));
-    let mut measured = Vec::new();
-    for latency in latencies {
-        match latency {
-            Ok(latency) => {
-                println!("| {} | {} | {:.0} | {:.0} |", latency.host, latency.listens, latency.p50_us, latency.p99_us);
-                measured.push(json!({
-                    "host": latency.host, "listens": latency.listens, "p50_us": latency.p50_us, "p99_us": latency.p99_us
-                }));
+    for (key, part) in live::PARTS {
+        if args.only.as_ref().is_some_and(|only| only != key) {
+            continue;
+        }
+        match part(&portwatch, &effort) {
+            Ok(section) => {
+                println!("### {}\n\n{}", section.title, section.markdown);
+                figures.insert(section.key.into(), section.figures);
+                wrong.extend(section.wrong);
             }
-            Err(error) => wrong.push(format!("latency: {error:#}")),
+            Err(error) => wrong.push(format!("{key}: {error:#}")),
         }
     }
-    figures.insert("latency".into(), Value::from(measured));
-
-    println!("\n### What a running `watch` adds\n");
-    println!("| per operation | alone ns | watched ns | added ns | ratio |\n|---|--:|--:|--:|--:|");
-    let mut measured = Vec::new();
-    for work in [live::Work::Listen, live::Work::Connect] {
-        match live::cost(&portwatch, work, &effort) {
-            Ok(cost) => {
-                let (alone, watched) = (cost.alone_ns, cost.watched_ns);
-                let (added, ratio) = (watched - alone, watched / alone);
-                println!("| {} | {alone:.0} | {watched:.0} | {added:+.0} | {ratio:.2} |", work.name());
-                measured.push(json!({
-                    "operation": work.name(), "alone_ns": alone, "watched_ns": watched, "added_ns": added, "ratio": ratio
-                }));
-            }
-            Err(error) => wrong.push(format!("{}: {error:#}", work.name())),
-        }
-    }
-    figures.insert("cost".into(), Value::from(measured));
-    println!();
 
     if let Some(path) = &args.json {
         let text = serde_json::to_string_pretty(&Value::Object(figures))?;
