@@ -3,7 +3,8 @@
 //! Agents come and go, and each kind of work is measured while there is one and while there is none, in turns. Compared is
 //! each turn with the two around it, so that a drift of the machine is none of the probes'. Counted is the processor time of
 //! the process that works and of its children, not the clock on the wall: what runs in the kernel on their behalf is in
-//! it, probes and loopback included, and what the scheduler gives to others meanwhile is not.
+//! it, probes and loopback included, and what the scheduler gives to others meanwhile is not. It works on one processor, as
+//! wandering from one to another costs more than what is looked for.
 //!
 //! Figures: `alternations`; `works`, each with a `work`, `alone_ns` (median of an operation without agent), `added_ns`
 //! `{median, low, high}`, `added_percent` and `noise_percent` likewise: the same comparison among turns without agent. `low`
@@ -14,15 +15,17 @@ use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
 use std::path::Path;
 use std::process::Command;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::socket::{Backlog, listen, setsockopt, sockopt::Linger};
 use nix::sys::time::TimeVal;
 use nix::sys::wait::waitpid;
 use nix::time::{ClockId, clock_gettime};
-use nix::unistd::{ForkResult, fork};
+use nix::unistd::{ForkResult, Pid, fork};
 use serde_json::{Value, json};
 
 use super::daemon::Agent;
@@ -35,6 +38,8 @@ use crate::find;
 /// What is done over and over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Work {
+    /// The call alone, by the clock.
+    Call,
     Listen,
     Connect,
     Fork,
@@ -42,7 +47,7 @@ enum Work {
     Spawn,
 }
 
-const WORKS: [Work; 5] = [Work::Listen, Work::Connect, Work::Fork, Work::ForkOfHolder, Work::Spawn];
+const WORKS: [Work; 6] = [Work::Call, Work::Listen, Work::Connect, Work::Fork, Work::ForkOfHolder, Work::Spawn];
 
 /// Pieces that a turn of one work is cut into: their median does not see what disturbs a few.
 const PIECES: u32 = 8;
@@ -53,6 +58,7 @@ const ANSWER: [u8; 1024] = [b'a'; 1024];
 impl Work {
     fn key(self) -> &'static str {
         match self {
+            Work::Call => "listen_call",
             Work::Listen => "listen",
             Work::Connect => "connect",
             Work::Fork => "fork",
@@ -63,6 +69,7 @@ impl Work {
 
     fn name(self) -> &'static str {
         match self {
+            Work::Call => "listen() alone",
             Work::Listen => "socket, bind, listen, close",
             Work::Connect => "connect, accept, 128 bytes there, 1 KiB back, close both",
             Work::Fork => "fork, exit, wait",
@@ -88,27 +95,30 @@ struct Stage {
 }
 
 impl Stage {
-    fn once(&self) -> Result<()> {
+    /// Does it once; the time of the part that is meant, where that is not all of it.
+    fn once(&self) -> Result<Option<Duration>> {
         match self.work {
-            Work::Listen => {
+            Work::Call | Work::Listen => {
                 let (socket, _port) = bound()?;
-                listen(&socket, Backlog::MAXCONN).context("cannot listen")
+                let before = Instant::now();
+                listen(&socket, Backlog::MAXCONN).context("cannot listen")?;
+                return Ok((self.work == Work::Call).then(|| before.elapsed()));
             }
-            Work::Connect => self.exchange(),
+            Work::Connect => self.exchange()?,
             // SAFETY: the child does nothing but end.
             Work::Fork | Work::ForkOfHolder => match unsafe { fork() }.context("cannot fork")? {
                 // SAFETY: it ends this child and touches nothing that other threads of the parent might have held.
                 ForkResult::Child => unsafe { nix::libc::_exit(0) },
-                ForkResult::Parent { child } => waitpid(child, None).map(drop).context("cannot wait for a child"),
+                ForkResult::Parent { child } => waitpid(child, None).map(drop).context("cannot wait for a child")?,
             },
             Work::Spawn => {
                 let status = Command::new(&self.program).status().context("cannot run `true`")?;
                 if !status.success() {
                     bail!("`true` says no");
                 }
-                Ok(())
             }
         }
+        Ok(None)
     }
 
     /// A short connection, from both ends.
@@ -130,19 +140,20 @@ impl Stage {
         setsockopt(&client, Linger, &nix::libc::linger { l_onoff: 1, l_linger: 0 }).context("cannot set SO_LINGER")
     }
 
-    /// Processor time of one operation in ns, as the median of pieces that take `length` in all.
+    /// Time of one operation in ns, as the median of pieces that take `length` in all: processor time, but by the clock
+    /// where only a part of it is meant, and then as the median of all.
     fn measure(&self, length: Duration) -> Result<f64> {
-        let mut pieces = Vec::new();
+        let (mut pieces, mut parts) = (Vec::new(), Vec::new());
         for _ in 0..PIECES {
             let (begun, before) = (Instant::now(), spent()?);
             let mut operations = 0;
             while begun.elapsed() < length / PIECES {
-                self.once()?;
+                parts.extend(self.once()?.map(|part| part.as_secs_f64() * 1e9));
                 operations += 1;
             }
             pieces.push((spent()? - before).as_secs_f64() * 1e9 / f64::from(operations));
         }
-        Ok(quantile(&mut pieces, 0.5))
+        Ok(quantile(if parts.is_empty() { &mut pieces } else { &mut parts }, 0.5))
     }
 }
 
@@ -212,15 +223,31 @@ pub(in crate::bench) fn cost(portwatch: &Path, effort: &Effort) -> Result<Sectio
     Ok(section)
 }
 
-/// Each work once.
+/// Each work once, on a thread of its own: the agents that this one starts shall run wherever they like.
 fn turn(works: &mut [Turns], block: Duration, kept: impl Fn(&mut Turns) -> Option<&mut Vec<f64>>) -> Result<()> {
-    for work in works {
-        let time = work.work.stage()?.measure(block)?;
+    let times: Vec<f64> = thread::scope(|scope| {
+        let working = scope.spawn(|| {
+            stay_on_one_processor()?;
+            works.iter().map(|work| work.work.stage()?.measure(block)).collect()
+        });
+        working.join().unwrap_or_else(|_| bail!("a measuring thread panicked"))
+    })?;
+    for (work, time) in works.iter_mut().zip(times) {
         if let Some(kept) = kept(work) {
             kept.push(time);
         }
     }
     Ok(())
+}
+
+/// This thread and its children, on the last processor that it may use: the first has more interrupts to serve.
+fn stay_on_one_processor() -> Result<()> {
+    let this = Pid::from_raw(0);
+    let allowed = sched_getaffinity(this).context("cannot tell the processors of this thread")?;
+    let last = (0..CpuSet::count()).rev().find(|&cpu| allowed.is_set(cpu).unwrap_or(false));
+    let mut one = CpuSet::new();
+    one.set(last.context("a thread has no processor")?)?;
+    sched_setaffinity(this, &one).context("cannot stay on one processor")
 }
 
 fn markdown(works: &[Turns], alternations: usize) -> String {
@@ -240,8 +267,8 @@ fn markdown(works: &[Turns], alternations: usize) -> String {
     }
     let _infallible = writeln!(
         text,
-        "\nProcessor time of who works and of its children, probes included; the agent switched on and off {alternations} \
-         times. Noise: the same comparison among turns without agent."
+        "\nProcessor time of who works and of its children, probes included; of listen() alone, the median call by the clock. \
+         The agent was switched on and off {alternations} times. Noise: the same comparison among turns without agent."
     );
     text
 }

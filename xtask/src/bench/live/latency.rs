@@ -4,11 +4,12 @@
 //! asked right after listen() returned) with `listens`, `lost` (records that the watch said it lost), `p50_us`, `p99_us`,
 //! `p999_us`, `max_us`. The way `"table"` is the agent's own histogram of the time from the kernel's event to the row in its
 //! table, of the listens of the two ways through the agent: there, the quantiles are upper bounds of buckets (`null`: above
-//! the last of 1 s), and `max_us` is `null`.
+//! the last of 1 s), and `max_us` is `null`. So is every quantile that too few listens tell.
 
 use std::fmt::Write as _;
 use std::path::Path;
 use std::process::Command;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -27,6 +28,10 @@ const CROWD: world::Args = world::Args { processes: 1000, fds: 100, listeners: 1
 
 /// What the agent answers a user that is not root without a rest.
 const MOST_ASKED: usize = 500;
+
+/// The agent looks who holds a new listener before it answers, and looks no more than a fifth of the time. So each question
+/// gets its own look, and none waits for the end of a rest.
+const REST: u32 = 5;
 
 const PARTS: [f64; 4] = [0.5, 0.99, 0.999, 1.0];
 
@@ -140,6 +145,7 @@ fn asked(agent: &Agent, host: &'static str, effort: &Effort, wrong: &mut Vec<Str
     let mut times = Times::new(effort.live.listens.min(most), effort.live.listens_limit);
     let (mut unknown, mut left) = (0, 0);
     while times.go_on() {
+        thread::sleep(times.latest() * REST);
         let (socket, port) = bound()?;
         let target = format!("127.0.0.1:{port}/tcp");
         let before = Instant::now();
@@ -182,10 +188,22 @@ impl Times {
         self.us.push(time.as_secs_f64() * 1e6);
     }
 
-    fn row(mut self, host: &'static str, way: Way, lost: u64) -> Option<Row> {
-        let quantiles_us = PARTS.map(|part| Some(quantile(&mut self.us, part)));
-        Some(Row { host, way, listens: self.us.len(), lost, quantiles_us })
+    fn latest(&self) -> Duration {
+        self.us.last().map_or(Duration::ZERO, |us| Duration::from_secs_f64(us / 1e6))
     }
+
+    fn row(mut self, host: &'static str, way: Way, lost: u64) -> Option<Row> {
+        let listens = self.us.len();
+        let quantiles_us = PARTS.map(|part| is_known(part, listens).then(|| quantile(&mut self.us, part)));
+        Some(Row { host, way, listens, lost, quantiles_us })
+    }
+}
+
+/// Whether there is one beyond it to tell it from the greatest.
+fn is_known(part: f64, count: usize) -> bool {
+    #[expect(clippy::cast_precision_loss, reason = "a few thousand values")]
+    let beyond = count as f64 * (1.0 - part);
+    part == 1.0 || beyond >= 1.0
 }
 
 impl Row {
@@ -205,7 +223,7 @@ fn markdown(rows: &[Row]) -> String {
     for row in rows {
         let host = if row.host == "idle" { "idle" } else { "1,000 × 100" };
         let least = if row.way == Way::Table { "≤ " } else { "" };
-        let cells = row.quantiles_us.map(|us| us.map_or_else(|| "?".to_owned(), |us| format!("{least}{us:.0}")));
+        let cells = row.quantiles_us.map(|us| us.map_or_else(|| "–".to_owned(), |us| format!("{least}{us:.0}")));
         // Writing to a String cannot fail.
         let _infallible = writeln!(text, "| {} | {host} | {} | {} |", row.way.name(), row.listens, cells.join(" | "));
         if row.lost > 0 {
@@ -215,9 +233,30 @@ fn markdown(rows: &[Row]) -> String {
     }
     text.push_str(
         "\nOne listener after the other; the next begins when the end of the one before is told. 1,000 × 100: beside 1,000 \
-         processes with 100 open files each. An answer includes the question's way to the agent and back, and each was \
-         checked: the listener is in the first answer after listen(), and in none after close(). The last row is the \
-         agent's own histogram, from the kernel's event to the row, opens and closes, by the upper bounds of its buckets.\n",
+         processes with 100 open files each. The agent's answer names every holder, so the agent looks at all open files for \
+         it: the way of the question, that look and the way back are in it, and the agent is asked again when it has rested \
+         from that. Each answer was checked: the listener is in the first after listen(), and in none after close(). The \
+         last row is the agent's own histogram, from the kernel's event to the row in its table, for opens and closes, by the \
+         upper bounds of its buckets.\n",
     );
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_known;
+
+    #[test]
+    fn rare_things_need_many_listens() {
+        for (part, count, want) in [
+            (0.5, 2, true),
+            (0.99, 99, false),
+            (0.99, 100, true),
+            (0.999, 999, false),
+            (0.999, 1000, true),
+            (1.0, 1, true),
+        ] {
+            assert_eq!(is_known(part, count), want, "{part} of {count}");
+        }
+    }
 }
