@@ -3,7 +3,7 @@
 //! Figures: `processes` that storm; `machine_per_s` opens and closes a second that they produce without portwatch; `steps`,
 //! each of a `reader` (`"agent"`, `"watch"`), with `asked_per_s` (`null`: as many as they can), `produced_per_s`, `listens`
 //! (each opened and closed), `told_opens` and `told_closes` (of the whole host), `dropped` records (counted by the kernel,
-//! told by the reader), `resyncs` (`null`: `watch` is not asked), `history_dropped` (lives that the agent's history left out)
+//! told by the reader), `resyncs` (`null`: `watch` is not asked), `history_dropped` (records that the agent's history left out)
 //! and `reader_cpu`, the part of one processor that the reader took; `lossless_per_s` by reader, the highest rate produced up
 //! to which no step lost a record.
 
@@ -225,7 +225,7 @@ fn markdown(steps: &[Step], processes: usize, machine: f64) -> String {
     for step in steps {
         if let Some(dropped) = step.history_dropped.filter(|dropped| *dropped > 0) {
             let _infallible =
-                writeln!(text, "At {:.0} a second, the agent's history left out {dropped} lives.", step.done.per_s);
+                writeln!(text, "At {:.0} a second, the agent's history left out {dropped} of its records.", step.done.per_s);
         }
     }
     text
