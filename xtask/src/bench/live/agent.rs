@@ -26,12 +26,6 @@ use crate::world::{self, World};
 /// Of an idle agent: long enough that what its start or a question caused is over.
 const REST: Duration = Duration::from_secs(1);
 
-/// Times without anything on this host that concerns an agent are sought so often.
-const ATTEMPTS: usize = 4;
-
-/// Listeners are measured idle where there are so many.
-const IDLE: usize = 1000;
-
 struct Row {
     listeners: usize,
     first: &'static str,
@@ -42,6 +36,7 @@ struct Row {
 }
 
 struct Idle {
+    listeners: usize,
     length: Duration,
     wake_ups: u64,
     cpu: Duration,
@@ -67,7 +62,7 @@ pub(in crate::bench) fn agent(portwatch: &Path, effort: &Effort) -> Result<Secti
         if listeners > 0 {
             let agent = Agent::start(portwatch, &[])?;
             let world = World::start(crowd(listeners))?;
-            rows.push(Row::of(&agent, listeners, "agent", Vec::new(), &mut wrong)?);
+            rows.push(Row::of(&agent, listeners, "agent", Vec::new(), effort.live.idle, &mut wrong)?);
             drop((agent, world));
         }
         let world = World::start(crowd(listeners))?;
@@ -77,9 +72,9 @@ pub(in crate::bench) fn agent(portwatch: &Path, effort: &Effort) -> Result<Secti
         }
         let agent = Agent::start(portwatch, &[])?;
         starts_ms.push(agent.ready_after.as_secs_f64() * 1e3);
-        rows.push(Row::of(&agent, listeners, "listeners", starts_ms, &mut wrong)?);
-        if listeners == IDLE {
-            idle = Some(Idle::measure(&agent, effort.live.idle)?);
+        rows.push(Row::of(&agent, listeners, "listeners", starts_ms, effort.live.idle, &mut wrong)?);
+        if listeners == effort.live.idle_listeners {
+            idle = Some(Idle::measure(&agent, &effort.live)?);
         }
         if listeners == effort.live.sizes.iter().copied().max().unwrap_or(0) {
             snapshot = Some(Snapshot::measure(&agent, &world, effort.live.snapshots, &mut wrong)?);
@@ -95,12 +90,13 @@ pub(in crate::bench) fn agent(portwatch: &Path, effort: &Effort) -> Result<Secti
 }
 
 impl Row {
-    /// When the agent has come to rest.
+    /// When the agent has come to rest, or after so long.
     fn of(
         agent: &Agent,
         listeners: usize,
         first: &'static str,
         starts_ms: Vec<f64>,
+        rest_within: Duration,
         wrong: &mut Vec<String>,
     ) -> Result<Row> {
         let mut connection = agent.connect()?;
@@ -118,7 +114,7 @@ impl Row {
             connection.count("1/tcp")?;
         };
         drop(connection);
-        rest(agent)?;
+        rest(agent, rest_within)?;
         Ok(Row { listeners, first, table, memory: agent.memory()?, cpu: agent.cpu_time()?, starts_ms })
     }
 
@@ -136,12 +132,12 @@ impl Row {
     }
 }
 
-/// Waits until it has not run for a while. Nothing tells of that: it is looked at. On a host that never leaves it alone
-/// this is given up.
-fn rest(agent: &Agent) -> Result<()> {
+/// Waits until it has not run for a while, for so long at most: on some hosts there is always something to be told.
+/// Nothing tells of rest, so it is looked at.
+fn rest(agent: &Agent, within: Duration) -> Result<()> {
     let begun = Instant::now();
     let mut before = agent.switches()?;
-    while begun.elapsed() < PATIENCE {
+    while begun.elapsed() < within {
         thread::sleep(REST);
         let after = agent.switches()?;
         if after == before {
@@ -155,17 +151,18 @@ fn rest(agent: &Agent) -> Result<()> {
 impl Idle {
     /// The quietest of a few times, the first in which nothing ran: other programs' listeners are told to the agent, and are
     /// none of its doing.
-    fn measure(agent: &Agent, length: Duration) -> Result<Idle> {
+    fn measure(agent: &Agent, effort: &super::Effort) -> Result<Idle> {
+        let (length, listeners) = (effort.idle, effort.idle_listeners);
         let mut best: Option<Idle> = None;
-        for attempts in 1..=ATTEMPTS {
-            rest(agent)?;
+        for attempts in 1..=effort.idle_attempts {
+            rest(agent, length)?;
             let (cpu, switches) = (agent.cpu_time()?, agent.switches()?);
             // What is tested is that nothing happens in this time.
             thread::sleep(length);
             let wake_ups = agent.switches()? - switches;
             let cpu = agent.cpu_time()? - cpu;
             if best.as_ref().is_none_or(|best| wake_ups < best.wake_ups) {
-                best = Some(Idle { length, wake_ups, cpu, attempts });
+                best = Some(Idle { listeners, length, wake_ups, cpu, attempts });
             }
             if wake_ups == 0 {
                 break;
@@ -176,7 +173,7 @@ impl Idle {
 
     fn figures(&self) -> Value {
         json!({
-            "listeners": IDLE, "seconds": self.length.as_secs_f64(), "wake_ups": self.wake_ups,
+            "listeners": self.listeners, "seconds": self.length.as_secs_f64(), "wake_ups": self.wake_ups,
             "cpu_ms": self.cpu.as_secs_f64() * 1e3, "attempts": self.attempts
         })
     }
@@ -234,11 +231,11 @@ fn markdown(rows: &mut [Row], idle: Option<&Idle>, snapshot: Option<&mut Snapsho
             row.cpu.as_secs_f64() * 1e3
         );
     }
-    if let Some(Idle { length, wake_ups, cpu, attempts }) = idle {
+    if let Some(Idle { listeners, length, wake_ups, cpu, attempts }) = idle {
         let (seconds, ms) = (length.as_secs_f64(), cpu.as_secs_f64() * 1e3);
         let _infallible = writeln!(
             text,
-            "\nIdle with {IDLE} listeners, for {seconds:.0} s: {wake_ups} context switches of all its threads, {ms:.2} ms of \
+            "\nIdle with {listeners} listeners, for {seconds:.0} s: {wake_ups} context switches of all its threads, {ms:.2} ms of \
              processor time (attempt {attempts})."
         );
     }

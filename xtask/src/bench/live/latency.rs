@@ -233,12 +233,17 @@ fn markdown(rows: &[Row]) -> String {
     }
     text.push_str(
         "\nOne listener after the other; the next begins when the end of the one before is told. 1,000 × 100: beside 1,000 \
-         processes with 100 open files each. The agent's answer names every holder, so the agent looks at all open files for \
-         it: the way of the question, that look and the way back are in it, and the agent is asked again when it has rested \
-         from that. Each answer was checked: the listener is in the first after listen(), and in none after close(). The \
-         last row is the agent's own histogram, from the kernel's event to the row in its table, for opens and closes, by the \
-         upper bounds of its buckets.\n",
+         processes with 100 open files each.\n",
     );
+    if rows.iter().any(|row| row.way == Way::Asked) {
+        text.push_str(
+            "The agent's answer names every holder, so the agent looks at all open files for it: the way of the question, that \
+             look and the way back are in it, and the agent is asked again when it has rested from that. Each answer was \
+             checked: the listener is in the first after listen(), and in none after close(). The last rows are the agent's \
+             own histogram, from the kernel's event to the row in its table, for opens and closes, by the upper bounds of its \
+             buckets.\n",
+        );
+    }
     text
 }
 

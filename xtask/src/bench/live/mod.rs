@@ -51,7 +51,10 @@ pub(super) struct Effort {
     /// Starts of an agent, and snapshots that are read of it.
     starts: usize,
     snapshots: usize,
+    /// Of which of these sizes an agent is left alone, for how long, and how often at most until nothing ran.
+    idle_listeners: usize,
     idle: Duration,
+    idle_attempts: usize,
 }
 
 pub(super) const FULL: Effort = Effort {
@@ -64,20 +67,24 @@ pub(super) const FULL: Effort = Effort {
     sizes: &[0, 1000, 10_000],
     starts: 11,
     snapshots: 15,
+    idle_listeners: 1000,
     idle: Duration::from_secs(30),
+    idle_attempts: 4,
 };
 
 pub(super) const QUICK: Effort = Effort {
     listens: 300,
-    listens_limit: Duration::from_secs(1),
+    listens_limit: Duration::from_millis(500),
     rates: &[10_000, 50_000],
     step: Duration::from_millis(300),
     alternations: 4,
     block: Duration::from_millis(30),
-    sizes: &[0, 1000],
+    sizes: &[0, 100],
     starts: 2,
     snapshots: 3,
+    idle_listeners: 100,
     idle: Duration::from_secs(2),
+    idle_attempts: 1,
 };
 
 /// A TCP socket bound to a port of the kernel's choice on 127.0.0.1, not yet listening.

@@ -224,8 +224,11 @@ fn markdown(steps: &[Step], processes: usize, machine: f64) -> String {
     );
     for step in steps {
         if let Some(dropped) = step.history_dropped.filter(|dropped| *dropped > 0) {
-            let _infallible =
-                writeln!(text, "At {:.0} a second, the agent's history left out {dropped} of its records.", step.done.per_s);
+            let _infallible = writeln!(
+                text,
+                "At {:.0} a second, the agent's history left out {dropped} of its records.",
+                step.done.per_s
+            );
         }
     }
     text
