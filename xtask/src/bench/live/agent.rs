@@ -4,7 +4,8 @@
 //! (`"listeners"` or `"agent"`, whichever was there first), `rss_mib`, `pss_mib`, `anonymous_mib` (smaps_rollup, when it has
 //! come to rest), `cpu_ms` since its start, `start_ms` `{median, min, max}` of `starts` (from exec to READY=1; `null` where the
 //! agent was first); `idle` with `listeners`, `seconds`, `wake_ups` (context switches, voluntary or not, of all threads) and
-//! `cpu_ms` in that time, and in how many `attempts` the host left it alone; `snapshot` with `rows`, `bytes`, `runs`,
+//! `cpu_ms` in that time, `host_changes`, the opens and closes on this host since shortly before, and which of the `attempts`
+//! this was; `snapshot` with `rows`, `bytes`, `runs`,
 //! `median_ms`, `min_ms`, `max_ms` of `list --json` through the agent, from spawn to exit.
 
 use std::collections::HashSet;
@@ -39,6 +40,8 @@ struct Idle {
     listeners: usize,
     length: Duration,
     wake_ups: u64,
+    /// Opens and closes on this host since shortly before.
+    changes: u64,
     cpu: Duration,
     attempts: usize,
 }
@@ -148,6 +151,13 @@ fn rest(agent: &Agent, within: Duration) -> Result<()> {
     Ok(())
 }
 
+/// Opens and closes that it was told of. To be asked wakes it.
+fn happened(agent: &Agent) -> Result<u64> {
+    let status = agent.status()?;
+    let count = |name: &str| status[name].as_u64().with_context(|| format!("no {name} in the status"));
+    Ok(count("opens")? + count("closes")?)
+}
+
 impl Idle {
     /// The quietest of a few times, the first in which nothing ran: other programs' listeners are told to the agent, and are
     /// none of its doing.
@@ -155,14 +165,16 @@ impl Idle {
         let (length, listeners) = (effort.idle, effort.idle_listeners);
         let mut best: Option<Idle> = None;
         for attempts in 1..=effort.idle_attempts {
+            let before = happened(agent)?;
             rest(agent, length)?;
             let (cpu, switches) = (agent.cpu_time()?, agent.switches()?);
             // What is tested is that nothing happens in this time.
             thread::sleep(length);
             let wake_ups = agent.switches()? - switches;
             let cpu = agent.cpu_time()? - cpu;
+            let changes = happened(agent)? - before;
             if best.as_ref().is_none_or(|best| wake_ups < best.wake_ups) {
-                best = Some(Idle { listeners, length, wake_ups, cpu, attempts });
+                best = Some(Idle { listeners, length, wake_ups, changes, cpu, attempts });
             }
             if wake_ups == 0 {
                 break;
@@ -173,7 +185,7 @@ impl Idle {
 
     fn figures(&self) -> Value {
         json!({
-            "listeners": self.listeners, "seconds": self.length.as_secs_f64(), "wake_ups": self.wake_ups,
+            "listeners": self.listeners, "seconds": self.length.as_secs_f64(), "wake_ups": self.wake_ups, "host_changes": self.changes,
             "cpu_ms": self.cpu.as_secs_f64() * 1e3, "attempts": self.attempts
         })
     }
@@ -231,12 +243,12 @@ fn markdown(rows: &mut [Row], idle: Option<&Idle>, snapshot: Option<&mut Snapsho
             row.cpu.as_secs_f64() * 1e3
         );
     }
-    if let Some(Idle { listeners, length, wake_ups, cpu, attempts }) = idle {
+    if let Some(Idle { listeners, length, wake_ups, changes, cpu, attempts }) = idle {
         let (seconds, ms) = (length.as_secs_f64(), cpu.as_secs_f64() * 1e3);
         let _infallible = writeln!(
             text,
             "\nIdle with {listeners} listeners, for {seconds:.0} s: {wake_ups} context switches of all its threads, {ms:.2} ms of \
-             processor time (attempt {attempts})."
+             processor time, while {changes} listeners opened or closed on this host (attempt {attempts})."
         );
     }
     if let Some(snapshot) = snapshot {

@@ -125,13 +125,13 @@ fn watched(
         let before = Instant::now();
         listen(&socket, Backlog::MAXCONN).context("cannot listen")?;
         if !watch.tells("open", port, PATIENCE)? {
-            wrong.push(format!("a listener is never told {} ({host})", way.name()));
+            wrong.push(format!("latency, {} on {host}: a listener is never told", way.key()));
             return Ok(None);
         }
         times.push(watch.heard.saturating_duration_since(before));
         drop(socket);
         if !watch.tells("close", port, PATIENCE)? {
-            wrong.push(format!("a listener's end is never told {} ({host})", way.name()));
+            wrong.push(format!("latency, {} on {host}: a listener's end is never told", way.key()));
             return Ok(None);
         }
     }
@@ -240,7 +240,7 @@ fn markdown(rows: &[Row]) -> String {
             "The agent's answer names every holder, so the agent looks at all open files for it: the way of the question, that \
              look and the way back are in it, and the agent is asked again when it has rested from that. Each answer was \
              checked: the listener is in the first after listen(), and in none after close(). The last rows are the agent's \
-             own histogram, from the kernel's event to the row in its table, for opens and closes, by the upper bounds of its \
+             own histogram, from the kernel's event to the row in its table, for all opens and closes of this host, by the upper bounds of its \
              buckets.\n",
         );
     }

@@ -158,9 +158,9 @@ pub(in crate::bench) fn throughput(portwatch: &Path, effort: &Effort) -> Result<
     for step in &steps {
         if let Some(missing) = missing(step.done.listens, step.told) {
             let (reader, listens) = (step.reader, step.done.listens);
-            section
-                .wrong
-                .push(format!("{reader}: of {listens} opens or closes {missing} neither told nor counted as lost"));
+            section.wrong.push(format!(
+                "throughput, {reader}: of {listens} opens or closes {missing} neither told nor counted as lost"
+            ));
         }
     }
     let lossless = |reader| lossless_per_s(steps.iter().filter(|step| step.reader == reader));
