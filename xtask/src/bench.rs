@@ -10,7 +10,7 @@ mod live;
 mod section;
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub(crate) use free::fetch_peers;
@@ -38,6 +38,11 @@ pub(crate) struct Args {
     #[arg(long, value_name = "PART")]
     only: Option<String>,
 }
+
+type Part = fn(&Path, &Effort) -> Result<section::Section>;
+
+const PARTS: [(&str, Part); 4] =
+    [("latency", live::latency), ("throughput", live::throughput), ("cost", live::cost), ("agent", live::agent)];
 
 /// How much is measured: counts, and the time after which a part stops with what it has.
 struct Effort {
@@ -114,7 +119,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         figures.insert("worlds".into(), agent::figures(&rows));
     }
 
-    for (key, part) in live::PARTS {
+    for (key, part) in PARTS {
         if args.only.as_ref().is_some_and(|only| only != key) {
             continue;
         }

@@ -13,24 +13,17 @@ pub(crate) mod storm;
 mod throughput;
 mod watch;
 
+pub(super) use agent::agent;
+pub(super) use cost::cost;
+pub(super) use latency::latency;
+pub(super) use throughput::throughput;
+
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, bind, getsockname, socket};
 use serde_json::Value;
-
-use super::section::Section;
-
-type Part = fn(&Path, &super::Effort) -> Result<Section>;
-
-pub(super) const PARTS: [(&str, Part); 4] = [
-    ("latency", latency::latency),
-    ("throughput", throughput::throughput),
-    ("cost", cost::cost),
-    ("agent", agent::agent),
-];
 
 /// How long an answer may take on the busiest machine before it is said to be missing.
 const PATIENCE: Duration = Duration::from_secs(30);
