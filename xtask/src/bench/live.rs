@@ -1,5 +1,6 @@
 //! A running `portwatch watch`: how soon it speaks, and what it costs those it watches.
 
+use std::fmt::Write as _;
 use std::io::{self, Read};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -14,22 +15,63 @@ use nix::sys::socket::sockopt::Linger;
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, SockaddrIn, bind, getsockname, listen, setsockopt, socket,
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use super::{Effort, quantile};
+use super::section::Section;
+use super::{CROWD, Effort, quantile};
+use crate::world::World;
 
 /// Longest wait for one line of a `watch` that works.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-pub(super) struct Latency {
-    pub(super) host: &'static str,
-    pub(super) listens: usize,
-    pub(super) p50_us: f64,
-    pub(super) p99_us: f64,
+struct Latency {
+    host: &'static str,
+    listens: usize,
+    p50_us: f64,
+    p99_us: f64,
+}
+
+/// In a crowd and without it.
+pub(super) fn latencies(portwatch: &Path, effort: &Effort) -> Result<Section> {
+    let crowd = World::start(CROWD)?;
+    let within = latency(portwatch, "in a crowd", effort);
+    drop(crowd);
+    let (mut markdown, mut figures, mut wrong) = (String::new(), Vec::new(), Vec::new());
+    markdown.push_str("| host | listens | p50 µs | p99 µs |\n|---|--:|--:|--:|\n");
+    for latency in [within, latency(portwatch, "without it", effort)] {
+        match latency {
+            Ok(Latency { host, listens, p50_us, p99_us }) => {
+                // Writing to a String cannot fail.
+                let _infallible = writeln!(markdown, "| {host} | {listens} | {p50_us:.0} | {p99_us:.0} |");
+                figures.push(json!({"host": host, "listens": listens, "p50_us": p50_us, "p99_us": p99_us}));
+            }
+            Err(error) => wrong.push(format!("latency: {error:#}")),
+        }
+    }
+    let title = "From listen() to the line of `watch --json`".to_owned();
+    Ok(Section { key: "latency", title, markdown, figures: figures.into(), wrong })
+}
+
+/// Of listening and of connecting.
+pub(super) fn costs(portwatch: &Path, effort: &Effort) -> Result<Section> {
+    let mut figures = Vec::new();
+    let mut markdown =
+        "| per operation | alone ns | watched ns | added ns | ratio |\n|---|--:|--:|--:|--:|\n".to_owned();
+    for work in [Work::Listen, Work::Connect] {
+        let Cost { alone_ns, watched_ns } = cost(portwatch, work, effort)?;
+        let (added, ratio) = (watched_ns - alone_ns, watched_ns / alone_ns);
+        let _infallible =
+            writeln!(markdown, "| {} | {alone_ns:.0} | {watched_ns:.0} | {added:+.0} | {ratio:.2} |", work.name());
+        figures.push(json!({
+            "operation": work.name(), "alone_ns": alone_ns, "watched_ns": watched_ns, "added_ns": added, "ratio": ratio
+        }));
+    }
+    let title = "What a running `watch` adds".to_owned();
+    Ok(Section { key: "cost", title, markdown, figures: figures.into(), wrong: Vec::new() })
 }
 
 /// From just before listen() to the moment that this process has read the line which tells of it.
-pub(super) fn latency(portwatch: &Path, host: &'static str, effort: &Effort) -> Result<Latency> {
+fn latency(portwatch: &Path, host: &'static str, effort: &Effort) -> Result<Latency> {
     let mut watch = Watch::start(portwatch)?;
     let started = Instant::now();
     let mut times_us = Vec::with_capacity(effort.listens);
@@ -55,13 +97,13 @@ pub(super) fn latency(portwatch: &Path, host: &'static str, effort: &Effort) -> 
 
 /// What is done over and over, once alone and once watched.
 #[derive(Clone, Copy)]
-pub(super) enum Work {
+enum Work {
     Listen,
     Connect,
 }
 
 impl Work {
-    pub(super) fn name(self) -> &'static str {
+    fn name(self) -> &'static str {
         match self {
             Work::Listen => "socket, bind, listen, close",
             Work::Connect => "connect, accept, close both",
@@ -94,13 +136,13 @@ impl Work {
     }
 }
 
-pub(super) struct Cost {
-    pub(super) alone_ns: f64,
-    pub(super) watched_ns: f64,
+struct Cost {
+    alone_ns: f64,
+    watched_ns: f64,
 }
 
 /// Medians over blocks that alternate: alone, watched, alone, watched …
-pub(super) fn cost(portwatch: &Path, work: Work, effort: &Effort) -> Result<Cost> {
+fn cost(portwatch: &Path, work: Work, effort: &Effort) -> Result<Cost> {
     let (mut alone, mut watched) = (Vec::new(), Vec::new());
     work.measure(effort.block)?;
     for _ in 0..effort.blocks {
