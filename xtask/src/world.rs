@@ -14,19 +14,19 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use anyhow::{Context, Result, bail};
 use nix::libc;
 use nix::sys::prctl;
-use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::sockopt::Linger;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socket};
 use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, Pid, fork, getppid, pause, pipe};
 
-/// How many servers share the connections: each has an address of its own, and so all ephemeral ports.
-const SERVERS: usize = 10;
+/// How many servers share the connections: few, but each within the limit of open files that most systems allow.
+const SERVERS: usize = 20;
 
 /// What a world takes of the machine's memory, in KiB and rather too much: a process with its page tables and kernel
 /// stack, an open file (every tenth is a socket), a connection with both of its sockets and files.
-const KIB: [usize; 3] = [600, 1, 10];
+const KIB: [usize; 3] = [300, 1, 10];
 
 #[derive(clap::Args, Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Args {
@@ -158,8 +158,10 @@ fn raise(count: usize, children: &mut Vec<Pid>, make: impl Fn(usize) -> Result<O
             ForkResult::Parent { child } => children.push(child),
             ForkResult::Child => {
                 drop(reader);
-                let lived = live(parent, number, &make, writer);
-                std::process::exit(i32::from(lived.is_err()));
+                if let Err(error) = live(parent, number, &make, writer) {
+                    eprintln!("xtask: process {number} of the crowd: {error:#}");
+                }
+                std::process::exit(1);
             }
         }
     }
@@ -222,8 +224,10 @@ fn open_files(fds: usize, listens: bool) -> Result<Option<u16>> {
 /// A listener with so many connections, of which this process is the client, too. To an address of 127.0.0.0/8 the
 /// kernel connects from that same address, so that each server has all ephemeral ports for its clients.
 fn connect_to_self(number: usize, connections: usize) -> Result<u16> {
-    let limit = u64::try_from(2 * connections + 100)?;
-    setrlimit(Resource::RLIMIT_NOFILE, limit, limit).context("cannot have so many open files")?;
+    let wanted = u64::try_from(2 * connections + 100)?;
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, soft.max(wanted), hard.max(wanted))
+        .with_context(|| format!("cannot have {wanted} open files, of which {hard} are allowed"))?;
     let listener = TcpListener::bind((Ipv4Addr::new(127, 1, 0, 1 + u8::try_from(number)?), 0))?;
     let address = listener.local_addr()?;
     for _ in 0..connections {

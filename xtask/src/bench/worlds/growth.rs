@@ -2,9 +2,10 @@
 //!
 //! For each command and each thing, the two worlds are those which differ most in that thing and in nothing else, among
 //! those in which the command has figures; of equals, those with fewer open files. The slope is the difference of the
-//! medians over the difference of the worlds. Where the runs of both worlds overlap, it may be nothing.
+//! medians over the difference of the worlds. It is doubtful where the runs of both worlds overlap, or are fewer than
+//! three in one: it may be nothing then.
 //!
-//! Figures: `{question, command, who, unprivileged, thing, per, ms, overlap, from, to}`: so many more ms per so many
+//! Figures: `{question, command, who, unprivileged, thing, per, ms, doubtful, from, to}`: so many more ms per so many
 //! more of the thing, as seen from one world to the other.
 
 use std::cmp::Reverse;
@@ -67,19 +68,18 @@ pub(super) struct Growth {
     pub(super) ask: &'static Ask,
     pub(super) thing: Thing,
     pub(super) ms: f64,
-    /// The slowest run of the one world was slower than the fastest of the other, or the other way around.
-    pub(super) overlap: bool,
+    pub(super) doubtful: bool,
     pub(super) from: world::Args,
     pub(super) to: world::Args,
 }
 
 impl Growth {
     pub(super) fn figures(&self) -> Value {
-        let Growth { ask, thing, ms, overlap, from, to } = self;
+        let Growth { ask, thing, ms, doubtful, from, to } = self;
         json!({
             "question": ask.question.key(), "command": ask.command(),
             "who": if ask.is_ours() { "portwatch" } else { "peer" }, "unprivileged": ask.way == Way::Unprivileged,
-            "thing": thing.key(), "per": thing.per(), "ms": ms, "overlap": overlap,
+            "thing": thing.key(), "per": thing.per(), "ms": ms, "doubtful": doubtful,
             "from": world_figures(*from), "to": world_figures(*to)
         })
     }
@@ -98,19 +98,20 @@ pub(super) fn of(rows: &[Row]) -> Vec<Growth> {
 }
 
 fn slope(rows: &[Row], ask: &'static Ask, thing: Thing) -> Option<Growth> {
-    let measured: Vec<_> =
-        rows.iter().filter(|row| row.ask == ask).filter_map(|row| Some((row.world, row.times()?))).collect();
+    let measured: Vec<(&Row, [f64; 3])> =
+        rows.iter().filter(|row| row.ask == ask).filter_map(|row| Some((row, row.times()?))).collect();
     let pairs = measured.iter().flat_map(|from| measured.iter().map(move |to| (from, to)));
-    let differing = pairs.filter_map(|(from, to)| Some((thing.more(from.0, to.0)?, from, to)));
-    let (more, from, to) = differing.max_by_key(|(more, from, to)| (*more, Reverse(from.0.fds + to.0.fds)))?;
-    let ([from_ms, from_min, from_max], [to_ms, to_min, to_max]) = (from.1, to.1);
+    let differing = pairs.filter_map(|(from, to)| Some((thing.more(from.0.world, to.0.world)?, from, to)));
+    let fds = |row: &Row| row.world.processes * row.world.fds;
+    let (more, from, to) = differing.max_by_key(|(more, from, to)| (*more, Reverse(fds(from.0) + fds(to.0))))?;
+    let (&(from, [from_ms, from_min, from_max]), &(to, [to_ms, to_min, to_max])) = (from, to);
     Some(Growth {
         ask,
         thing,
         ms: (to_ms - from_ms) / f64::from(u32::try_from(more).ok()?) * f64::from(thing.per()),
-        overlap: from_min <= to_max && to_min <= from_max,
-        from: from.0,
-        to: to.0,
+        doubtful: (from_min <= to_max && to_min <= from_max) || from.ms.len().min(to.ms.len()) < 3,
+        from: from.world,
+        to: to.world,
     })
 }
 
@@ -130,7 +131,7 @@ mod tests {
 
     fn check(rows: &[Row], thing: Thing, expected: Option<(f64, bool, world::Args)>) {
         let found = of(rows).into_iter().find(|growth| growth.thing == thing);
-        assert_eq!(found.map(|growth| (growth.ms, growth.overlap, growth.to)), expected, "{thing:?}");
+        assert_eq!(found.map(|growth| (growth.ms, growth.doubtful, growth.to)), expected, "{thing:?}");
     }
 
     #[test]
@@ -159,6 +160,13 @@ mod tests {
             row(world(1010, 100, 0), [9.0; 3]),
         ];
         check(&rows, Thing::Processes, Some((2.0, false, world(1010, 10, 0))));
+    }
+
+    #[test]
+    fn a_slope_of_few_runs_is_doubtful() {
+        let mut rows = [row(world(10, 10, 0), [1.0; 3]), row(world(1010, 10, 0), [3.0; 3])];
+        rows[1].ms.pop();
+        check(&rows, Thing::Processes, Some((2.0, true, world(1010, 10, 0))));
     }
 
     #[test]

@@ -70,7 +70,7 @@ pub(super) fn markdown(rows: &[Row], growth: &[Growth], left_out: &[(world::Args
 
 fn growths(growth: &[Growth]) -> String {
     let mut text = "\n#### How the cost grows\n\nms more per so many more of one thing: the difference of the medians between the two worlds \
-         that differ most in it and in nothing else. In parentheses where the runs of both worlds overlap: it may be nothing.\n"
+         that differ most in it and in nothing else. In parentheses where the runs of both worlds overlap or are fewer than three: it may be nothing.\n"
         .to_owned();
     for thing in Thing::ALL {
         let mut pairs =
@@ -93,7 +93,7 @@ fn growths(growth: &[Growth]) -> String {
                 found.map_or_else(
                     || "–".to_owned(),
                     |growth| {
-                        if growth.overlap { format!("({:.2})", growth.ms) } else { format!("{:.2}", growth.ms) }
+                        if growth.doubtful { format!("({:.2})", growth.ms) } else { format!("{:.2}", growth.ms) }
                     },
                 )
             };
