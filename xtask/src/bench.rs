@@ -112,9 +112,9 @@ const FULL: Effort = Effort {
 
 const QUICK: Effort = Effort {
     name: "quick",
-    worlds: &[of(10, 10), of(1000, 10), CROWD, world::Args { connections: 10_000, ..CROWD }],
+    worlds: &[of(10, 100), CROWD, world::Args { connections: 10_000, ..CROWD }],
     rounds: 3,
-    rounds_limit: Duration::from_secs(5),
+    rounds_limit: Duration::from_secs(8),
     frees: 3,
     listens: 500,
     listens_limit: Duration::from_secs(3),
