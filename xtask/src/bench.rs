@@ -72,8 +72,9 @@ struct Effort {
     /// How often each command is run in each world, and for how long at most.
     rounds: usize,
     rounds_limit: Duration,
-    /// How often each command frees a port of each kind of server.
+    /// How often each command frees a port of each kind of server, and for how long at most.
     frees: usize,
+    frees_limit: Duration,
     listens: usize,
     listens_limit: Duration,
     blocks: usize,
@@ -104,6 +105,7 @@ const FULL: Effort = Effort {
     rounds: 15,
     rounds_limit: Duration::from_secs(45),
     frees: 11,
+    frees_limit: Duration::from_secs(180),
     listens: 2000,
     listens_limit: Duration::from_secs(10),
     blocks: 10,
@@ -116,6 +118,7 @@ const QUICK: Effort = Effort {
     rounds: 3,
     rounds_limit: Duration::from_secs(8),
     frees: 3,
+    frees_limit: Duration::from_secs(20),
     listens: 500,
     listens_limit: Duration::from_secs(3),
     blocks: 4,
@@ -123,6 +126,10 @@ const QUICK: Effort = Effort {
 };
 
 pub(crate) fn run(args: &Args) -> Result<()> {
+    for path in [&args.json, &args.markdown].into_iter().flatten() {
+        // Better known now than after all the work.
+        write(path, "")?;
+    }
     let effort = if args.quick { QUICK } else { FULL };
     let portwatch = match &args.portwatch {
         Some(path) => path.clone(),

@@ -181,7 +181,11 @@ pub(super) fn run(portwatch: &Path, effort: &Effort) -> Result<Section> {
             peer => find(peer),
         }
     };
+    let started = Instant::now();
     for round in 0..effort.frees {
+        if round > 0 && started.elapsed() > effort.frees_limit {
+            break;
+        }
         for row in rows.iter_mut().filter(|row| row.skipped.is_none()) {
             match program(row).map(|program| row.round(&program)) {
                 None => row.skipped = Some("is not installed".into()),
