@@ -37,7 +37,8 @@ pub(super) fn markdown(rows: &[Row], growth: &[Growth], left_out: &[(world::Args
         });
         table(&mut text, "command", &heads, &times);
         write(&mut text, format_args!("\nRatios of the medians to `ss`, each to that of the same user\n\n"));
-        let ratios = cells(&|row| Some(ratio(row.times()?[0] / yardstick(&rows, row)?)));
+        let mut ratios = cells(&|row| Some(ratio(row.times()?[0] / yardstick(&rows, row)?)));
+        ratios.retain(|(name, _)| !name.starts_with("`ss "));
         table(&mut text, "command", &heads, &ratios);
         write(
             &mut text,
@@ -85,22 +86,23 @@ fn growths(growth: &[Growth]) -> String {
         Thing::ALL.into_iter().filter(|thing| growth.iter().any(|growth| growth.thing == *thing)).collect();
     let heads: Vec<String> =
         things.iter().map(|thing| format!("per {} {}", grouped(thing.per() as usize), thing.key())).collect();
-    let lines: Vec<_> = in_order(growth.iter().map(|growth| growth.ask))
-        .into_iter()
-        .map(|ask| {
-            let cell = |&thing: &Thing| {
-                let found = growth.iter().find(|growth| growth.ask == ask && growth.thing == thing);
-                found.map_or_else(
-                    || "–".to_owned(),
-                    |growth| {
-                        if growth.doubtful { format!("({:.2})", growth.ms) } else { format!("{:.2}", growth.ms) }
-                    },
-                )
-            };
-            (ask.name(), things.iter().map(cell).collect())
-        })
-        .collect();
-    table(&mut text, "command", &heads, &lines);
+    let slopes = |text: &mut String, cell: fn(&Growth) -> String| {
+        let cell = |ask: &Ask, thing: Thing| {
+            let found = growth.iter().find(|growth| growth.ask == ask && growth.thing == thing);
+            found.map_or_else(|| "–".to_owned(), cell)
+        };
+        let lines: Vec<_> = in_order(growth.iter().map(|growth| growth.ask))
+            .into_iter()
+            .map(|ask| (ask.name(), things.iter().map(|&thing| cell(ask, thing)).collect()))
+            .collect();
+        table(text, "command", &heads, &lines);
+    };
+    slopes(
+        &mut text,
+        |growth| if growth.doubtful { format!("({:.2})", growth.ms) } else { format!("{:.2}", growth.ms) },
+    );
+    text.push_str("\nThe same of CPU ms\n\n");
+    slopes(&mut text, |growth| format!("{:.2}", growth.cpu_ms));
     text
 }
 
@@ -216,7 +218,6 @@ mod tests {
             "| command | 1,000 × 100 |",
             "| `portwatch list --no-agent` | 2.00 (1.00–4.00) |",
             "| `portwatch list --no-agent` | 1/10.0 |",
-            "| `ss -ltnp` | 1.00 |",
             "| `ss -ltnp` | 2.00 | 2.5 | 3 |",
             "No figures: `netstat -ltnp` is not installed.",
         ] {
