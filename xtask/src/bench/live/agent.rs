@@ -19,7 +19,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
 use super::PATIENCE;
-use super::daemon::{Agent, Memory};
+use crate::bench::agent::{Agent, Memory};
 use crate::bench::section::Section;
 use crate::bench::{Effort, quantile};
 use crate::world::{self, World};
@@ -55,7 +55,13 @@ struct Snapshot {
 /// A thousand processes at most.
 fn crowd(listeners: usize) -> world::Args {
     let processes = listeners.min(1000);
-    world::Args { processes, fds: 16, listeners: processes, each: listeners.checked_div(processes).unwrap_or(0) }
+    world::Args {
+        processes,
+        fds: 16,
+        listeners: processes,
+        each: listeners.checked_div(processes).unwrap_or(0),
+        connections: 0,
+    }
 }
 
 pub(in crate::bench) fn agent(portwatch: &Path, effort: &Effort) -> Result<Section> {
@@ -204,9 +210,9 @@ impl Snapshot {
             }
             let rows: Vec<Value> = serde_json::from_slice(&output.stdout).context("`list --json` is not JSON")?;
             let ports: HashSet<u64> = rows.iter().filter_map(|row| row["port"].as_u64()).collect();
-            let left_out = world.ports.iter().filter(|port| !ports.contains(&u64::from(**port))).count();
+            let left_out = world.listeners.iter().filter(|it| !ports.contains(&u64::from(it.port))).count();
             if left_out > 0 {
-                wrong.push(format!("`list --json` leaves out {left_out} of {} listeners", world.ports.len()));
+                wrong.push(format!("`list --json` leaves out {left_out} of {} listeners", world.listeners.len()));
             }
             (snapshot.rows, snapshot.bytes) = (rows.len(), output.stdout.len());
         }

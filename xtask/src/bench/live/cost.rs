@@ -28,9 +28,9 @@ use nix::time::{ClockId, clock_gettime};
 use nix::unistd::{ForkResult, Pid, fork};
 use serde_json::{Value, json};
 
-use super::daemon::Agent;
 use super::interval::{Estimate, changes, noise};
 use super::{bound, without_events};
+use crate::bench::agent::Agent;
 use crate::bench::section::Section;
 use crate::bench::{Effort, quantile};
 use crate::find;

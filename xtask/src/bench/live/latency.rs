@@ -17,14 +17,12 @@ use nix::sys::socket::{Backlog, listen};
 use nix::unistd::Uid;
 use serde_json::{Value, json};
 
-use super::daemon::{Agent, Histogram};
 use super::watch::Watch;
 use super::{PATIENCE, bound, without_events};
+use crate::bench::agent::{Agent, Histogram};
 use crate::bench::section::Section;
-use crate::bench::{Effort, quantile};
-use crate::world::{self, World};
-
-const CROWD: world::Args = world::Args { processes: 1000, fds: 100, listeners: 10, each: 1 };
+use crate::bench::{CROWD, Effort, quantile};
+use crate::world::World;
 
 /// What the agent answers a user that is not root without a rest.
 const MOST_ASKED: usize = 500;

@@ -1,12 +1,11 @@
 //! The event path and the agent: how soon portwatch tells, how much it bears, what it costs others, what it takes.
 //!
-//! Each part is a module and documents its figures; they share a `watch` whose lines are read ([`watch`]), an agent of
-//! their own ([`daemon`]) and processes that open and close listeners at a given rate ([`storm`]). Nothing here is
+//! Each part is a module and documents its figures; they share a `watch` whose lines are read ([`watch`]), the bench's
+//! agent ([`super::agent`]) and processes that open and close listeners at a given rate ([`storm`]). Nothing here is
 //! wrong because the machine is busy: late is a figure, only never told, told wrongly or lost uncounted is wrong.
 
 mod agent;
 mod cost;
-mod daemon;
 mod interval;
 mod latency;
 pub(crate) mod storm;
@@ -25,8 +24,7 @@ use anyhow::{Context, Result};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, bind, getsockname, socket};
 use serde_json::Value;
 
-/// How long an answer may take on the busiest machine before it is said to be missing.
-const PATIENCE: Duration = Duration::from_secs(30);
+use super::agent::PATIENCE;
 
 /// How much is measured here.
 pub(super) struct Effort {

@@ -15,11 +15,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use super::daemon::{Agent, Connection, cpu_time};
 use super::storm::{Done, Storm};
 use super::watch::{Counted, Tally, Watch};
 use super::{PATIENCE, without_events};
 use crate::bench::Effort;
+use crate::bench::agent::{Agent, Connection, cpu_time};
 use crate::bench::section::Section;
 
 /// Of what is asked for: less, and the machine cannot produce it.
