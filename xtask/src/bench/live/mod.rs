@@ -53,7 +53,7 @@ pub(super) const FULL: Effort = Effort {
     listens_limit: Duration::from_secs(20),
     rates: &[10_000, 25_000, 50_000, 75_000, 100_000, 150_000, 200_000, 300_000, 400_000],
     step: Duration::from_secs(3),
-    alternations: 100,
+    alternations: 80,
     block: Duration::from_millis(100),
     sizes: &[0, 1000, 10_000],
     starts: 11,
