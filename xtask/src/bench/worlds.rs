@@ -199,7 +199,7 @@ struct Programs {
 }
 
 impl Programs {
-    /// `None` where it cannot be run here, which is not to be had or known beforehand.
+    /// Fails with the reason why it cannot be run here.
     fn command(&self, ask: &Ask, listener: Listener, agent: &Agent) -> Result<Command, String> {
         let line = ask.line.replace("PORT", &listener.port.to_string());
         let words: Vec<&str> = line.split(' ').collect();
