@@ -113,9 +113,9 @@ const QUICK: Effort = Effort {
     name: "quick",
     worlds: &[of(10, 100), CROWD, world::Args { connections: 10_000, ..CROWD }],
     rounds: 3,
-    rounds_limit: Duration::from_secs(8),
+    rounds_limit: Duration::from_secs(6),
     frees: 3,
-    frees_limit: Duration::from_secs(20),
+    frees_limit: Duration::from_secs(15),
     live: live::QUICK,
 };
 

@@ -212,7 +212,7 @@ fn of_best_peer(row: &Row, rows: &[Row]) -> Option<f64> {
 
 fn markdown(rows: &[Row]) -> String {
     let mut text = format!(
-        "Medians of {} rounds. After a command that returned too early, further tries to bind failed, one every {} µs: so \
+        "Medians; rounds: {}. After a command that returned too early, further tries to bind failed, one every {} µs: so \
          many, for so long.\n\n\
          | server | command | bindable after ms | of the best peer's | returned after ms | max | too early | failed \
          binds after it | for ms |\n|---|---|--:|--:|--:|--:|--:|--:|--:|\n",

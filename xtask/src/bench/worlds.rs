@@ -9,7 +9,7 @@
 //!   median_ms, min_ms, max_ms, runs, cpu_ms, rss_kib, skipped}`. `world` is `{processes, fds, listeners,
 //!   connections}`, where `fds` are the open files of each process; servers that hold connections have a listener each,
 //!   too. Times are null and `runs` is 0 where `skipped` says why. `cpu_ms` is the median of user and system time, with
-//!   the agent's where it is asked. `rss_kib` is the largest resident set in any run.
+//!   all that the agent does meanwhile where it is asked. `rss_kib` is the largest resident set in any run.
 //! - `growth`: see its module.
 //! - What is left out is `{world, why}`.
 
@@ -199,7 +199,7 @@ struct Programs {
 }
 
 impl Programs {
-    /// `None` where it cannot be run here, which is not to be had or known beforehand.
+    /// Fails with the reason why it cannot be run here.
     fn command(&self, ask: &Ask, listener: Listener, agent: &Agent) -> Result<Command, String> {
         let line = ask.line.replace("PORT", &listener.port.to_string());
         let words: Vec<&str> = line.split(' ').collect();

@@ -42,7 +42,10 @@ pub(super) fn markdown(rows: &[Row], growth: &[Growth], left_out: &[(world::Args
         table(&mut text, "command", &heads, &ratios);
         write(
             &mut text,
-            format_args!("\nWhat it takes in {}; the agent's time is counted where it is asked\n\n", label(CROWD)),
+            format_args!(
+                "\nWhat it takes in {}; where the agent is asked, with all that it does meanwhile\n\n",
+                label(CROWD)
+            ),
         );
         let costs: Vec<_> = rows.iter().filter(|row| row.world == CROWD).filter_map(|row| costs(row)).collect();
         table(&mut text, "command", &["CPU ms", "peak RSS MiB", "runs"].map(str::to_owned), &costs);
