@@ -1,82 +1,129 @@
-//! `cargo xtask bench`: portwatch and its peers side by side, in one run on one machine, as Markdown.
+//! `cargo xtask bench`: portwatch and its peers side by side, in one run on one machine, as Markdown and JSON.
 //!
-//! Figures of one machine say little on another, so every row is a median with its extremes and a ratio within this
-//! run, and what is compared is interleaved. Each command's answer is checked once: a fast wrong answer is no result.
+//! Figures of one machine say little on another, so that every row is a median with its extremes and a ratio within this
+//! run, and what is compared is interleaved. Answers are checked: a fast wrong answer is no result. A part that fails
+//! does not stop the others.
+//!
+//! The JSON is `{machine, effort (full|quick), portwatch, parts, wrong}`:
+//! - `machine`: `{kernel, cpus, model, memory_mib, date, commit, dirty, peers: {name: version or null}}`.
+//! - `portwatch`: what the measured binary says of its version.
+//! - `parts`: for each part's key its figures, which the part's module describes.
+//! - `wrong`: sentences, none if all is well. With one of them the exit code is not 0.
 
 mod agent;
-mod commands;
 mod free;
 mod live;
+mod machine;
+mod peers;
+mod section;
+mod stopwatch;
+mod worlds;
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
-pub(crate) use free::fetch_peers;
+pub(crate) use live::storm;
+pub(crate) use peers::fetch_peers;
 
 use anyhow::{Context, Result, bail};
 use nix::unistd::Uid;
 use serde_json::{Value, json};
 
-use crate::world::{self, World};
-use crate::{cargo, must, target};
+use self::machine::Machine;
+use self::section::Section;
+use crate::{cargo, must, output_of, target, world};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Fewer rounds: under half a minute
+    /// Fewer rounds and smaller worlds: about a minute
     #[arg(long)]
     quick: bool,
-    /// Write the figures to a file, too
+    /// Run this part alone; given again: that one, too
+    #[arg(long, value_name = "KEY", value_parser = PARTS.iter().map(|part| part.key).collect::<Vec<_>>())]
+    only: Vec<String>,
+    /// Write the figures to a file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Write what is printed to a file, too
+    #[arg(long, value_name = "FILE")]
+    markdown: Option<PathBuf>,
     /// The portwatch to measure [default: a release build of this workspace]
     #[arg(long, value_name = "PATH")]
     portwatch: Option<PathBuf>,
 }
 
+struct Part {
+    key: &'static str,
+    run: fn(&Path, &Effort) -> Result<Section>,
+}
+
+const PARTS: &[Part] = &[
+    Part { key: "worlds", run: worlds::run },
+    Part { key: "free", run: free::run },
+    Part { key: "latency", run: live::latency },
+    Part { key: "throughput", run: live::throughput },
+    Part { key: "cost", run: live::cost },
+    Part { key: "agent", run: live::agent },
+];
+
 /// How much is measured: counts, and the time after which a part stops with what it has.
 struct Effort {
+    name: &'static str,
+    worlds: &'static [world::Args],
+    /// How often each command is run in each world, and for how long at most.
     rounds: usize,
     rounds_limit: Duration,
-    listens: usize,
-    listens_limit: Duration,
-    blocks: usize,
-    block: Duration,
-    /// How often each command frees a port of each kind of server.
+    /// How often each command frees a port of each kind of server, and for how long at most.
     frees: usize,
-    /// Where the agent is asked.
-    worlds: &'static [world::Args],
+    frees_limit: Duration,
+    live: live::Effort,
 }
 
-const fn of(processes: usize, listeners: usize) -> world::Args {
-    world::Args { processes, fds: 100, listeners }
+const fn of(processes: usize, fds: usize) -> world::Args {
+    world::Args { processes, fds, listeners: 10, each: 1, connections: 0 }
 }
+
+/// The world that all parts have in common.
+const CROWD: world::Args = of(1000, 100);
 
 const FULL: Effort = Effort {
+    name: "full",
+    worlds: &[
+        of(10, 10),
+        of(10, 100),
+        of(100, 10),
+        of(100, 100),
+        of(1000, 10),
+        CROWD,
+        of(5000, 10),
+        of(5000, 100),
+        world::Args { listeners: 1000, ..CROWD },
+        world::Args { connections: 100_000, ..CROWD },
+    ],
     rounds: 15,
-    rounds_limit: Duration::from_secs(60),
-    listens: 2000,
-    listens_limit: Duration::from_secs(10),
-    blocks: 10,
-    block: Duration::from_millis(200),
+    rounds_limit: Duration::from_secs(45),
     frees: 11,
-    worlds: &[of(10, 10), of(1000, 10), of(1000, 1000), of(5000, 10)],
+    frees_limit: Duration::from_secs(180),
+    live: live::FULL,
 };
 
 const QUICK: Effort = Effort {
-    rounds: 5,
-    rounds_limit: Duration::from_secs(10),
-    listens: 500,
-    listens_limit: Duration::from_secs(3),
-    blocks: 4,
-    block: Duration::from_millis(100),
+    name: "quick",
+    worlds: &[of(10, 100), CROWD, world::Args { connections: 10_000, ..CROWD }],
+    rounds: 3,
+    rounds_limit: Duration::from_secs(6),
     frees: 3,
-    worlds: &[of(10, 10), of(1000, 10)],
+    frees_limit: Duration::from_secs(15),
+    live: live::QUICK,
 };
 
-const CROWD: world::Args = of(1000, 10);
-
 pub(crate) fn run(args: &Args) -> Result<()> {
+    for path in [&args.json, &args.markdown].into_iter().flatten() {
+        // Better known now than after all the work.
+        write(path, "")?;
+    }
     let effort = if args.quick { QUICK } else { FULL };
     let portwatch = match &args.portwatch {
         Some(path) => path.clone(),
@@ -85,85 +132,62 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             target().join("release/portwatch")
         }
     };
-    if !Uid::effective().is_root() {
-        println!("Not root: portwatch has no eBPF here, and nobody sees the processes of others.\n");
-    }
-    let mut wrong = Vec::new();
-    let mut figures = serde_json::Map::new();
-
+    let version = output_of(Command::new(&portwatch).arg("--version"))?.trim().to_owned();
     if !args.quick {
         fetch_peers();
     }
-    let crowd = World::start(CROWD)?;
-    println!(
-        "### Who listens? {} processes with {} open files each, {} listeners\n",
-        CROWD.processes, CROWD.fds, CROWD.listeners
-    );
-    let rows = commands::measure(&portwatch, &crowd.ports, &effort)?;
-    println!("{}", commands::markdown(&rows));
-    wrong.extend(rows.iter().filter_map(commands::Row::complaint));
-    figures.insert("commands".into(), commands::figures(&rows));
-
-    println!("### From a command to a port that can be bound, in that crowd\n");
-    let rows = free::measure(&portwatch, &effort)?;
-    println!("{}", free::markdown(&rows));
-    wrong.extend(rows.iter().filter_map(free::Row::complaint));
-    figures.insert("free".into(), free::figures(&rows));
-
-    drop(crowd);
-    println!("### One port's owner, asked of the agent\n");
-    let rows = agent::measure(&portwatch, effort.worlds, &effort)?;
-    println!("{}", agent::markdown(&rows));
-    figures.insert("agent".into(), agent::figures(&rows));
-
-    let crowd = World::start(CROWD)?;
-    println!("### From listen() to the line of `watch --json`\n");
-    println!("| host | listens | p50 µs | p99 µs |\n|---|--:|--:|--:|");
-    let mut latencies = Vec::new();
-    latencies.push(live::latency(&portwatch, "in that crowd", &effort));
-    drop(crowd);
-    latencies.push(live::latency(&portwatch, "without it", &effort));
-    let mut measured = Vec::new();
-    for latency in latencies {
-        match latency {
-            Ok(latency) => {
-                println!("| {} | {} | {:.0} | {:.0} |", latency.host, latency.listens, latency.p50_us, latency.p99_us);
-                measured.push(json!({
-                    "host": latency.host, "listens": latency.listens, "p50_us": latency.p50_us, "p99_us": latency.p99_us
-                }));
+    let machine = Machine::look();
+    let mut report = Report { text: String::new() };
+    report.say(&format!("{version}, {} run, {}", effort.name, machine.markdown()));
+    if !Uid::effective().is_root() {
+        report.say("Not root: portwatch has no eBPF here, and nobody sees the processes of others.\n");
+    }
+    let mut wrong = Vec::new();
+    let mut parts = serde_json::Map::new();
+    for part in PARTS.iter().filter(|part| args.only.is_empty() || args.only.iter().any(|key| key == part.key)) {
+        match (part.run)(&portwatch, &effort) {
+            Ok(section) => {
+                report.say(&format!("### {}\n\n{}", section.title, section.markdown));
+                wrong.extend(section.wrong);
+                parts.insert(section.key.to_owned(), section.figures);
             }
-            Err(error) => wrong.push(format!("latency: {error:#}")),
+            Err(error) => wrong.push(format!("{}: {error:#}", part.key)),
         }
     }
-    figures.insert("latency".into(), Value::from(measured));
-
-    println!("\n### What a running `watch` adds\n");
-    println!("| per operation | alone ns | watched ns | added ns | ratio |\n|---|--:|--:|--:|--:|");
-    let mut measured = Vec::new();
-    for work in [live::Work::Listen, live::Work::Connect] {
-        match live::cost(&portwatch, work, &effort) {
-            Ok(cost) => {
-                let (alone, watched) = (cost.alone_ns, cost.watched_ns);
-                let (added, ratio) = (watched - alone, watched / alone);
-                println!("| {} | {alone:.0} | {watched:.0} | {added:+.0} | {ratio:.2} |", work.name());
-                measured.push(json!({
-                    "operation": work.name(), "alone_ns": alone, "watched_ns": watched, "added_ns": added, "ratio": ratio
-                }));
-            }
-            Err(error) => wrong.push(format!("{}: {error:#}", work.name())),
-        }
+    if !wrong.is_empty() {
+        report.say(&format!("### What is wrong\n\n- {}", wrong.join("\n- ")));
     }
-    figures.insert("cost".into(), Value::from(measured));
-    println!();
-
+    if let Some(path) = &args.markdown {
+        write(path, &report.text)?;
+    }
     if let Some(path) = &args.json {
-        let text = serde_json::to_string_pretty(&Value::Object(figures))?;
-        fs::write(path, text + "\n").with_context(|| format!("cannot write {}", path.display()))?;
+        let figures = json!({
+            "machine": machine.figures(), "effort": effort.name, "portwatch": version, "parts": Value::from(parts),
+            "wrong": wrong
+        });
+        write(path, &(serde_json::to_string_pretty(&figures)? + "\n"))?;
     }
     if !wrong.is_empty() {
         bail!("no figure where the answer is wrong: {}", wrong.join("; "));
     }
     Ok(())
+}
+
+/// What is printed, as it comes and as a whole.
+struct Report {
+    text: String,
+}
+
+impl Report {
+    fn say(&mut self, paragraph: &str) {
+        println!("{paragraph}");
+        self.text.push_str(paragraph);
+        self.text.push('\n');
+    }
+}
+
+fn write(path: &Path, text: &str) -> Result<()> {
+    fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// The value below which `part` (0 to 1) of the values lie; they must not be empty.

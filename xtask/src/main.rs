@@ -56,6 +56,8 @@ enum Verb {
     #[command(hide = true)]
     Server(server::Args),
     #[command(hide = true)]
+    Storm(bench::storm::Args),
+    #[command(hide = true)]
     Arena(race::arena::Args),
 }
 
@@ -72,6 +74,7 @@ fn main() -> ExitCode {
         Verb::Ci(args) => ci::run(&args),
         Verb::World(args) => world::run(&args),
         Verb::Server(args) => server::run(&args),
+        Verb::Storm(args) => bench::storm::run(&args),
         Verb::Arena(args) => race::arena::run(&args),
     };
     match done {
