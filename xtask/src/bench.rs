@@ -68,6 +68,9 @@ const PARTS: &[Part] = &[
     Part { key: "agent", run: live::agent },
 ];
 
+/// Those of the parts that need peers.
+const PEERED: [&str; 2] = ["worlds", "free"];
+
 /// How much is measured: counts, and the time after which a part stops with what it has.
 struct Effort {
     name: &'static str,
@@ -133,7 +136,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         }
     };
     let version = output_of(Command::new(&portwatch).arg("--version"))?.trim().to_owned();
-    if !args.quick {
+    let is_wanted = |key: &str| args.only.is_empty() || args.only.iter().any(|only| only == key);
+    if !args.quick && PEERED.iter().any(|key| is_wanted(key)) {
         fetch_peers();
     }
     let machine = Machine::look();
@@ -144,7 +148,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     let mut wrong = Vec::new();
     let mut parts = serde_json::Map::new();
-    for part in PARTS.iter().filter(|part| args.only.is_empty() || args.only.iter().any(|key| key == part.key)) {
+    for part in PARTS.iter().filter(|part| is_wanted(part.key)) {
         match (part.run)(&portwatch, &effort) {
             Ok(section) => {
                 report.say(&format!("### {}\n\n{}", section.title, section.markdown));

@@ -19,6 +19,7 @@ use crate::rules::{Action, Enforced, Rule, State};
 use crate::select::Selector;
 use crate::service::Watchdog;
 use crate::source::process;
+use crate::table::Table;
 use crate::tracker::Tracker;
 use crate::wire::Status;
 
@@ -59,6 +60,18 @@ pub(super) enum Ask {
     ReplaceRules {
         rules: Vec<Rule>,
     },
+}
+
+impl Ask {
+    /// Whether a snapshot could change the answer.
+    fn is_in_doubt(&self, table: &Table) -> bool {
+        match self {
+            Ask::List { selector, .. } | Ask::Who { selector, .. } | Ask::Watch { selector, .. } => {
+                table.is_stale_about(&|socket| selector.matches_socket(socket))
+            }
+            Ask::Status { .. } | Ask::Killed(_) | Ask::Rules { .. } | Ask::ReplaceRules { .. } => table.is_stale(),
+        }
+    }
 }
 
 /// Where a subscriber begins and how it goes on.
@@ -163,8 +176,8 @@ impl Core {
         }
     }
 
-    /// Answers every question, unless it is in doubt who holds what: then the snapshot is waited for that settles it,
-    /// which is due after four times as long as one takes. Where that cannot be read, this is the answer.
+    /// Answers every question, unless it is in doubt who holds what it is about: then the snapshot is waited for that
+    /// settles it, which is due after four times as long as one takes. Where that cannot be read, this is the answer.
     fn answer_what_is_known(&mut self) {
         if let Some(trouble) = self.tracker.trouble().map(str::to_owned) {
             for (_, ask) in std::mem::take(&mut self.waiting) {
@@ -178,9 +191,9 @@ impl Core {
             }
             return;
         }
-        let (stale, read_at) = (self.tracker.table().is_stale(), self.tracker.read_at());
-        let known = |asked: BootNs| !stale || asked <= read_at;
-        for (_, ask) in self.waiting.extract_if(.., |(asked, _)| known(*asked)).collect::<Vec<_>>() {
+        let (table, read_at) = (self.tracker.table(), self.tracker.read_at());
+        let known = |asked: BootNs, ask: &Ask| asked <= read_at || !ask.is_in_doubt(table);
+        for (_, ask) in self.waiting.extract_if(.., |(asked, ask)| known(*asked, ask)).collect::<Vec<_>>() {
             self.answer(ask);
         }
     }

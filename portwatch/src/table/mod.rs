@@ -129,7 +129,12 @@ impl Table {
 
     /// Whether a [`crate::model::Snapshot`] that begins now could tell something that the events have not.
     pub fn is_stale(&self) -> bool {
-        self.unread.is_some() || self.rows.any_unread()
+        self.is_stale_about(&|_| true)
+    }
+
+    /// Whether it could tell something of these sockets: of a question about others the answer is known.
+    pub fn is_stale_about(&self, of: &dyn Fn(&Socket) -> bool) -> bool {
+        self.unread.is_some() || self.rows.unread().any(|row| of(&row.listener.socket))
     }
 
     /// Whether the process holds any listener.

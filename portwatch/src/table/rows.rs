@@ -304,8 +304,9 @@ impl Rows {
         *mark = at.max(*mark);
     }
 
-    pub(super) fn any_unread(&self) -> bool {
-        !self.unread.is_empty()
+    /// Rows of which a snapshot could tell something.
+    pub(super) fn unread(&self) -> impl Iterator<Item = &Row> {
+        self.unread.keys().filter_map(|id| self.get(*id))
     }
 
     /// A snapshot that began at `at` was applied.

@@ -1,6 +1,6 @@
 //! Who holds a listener: forks, execs, exits.
 
-use super::check;
+use super::{Table, check, parse};
 
 #[test]
 fn a_child_holds_what_its_parent_held() {
@@ -266,4 +266,20 @@ fn a_pid_used_again_within_one_tick_is_not_the_dead_process() {
         i5 tcp 127.0.0.1:80 since 10 by 7*
         ",
     );
+}
+
+#[test]
+fn what_is_in_doubt_is_in_doubt_of_its_own_sockets() {
+    let script = "
+        snap 5
+          c1 i5 tcp 127.0.0.1:80 by 7:3
+        open 10 c2 i6 tcp 127.0.0.1:81 by 8
+        ";
+    let mut table = Table::new();
+    parse(script).into_iter().for_each(|event| drop(table.apply(event)));
+    let about = |table: &Table, port: u16| table.is_stale_about(&|socket| socket.port == port);
+    assert_eq!([80, 81].map(|port| about(&table, port)), [false, true]);
+    // Of what is not known whom it concerns, everything is in doubt.
+    parse("unsure 20").into_iter().for_each(|event| drop(table.apply(event)));
+    assert_eq!([80, 81, 82].map(|port| about(&table, port)), [true; 3]);
 }
