@@ -121,9 +121,9 @@ fn a_stopped_watch(tier: &'static str) {
     puppets[0].close(before.fd);
     let during = puppets[2].serve();
     let mut opened = Tally::new();
-    // Two records of a hundred bytes each: more than the ring (1 MiB) holds, many times.
+    // Two records of a hundred bytes each: more than the ring (8 MiB) holds.
     let mut rounds = 0;
-    while rounds * size() < 20_000 {
+    while rounds * size() < 40_000 {
         for (key, count) in storm(&puppets) {
             *opened.entry(key).or_default() += count;
         }
