@@ -23,6 +23,7 @@ use rustix::fs::{AtFlags, CWD, Mode, OFlags, RawDir};
 use rustix::io::Errno;
 
 use crate::model::{NetnsId, Process, ProcessId, Snapshot, Socket};
+use crate::source::diag::Dump;
 use crate::source::join::{HeldFd, join};
 use crate::source::netns::{self, Namespaces};
 use crate::source::{diag, process, stat};
@@ -95,7 +96,7 @@ pub fn holds(pid: u32, inode: u64) -> io::Result<bool> {
 pub fn scan(all_netns: bool, keep: &dyn Fn(&Socket) -> bool) -> anyhow::Result<Scan> {
     let at = process::boot_ns_now();
     let others = if all_netns { netns::visible()? } else { Namespaces::default() };
-    let dumped = dump_all(&others, keep)?;
+    let dumped = dump_all(&others, keep, diag::dump)?;
     let mut scan = Scan { notes: dumped.notes, ..Scan::default() };
 
     let mut holders = Holders::default();
@@ -104,7 +105,7 @@ pub fn scan(all_netns: bool, keep: &dyn Fn(&Socket) -> bool) -> anyhow::Result<S
     if !ghosts.is_empty() {
         // Closed between the two readings, rather than held by nobody? And one whose last known holder is gone may
         // have been handed on to a process that came after the walk.
-        let still = dump_all(&others, keep)?;
+        let still = dump_all(&others, keep, diag::dump_roughly)?;
         let alive: HashSet<u64> = inodes_of(&still.sockets);
         let (gone, left): (HashSet<u64>, HashSet<u64>) = ghosts.into_iter().partition(|inode| !alive.contains(inode));
         if holders.vanished && !left.is_empty() {
@@ -138,13 +139,18 @@ pub(super) struct Dumped {
     pub(super) notes: Vec<String>,
 }
 
-pub(super) fn dump_all(others: &Namespaces, keep: &dyn Fn(&Socket) -> bool) -> anyhow::Result<Dumped> {
-    let own = diag::dump()?;
+/// Reads them by [`diag::dump`], or by [`diag::dump_roughly`].
+pub(super) fn dump_all(
+    others: &Namespaces,
+    keep: &dyn Fn(&Socket) -> bool,
+    dump: fn() -> anyhow::Result<Dump>,
+) -> anyhow::Result<Dumped> {
+    let own = dump()?;
     let mut all = Dumped { sockets: own.sockets, complete: vec![own.netns], notes: Vec::from_iter(own.fallback) };
     let mut refused = 0;
     let mut why = String::new();
     for (_, namespace) in others.found.iter().filter(|&(&id, _)| id != own.netns) {
-        match netns::dump_in(namespace) {
+        match netns::dump_in(namespace, dump) {
             Ok(dump) => {
                 all.sockets.extend(dump.sockets);
                 all.complete.push(dump.netns);
