@@ -21,6 +21,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use nix::libc;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, RawDir};
 use rustix::io::Errno;
+use rustix::thread::CapabilitySet;
 
 use crate::model::{NetnsId, Process, ProcessId, Snapshot, Socket};
 use crate::source::diag::Dump;
@@ -277,6 +278,8 @@ struct Walker<'a> {
     proc: BorrowedFd<'a>,
     wanted: &'a HashSet<u64>,
     held: HeldFds,
+    /// The one user whose processes may be looked into, where that is known beforehand.
+    only_of: Option<u32>,
     /// Reused, so that walking does not allocate.
     path: String,
     found: Vec<(u64, u32)>,
@@ -284,11 +287,20 @@ struct Walker<'a> {
 
 impl<'a> Walker<'a> {
     fn new(proc: BorrowedFd<'a>, wanted: &'a HashSet<u64>) -> Self {
-        Walker { proc, wanted, held: HeldFds::default(), path: String::new(), found: Vec::new() }
+        let (held, path, found) = (HeldFds::default(), String::new(), Vec::new());
+        Walker { proc, wanted, held, only_of: only_user_seen(), path, found }
     }
 
     /// Finds what one process holds, in all its file tables.
     fn visit(&mut self, pid: u32) {
+        if let Some(own) = self.only_of {
+            self.set_path(format_args!("{pid}"));
+            match rustix::fs::statat(self.proc, self.path.as_str(), AtFlags::empty()) {
+                Ok(status) if status.st_uid == own => {}
+                Ok(_) => return self.held.denied += 1,
+                Err(_) => return, // Gone.
+            }
+        }
         self.set_path(format_args!("{pid}/fd"));
         let leader = self.walk_table(pid, c"../stat");
         let refused = matches!(leader, Err(Errno::ACCESS | Errno::PERM));
@@ -366,6 +378,15 @@ impl<'a> Walker<'a> {
         self.path.clear();
         let _ = self.path.write_fmt(path); // Writing to a String cannot fail.
     }
+}
+
+/// The user whose processes' descriptors this thread may read, if it may read nobody else's: `/proc/PID` belongs to the
+/// effective user of the process, and `fd` in it, which only its owner may open, to that one or to root.
+fn only_user_seen() -> Option<u32> {
+    let user = rustix::process::geteuid();
+    let passes = CapabilitySet::DAC_OVERRIDE | CapabilitySet::DAC_READ_SEARCH;
+    let has = rustix::thread::capabilities(None).ok()?.effective;
+    (!user.is_root() && !has.intersects(passes)).then_some(user.as_raw())
 }
 
 /// Where a thread's file table is, or belongs, among known ones.
