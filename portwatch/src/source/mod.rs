@@ -169,19 +169,18 @@ impl Scanner {
         };
         let at = process::boot_ns_now();
         // Sockets first: one that only the walk sees is newer. One that only netlink sees has no visible holder, or
-        // was closed in between: hence the second look, the only one whose rows are kept.
+        // was closed in between: hence the second look.
         let others = if all_netns { netns::visible()? } else { netns::Namespaces::default() };
-        let dumped = procfs::dump_all(&others, keep, diag::dump_roughly)?;
+        let dumped = procfs::dump_all(&others, keep, diag::dump)?;
         self.notes = dumped.notes;
         let mut walked = walk.read(keep)?;
         let seen: HashSet<u64> = walked.sockets.iter().map(|socket| socket.id.inode).collect();
-        let is_held = |inode: u64| seen.contains(&inode) || walked.others.contains(&inode);
-        let unheld = dumped.sockets.iter().map(|socket| socket.id.inode).filter(|inode| !is_held(*inode));
-        let unheld: HashSet<u64> = unheld.collect();
-        let mut ghosts = Vec::new();
-        if !unheld.is_empty() {
-            ghosts = procfs::dump_all(&others, keep, diag::dump)?.sockets;
-            ghosts.retain(|ghost| unheld.contains(&ghost.id.inode));
+        let mut ghosts = dumped.sockets;
+        ghosts.retain(|ghost| !seen.contains(&ghost.id.inode) && !walked.others.contains(&ghost.id.inode));
+        if !ghosts.is_empty() {
+            let still = procfs::dump_all(&others, keep, diag::dump_roughly)?;
+            let still: HashSet<u64> = still.sockets.iter().map(|socket| socket.id.inode).collect();
+            ghosts.retain(|ghost| still.contains(&ghost.id.inode));
         }
         walked.sockets.retain(|socket| !walked.unmarked.contains(&socket.id.inode) || is_bound(socket.id));
         walked.sockets.extend(ghosts);
