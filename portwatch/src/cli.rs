@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::builder::{NonEmptyStringValueParser, TypedValueParser};
-use clap::{Args, Parser, Subcommand, ValueHint};
+use clap::{Args, Command, CommandFactory as _, Parser, Subcommand, ValueHint};
 use globset::GlobMatcher;
 use portwatch::agent::SOCKET;
 use portwatch::model::NetnsId;
@@ -84,7 +84,9 @@ pub(crate) struct Globals {
     pub(crate) verbose: bool,
 }
 
+// Deferred, for the arguments of all verbs take longer to make than the agent takes to answer: see command().
 #[derive(Debug, Subcommand)]
+#[command(defer = true)]
 pub(crate) enum Verb {
     /// Show listeners in a table
     List(ListArgs),
@@ -125,11 +127,44 @@ pub(crate) enum Verb {
     Complete(CompleteArgs),
 }
 
+/// The verbs with the arguments of those that `is_meant` picks: which has to be all that are parsed, shown or changed.
+/// (clap would make the deferred ones by itself, too late for the global options to come last in the help.)
+pub(crate) fn command(is_meant: impl Fn(&str) -> bool) -> Command {
+    Cli::command().mut_subcommands(|verb| match ARGUMENTS.iter().find(|(name, _)| *name == verb.get_name()) {
+        Some((name, add)) if is_meant(name) => add(verb).defer(|verb| verb),
+        _ => verb,
+    })
+}
+
+type AddArguments = fn(Command) -> Command;
+
+const ARGUMENTS: [(&str, AddArguments); 18] = [
+    ("list", ListArgs::augment_args),
+    ("who", WhoArgs::augment_args),
+    ("watch", WatchArgs::augment_args),
+    ("kill", KillArgs::augment_args),
+    ("wait", WaitArgs::augment_args),
+    ("mark", MarkArgs::augment_args),
+    ("run", RunArgs::augment_args),
+    ("ps", PsArgs::augment_args),
+    ("stop", StopArgs::augment_args),
+    ("logs", LogsArgs::augment_args),
+    ("diagnose", DiagnoseArgs::augment_args),
+    ("history", HistoryArgs::augment_args),
+    ("rules", RulesArgs::augment_args),
+    ("agent", AgentArgs::augment_args),
+    ("status", StatusArgs::augment_args),
+    ("completions", CompletionsArgs::augment_args),
+    ("man", ManArgs::augment_args),
+    ("__complete", CompleteArgs::augment_args),
+];
+
 const OF_SOCKETS: &str = "Selectors of sockets (all selectors must match; one given twice: either)";
 const OF_HOLDERS: &str = "Selectors of holders";
 const OF_ORIGIN: &str = "Selectors of age and origin";
 
-/// Filters that all verbs share. Different ones narrow each other; one given twice means either.
+// Filters that all verbs share. Different ones narrow each other; one given twice means either. (What documents a struct of
+// arguments would describe the verb.)
 #[derive(Debug, Args, Clone)]
 pub(crate) struct Selectors {
     /// IPv4 sockets only
@@ -247,13 +282,32 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
 
     #[test]
     fn the_command_line_is_consistent() {
-        Cli::command().debug_assert();
+        command(|_| true).debug_assert();
+    }
+
+    #[test]
+    fn a_verb_has_the_same_arguments_whether_they_are_made_early_or_late() {
+        let arguments = |is_meant: fn(&str) -> bool| {
+            let mut command = command(is_meant);
+            command.build();
+            let of = |verb: &Command| {
+                let mut names: Vec<String> = verb.get_arguments().map(|arg| arg.get_id().to_string()).collect();
+                names.sort();
+                (verb.get_name().to_owned(), verb.get_about().map(ToString::to_string), names)
+            };
+            command.get_subcommands().map(of).collect::<Vec<_>>()
+        };
+        let early = arguments(|_| true);
+        assert_eq!(early, arguments(|_| false));
+        assert!(ARGUMENTS.iter().all(|(name, _)| early.iter().any(|(verb, ..)| verb == name)));
+        assert_eq!(ARGUMENTS.len() + 1, early.len(), "all verbs but help");
+        for (verb, (name, about, _)) in Cli::command().get_subcommands().zip(early) {
+            assert_eq!((verb.get_name().to_owned(), verb.get_about().map(ToString::to_string)), (name, about));
+        }
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::iter;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -42,6 +43,19 @@ impl Client {
     /// # Errors
     /// Somebody is there, and it is of no use: another version, too busy, hanging, or no agent at all.
     pub async fn connect(socket: &Path) -> anyhow::Result<Option<Client>> {
+        Client::connect_with(socket, None).await
+    }
+
+    /// The same, with a question in the same breath as the greeting: one turn less to wait for. [`Self::gather`] has the
+    /// answer.
+    ///
+    /// # Errors
+    /// As [`Self::connect`].
+    pub async fn connect_asking(socket: &Path, request: &Request) -> anyhow::Result<Option<Client>> {
+        Client::connect_with(socket, Some(request)).await
+    }
+
+    async fn connect_with(socket: &Path, request: Option<&Request>) -> anyhow::Result<Option<Client>> {
         let greet = async {
             let stream = match UnixStream::connect(socket).await {
                 Ok(stream) => stream,
@@ -50,7 +64,7 @@ impl Client {
             };
             let mut client = Client { lines: Framed::new(stream, LinesCodec::new_with_max_length(MAX_RESPONSE)) };
             // Who is turned away may find the door shut already, and is told why all the same.
-            let _ = client.send(&Request::Hello { version: VERSION }).await;
+            let _ = client.send_all(iter::once(&Request::Hello { version: VERSION }).chain(request)).await;
             match client.read().await? {
                 Response::Hello { version: VERSION, .. } => Ok(Some(client)),
                 other => Err(anyhow!("no greeting, but {other:?}")),
@@ -61,8 +75,13 @@ impl Client {
     }
 
     pub async fn send(&mut self, request: &Request) -> anyhow::Result<()> {
+        self.send_all(iter::once(request)).await
+    }
+
+    async fn send_all<'a>(&mut self, requests: impl Iterator<Item = &'a Request>) -> anyhow::Result<()> {
+        let lines = requests.map(serde_json::to_string).collect::<Result<Vec<_>, _>>()?;
         // Its text alone: to those above, a broken pipe is that of standard output.
-        let sent = self.lines.send(serde_json::to_string(request)?).await;
+        let sent = self.lines.send(lines.join("\n")).await;
         sent.map_err(|error| anyhow!("cannot write to the agent: {error}"))
     }
 
@@ -84,6 +103,11 @@ impl Client {
     /// Asks, and gathers the answer without its end; and whether a limit left something out.
     pub async fn ask(&mut self, request: &Request) -> anyhow::Result<(Vec<Response>, bool)> {
         self.send(request).await?;
+        self.gather().await
+    }
+
+    /// The answer to what was asked, without its end; and whether a limit left something out.
+    pub async fn gather(&mut self) -> anyhow::Result<(Vec<Response>, bool)> {
         let mut answer = Vec::new();
         loop {
             match self.read().await? {

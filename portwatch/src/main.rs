@@ -4,17 +4,18 @@ mod cli;
 mod commands;
 mod exit_codes;
 
+use std::ffi::OsString;
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::FromArgMatches as _;
 use clap::error::ErrorKind;
 
 use crate::cli::{Cli, Verb};
 use crate::commands::note;
 
 fn main() -> ExitCode {
-    let Cli { verb, globals } = Cli::try_parse().unwrap_or_else(|error| {
+    let Cli { verb, globals } = parse().unwrap_or_else(|error| {
         if !matches!(
             error.kind(),
             ErrorKind::DisplayHelp | ErrorKind::DisplayVersion | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand
@@ -35,6 +36,13 @@ fn main() -> ExitCode {
         }
         None => ExitCode::SUCCESS,
     })
+}
+
+fn parse() -> Result<Cli, clap::Error> {
+    let words: Vec<OsString> = std::env::args_os().collect();
+    let mut command = cli::command(|verb| words.iter().any(|word| word == verb));
+    let matches = command.try_get_matches_from_mut(&words)?;
+    Cli::from_arg_matches(&matches).map_err(|error| error.format(&mut command))
 }
 
 fn run(verb: &Verb, globals: &cli::Globals) -> anyhow::Result<ExitCode> {

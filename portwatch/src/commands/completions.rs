@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::process::ExitCode;
 
-use clap::{Args, Command, CommandFactory as _, ValueEnum};
+use clap::{Args, Command, ValueEnum};
 use clap_complete::engine::{ArgValueCompleter, CompletionCandidate, complete};
 use nix::unistd::{Uid, User};
 use portwatch::model::{Holder, Listener, Protocol};
@@ -21,7 +21,7 @@ use portwatch::source::{Probe, Scanner, Tier};
 use portwatch::{cgroup, config};
 
 use super::print;
-use crate::cli::Cli;
+use crate::cli;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -38,7 +38,7 @@ pub(crate) struct CompletionsArgs {
     pub(crate) shell: Shell,
 }
 
-/// What a script asks.
+// What a script asks.
 #[derive(Debug, Args)]
 pub(crate) struct CompleteArgs {
     shell: Shell,
@@ -210,7 +210,7 @@ fn harmless(candidate: &CompletionCandidate) -> Option<Candidate> {
 
 /// The command line, with the arguments that name what is listening now.
 fn command() -> Command {
-    Cli::command().mut_subcommands(|verb| {
+    cli::command(|_| true).mut_subcommands(|verb| {
         verb.mut_args(|arg| {
             let values: fn(&[Listener]) -> Values = match arg.get_id().as_str() {
                 "targets" | "except" => return arg.add(ArgValueCompleter::new(targets)),

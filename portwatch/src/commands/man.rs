@@ -9,12 +9,12 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use clap::{Args, Command, CommandFactory as _, ValueHint};
+use clap::{Args, Command, ValueHint};
 use clap_mangen::Man;
 use roff::{Roff, bold, roman};
 
 use super::print;
-use crate::cli::Cli;
+use crate::cli;
 
 /// When what is said here last changed: a page has a date, and the same binary writes the same page.
 const DATE: &str = "2026-11-21";
@@ -31,7 +31,7 @@ pub(crate) struct ManArgs {
 }
 
 pub(crate) fn run(args: &ManArgs) -> anyhow::Result<ExitCode> {
-    let mut command = Cli::command();
+    let mut command = cli::command(|_| true);
     command.build();
     let verbs: Vec<&Command> =
         command.get_subcommands().filter(|verb| !verb.is_hide_set() && verb.get_name() != "help").collect();

@@ -155,11 +155,18 @@ fn own_netns() -> anyhow::Result<NetnsId> {
 
 /// The agent, where one is to be asked and answers. `None`: the work is done without.
 pub(crate) async fn reach_agent(globals: &Globals) -> anyhow::Result<Option<Client>> {
+    reach_agent_by(globals, Client::connect(&globals.socket)).await
+}
+
+async fn reach_agent_by(
+    globals: &Globals,
+    connect: impl Future<Output = anyhow::Result<Option<Client>>>,
+) -> anyhow::Result<Option<Client>> {
     // Who chooses a probe wants to see what that one sees.
     if globals.no_agent || globals.probe != Probe::Auto {
         return Ok(None);
     }
-    match Client::connect(&globals.socket).await {
+    match connect.await {
         Ok(Some(client)) => Ok(Some(client)),
         found if globals.agent => found.and_then(|_| {
             let socket = globals.socket.display();
@@ -200,9 +207,11 @@ pub(crate) fn read(
     globals: &Globals,
     with_ancestors: bool,
 ) -> anyhow::Result<(Vec<Listener>, Ancestors)> {
+    let selection = Selection::of(selector);
+    let request = if with_ancestors { Request::Who { selection } } else { Request::List { selection } };
     let told = block_on(async {
-        match reach_agent(globals).await? {
-            Some(client) => ask(client, selector, with_ancestors).await.map(Some),
+        match reach_agent_by(globals, Client::connect_asking(&globals.socket, &request)).await? {
+            Some(client) => gather(client).await.map(Some),
             None => Ok(None),
         }
     })?;
@@ -221,15 +230,9 @@ pub(crate) fn read(
 }
 
 /// The agent's answer.
-async fn ask(
-    mut client: Client,
-    selector: &Selector,
-    with_ancestors: bool,
-) -> anyhow::Result<(Vec<Listener>, Ancestors)> {
-    let selection = Selection::of(selector);
-    let request = if with_ancestors { Request::Who { selection } } else { Request::List { selection } };
+async fn gather(mut client: Client) -> anyhow::Result<(Vec<Listener>, Ancestors)> {
     let (mut listeners, mut all) = (Vec::new(), Ancestors::default());
-    for response in client.ask(&request).await?.0 {
+    for response in client.gather().await?.0 {
         if let Response::Listener { listener, ancestors, .. } = response {
             let holders = listener.holders.iter().map(|holder| holder.process.id.pid);
             all.extend(holders.zip(ancestors));

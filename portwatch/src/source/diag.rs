@@ -46,10 +46,23 @@ pub struct Dump {
 /// # Errors
 /// When neither netlink nor `/proc/net` can be read.
 pub fn dump() -> anyhow::Result<Dump> {
+    dump_as(true)
+}
+
+/// The same for those who only ask which sockets there are: that one is an MPTCP socket may be left out. To know that takes
+/// longer than all the rest.
+///
+/// # Errors
+/// As [`dump`].
+pub fn dump_roughly() -> anyhow::Result<Dump> {
+    dump_as(false)
+}
+
+fn dump_as(with_mptcp: bool) -> anyhow::Result<Dump> {
     let netns = netns::own().context("cannot read /proc/thread-self/ns/net; is /proc mounted?")?;
     let mut dump = Dump { netns, ..Dump::default() };
     for proto in [Protocol::Tcp, Protocol::Udp] {
-        match dump_netlink(proto, netns) {
+        match dump_netlink(proto, netns, with_mptcp) {
             Ok(sockets) => dump.sockets.extend(sockets),
             Err(error) => {
                 let rows = dump_proc_net(proto, netns)
@@ -67,7 +80,7 @@ pub fn dump() -> anyhow::Result<Dump> {
 /// # Errors
 /// When netlink is refused.
 pub(super) fn dump_udp(netns: NetnsId) -> io::Result<Vec<Socket>> {
-    dump_netlink(Protocol::Udp, netns)
+    dump_netlink(Protocol::Udp, netns, false)
 }
 
 /// How often a dump that the kernel calls inconsistent is read again.
@@ -92,7 +105,7 @@ const NLA_TYPE_MASK: u16 = 0x3fff;
 
 const NETLINK_HEADER_BYTES: usize = 16;
 
-fn dump_netlink(proto: Protocol, netns: NetnsId) -> io::Result<Vec<Socket>> {
+fn dump_netlink(proto: Protocol, netns: NetnsId, with_mptcp: bool) -> io::Result<Vec<Socket>> {
     let mut link = Link::open()?;
     let mut sockets: Vec<Socket> = Vec::new();
     let mut seen: HashSet<u64> = HashSet::new();
@@ -108,7 +121,8 @@ fn dump_netlink(proto: Protocol, netns: NetnsId) -> io::Result<Vec<Socket>> {
     }
     // Kernels before 6.15 or so name the upper layer protocol to CAP_NET_ADMIN only: where no row named one, ask for
     // MPTCP's own sockets. Kernels without that dump refuse or answer nothing, and MPTCP stays unknown.
-    if proto == Protocol::Tcp && !sockets.is_empty() && !sockets.iter().any(|s| s.mptcp) {
+    let is_silent = !sockets.is_empty() && !sockets.iter().any(|s| s.mptcp);
+    if with_mptcp && proto == Protocol::Tcp && is_silent {
         let mut mptcp_inodes: HashSet<u32> = HashSet::new();
         for family in [AF_INET, AF_INET6] {
             let Ok(rows) = link.dump(&mptcp_request(family)) else { break };

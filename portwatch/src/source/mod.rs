@@ -171,15 +171,15 @@ impl Scanner {
         // Sockets first: one that only the walk sees is newer. One that only netlink sees has no visible holder, or
         // was closed in between: hence the second look.
         let others = if all_netns { netns::visible()? } else { netns::Namespaces::default() };
-        let dumped = procfs::dump_all(&others, keep)?;
+        let dumped = procfs::dump_all(&others, keep, diag::dump)?;
         self.notes = dumped.notes;
         let mut walked = walk.read(keep)?;
         let seen: HashSet<u64> = walked.sockets.iter().map(|socket| socket.id.inode).collect();
         let mut ghosts = dumped.sockets;
         ghosts.retain(|ghost| !seen.contains(&ghost.id.inode) && !walked.others.contains(&ghost.id.inode));
         if !ghosts.is_empty() {
-            let still: HashSet<u64> =
-                procfs::dump_all(&others, keep)?.sockets.iter().map(|socket| socket.id.inode).collect();
+            let still = procfs::dump_all(&others, keep, diag::dump_roughly)?;
+            let still: HashSet<u64> = still.sockets.iter().map(|socket| socket.id.inode).collect();
             ghosts.retain(|ghost| still.contains(&ghost.id.inode));
         }
         walked.sockets.retain(|socket| !walked.unmarked.contains(&socket.id.inode) || is_bound(socket.id));

@@ -14,7 +14,7 @@ use nix::sched::{CloneFlags, setns};
 use rustix::fs::{CWD, Mode, OFlags};
 
 use crate::model::NetnsId;
-use crate::source::diag::{self, Dump};
+use crate::source::diag::Dump;
 
 /// Where namespaces are kept mounted, with or without a process in them.
 const MOUNT_DIRS: [&str; 2] = ["/run/netns", "/run/docker/netns"];
@@ -116,12 +116,12 @@ pub fn open(id: NetnsId) -> anyhow::Result<File> {
     }
 }
 
-/// Reads every listening socket in another network namespace.
+/// Reads every listening socket in another network namespace, by [`diag::dump`] or the like.
 ///
 /// # Errors
 /// When the namespace may not be entered (that takes `CAP_SYS_ADMIN`), or its sockets cannot be read.
-pub fn dump_in(namespace: &File) -> anyhow::Result<Dump> {
-    enter(namespace, diag::dump)
+pub fn dump_in(namespace: &File, dump: fn() -> anyhow::Result<Dump>) -> anyhow::Result<Dump> {
+    enter(namespace, dump)
 }
 
 /// Does something in another network namespace. A thread of its own enters it, never the caller's.
@@ -168,6 +168,7 @@ mod tests {
     use nix::sched::unshare;
 
     use super::*;
+    use crate::source::diag;
 
     #[test]
     fn own_is_seen_in_every_way() {
@@ -197,7 +198,7 @@ mod tests {
             Err(errno) => eprintln!("NOT TESTED: cannot make a network namespace: {errno}"),
             Ok((endpoint, namespace, id)) => {
                 assert_ne!(id, before);
-                let dump = dump_in(&namespace).unwrap();
+                let dump = dump_in(&namespace, diag::dump).unwrap();
                 assert_eq!(dump.netns, id);
                 let shown: Vec<_> = dump.sockets.iter().map(|s| (s.endpoint(), s.netns)).collect();
                 assert_eq!(shown, [(endpoint, id)]);
@@ -212,6 +213,6 @@ mod tests {
     fn a_file_that_is_no_namespace_is_passed_over() {
         let file = tempfile::NamedTempFile::new().unwrap();
         assert_eq!(id_of_mount(file.path()).unwrap(), None);
-        assert!(dump_in(file.as_file()).is_err());
+        assert!(dump_in(file.as_file(), diag::dump).is_err());
     }
 }

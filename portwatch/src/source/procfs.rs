@@ -21,8 +21,10 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use nix::libc;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, RawDir};
 use rustix::io::Errno;
+use rustix::thread::CapabilitySet;
 
 use crate::model::{NetnsId, Process, ProcessId, Snapshot, Socket};
+use crate::source::diag::Dump;
 use crate::source::join::{HeldFd, join};
 use crate::source::netns::{self, Namespaces};
 use crate::source::{diag, process, stat};
@@ -95,7 +97,7 @@ pub fn holds(pid: u32, inode: u64) -> io::Result<bool> {
 pub fn scan(all_netns: bool, keep: &dyn Fn(&Socket) -> bool) -> anyhow::Result<Scan> {
     let at = process::boot_ns_now();
     let others = if all_netns { netns::visible()? } else { Namespaces::default() };
-    let dumped = dump_all(&others, keep)?;
+    let dumped = dump_all(&others, keep, diag::dump)?;
     let mut scan = Scan { notes: dumped.notes, ..Scan::default() };
 
     let mut holders = Holders::default();
@@ -104,7 +106,7 @@ pub fn scan(all_netns: bool, keep: &dyn Fn(&Socket) -> bool) -> anyhow::Result<S
     if !ghosts.is_empty() {
         // Closed between the two readings, rather than held by nobody? And one whose last known holder is gone may
         // have been handed on to a process that came after the walk.
-        let still = dump_all(&others, keep)?;
+        let still = dump_all(&others, keep, diag::dump_roughly)?;
         let alive: HashSet<u64> = inodes_of(&still.sockets);
         let (gone, left): (HashSet<u64>, HashSet<u64>) = ghosts.into_iter().partition(|inode| !alive.contains(inode));
         if holders.vanished && !left.is_empty() {
@@ -138,13 +140,18 @@ pub(super) struct Dumped {
     pub(super) notes: Vec<String>,
 }
 
-pub(super) fn dump_all(others: &Namespaces, keep: &dyn Fn(&Socket) -> bool) -> anyhow::Result<Dumped> {
-    let own = diag::dump()?;
+/// Reads them by [`diag::dump`], or by [`diag::dump_roughly`].
+pub(super) fn dump_all(
+    others: &Namespaces,
+    keep: &dyn Fn(&Socket) -> bool,
+    dump: fn() -> anyhow::Result<Dump>,
+) -> anyhow::Result<Dumped> {
+    let own = dump()?;
     let mut all = Dumped { sockets: own.sockets, complete: vec![own.netns], notes: Vec::from_iter(own.fallback) };
     let mut refused = 0;
     let mut why = String::new();
     for (_, namespace) in others.found.iter().filter(|&(&id, _)| id != own.netns) {
-        match netns::dump_in(namespace) {
+        match netns::dump_in(namespace, dump) {
             Ok(dump) => {
                 all.sockets.extend(dump.sockets);
                 all.complete.push(dump.netns);
@@ -271,6 +278,8 @@ struct Walker<'a> {
     proc: BorrowedFd<'a>,
     wanted: &'a HashSet<u64>,
     held: HeldFds,
+    /// The one user whose processes may be looked into, where that is known beforehand.
+    only_of: Option<u32>,
     /// Reused, so that walking does not allocate.
     path: String,
     found: Vec<(u64, u32)>,
@@ -278,11 +287,20 @@ struct Walker<'a> {
 
 impl<'a> Walker<'a> {
     fn new(proc: BorrowedFd<'a>, wanted: &'a HashSet<u64>) -> Self {
-        Walker { proc, wanted, held: HeldFds::default(), path: String::new(), found: Vec::new() }
+        let (held, path, found) = (HeldFds::default(), String::new(), Vec::new());
+        Walker { proc, wanted, held, only_of: only_user_seen(), path, found }
     }
 
     /// Finds what one process holds, in all its file tables.
     fn visit(&mut self, pid: u32) {
+        if let Some(own) = self.only_of {
+            self.set_path(format_args!("{pid}"));
+            match rustix::fs::statat(self.proc, self.path.as_str(), AtFlags::empty()) {
+                Ok(status) if status.st_uid == own => {}
+                Ok(_) => return self.held.denied += 1,
+                Err(_) => return, // Gone.
+            }
+        }
         self.set_path(format_args!("{pid}/fd"));
         let leader = self.walk_table(pid, c"../stat");
         let refused = matches!(leader, Err(Errno::ACCESS | Errno::PERM));
@@ -360,6 +378,15 @@ impl<'a> Walker<'a> {
         self.path.clear();
         let _ = self.path.write_fmt(path); // Writing to a String cannot fail.
     }
+}
+
+/// The user whose processes' descriptors this thread may read, if it may read nobody else's: `/proc/PID` belongs to the
+/// effective user of the process, and `fd` in it, which only its owner may open, to that one or to root.
+fn only_user_seen() -> Option<u32> {
+    let user = rustix::process::geteuid();
+    let passes = CapabilitySet::DAC_OVERRIDE | CapabilitySet::DAC_READ_SEARCH;
+    let has = rustix::thread::capabilities(None).ok()?.effective;
+    (!user.is_root() && !has.intersects(passes)).then_some(user.as_raw())
 }
 
 /// Where a thread's file table is, or belongs, among known ones.

@@ -28,7 +28,7 @@ use crate::exit_codes::{DENIED, NO};
 /// Columns of a command that a line shows; the report has all of it.
 const COMMAND: usize = 120;
 
-/// What goes with `--since` alone.
+// What goes with `--since` alone.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "With --since")]
 pub(crate) struct LeakArgs {

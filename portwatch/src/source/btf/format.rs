@@ -60,16 +60,18 @@ impl Record {
     pub(super) const VOID: Record = Record { name: 0, kind: kind::VOID, flag: false, vlen: 0, value: 0, tail: 0 };
 
     pub(super) fn read(section: &[u8], at: usize) -> Result<Record, BtfError> {
-        let info = u32_at(section, at + 4)?;
+        let bytes: Option<&[u8; RECORD_LEN]> = section.get(at..).and_then(|rest| rest.first_chunk());
+        let [a, b, c, d, e, f, g, h, i, j, k, l] = *bytes.ok_or_else(|| malformed("a section ends too early"))?;
+        let info = u32::from_ne_bytes([e, f, g, h]);
         if info & !INFO_MASK != 0 {
             return Err(malformed("a type uses bits that have no meaning"));
         }
         Ok(Record {
-            name: u32_at(section, at)?,
+            name: u32::from_ne_bytes([a, b, c, d]),
             kind: (info >> 24 & 0x1f) as u8,
             flag: info >> 31 != 0,
             vlen: (info & 0xffff) as usize,
-            value: u32_at(section, at + 8)?,
+            value: u32::from_ne_bytes([i, j, k, l]),
             tail: at + RECORD_LEN,
         })
     }
@@ -133,5 +135,5 @@ pub(super) fn u32_at(bytes: &[u8], at: usize) -> Result<u32, BtfError> {
         .get(at..)
         .and_then(|rest| rest.first_chunk())
         .map(|chunk| u32::from_ne_bytes(*chunk))
-        .ok_or(malformed("a section ends too early"))
+        .ok_or_else(|| malformed("a section ends too early"))
 }

@@ -9,15 +9,16 @@
 //!
 //! The format: <https://docs.kernel.org/bpf/btf.html>.
 
-use std::borrow::Cow;
 use std::fmt;
-use std::fs;
 use std::io;
 use std::ops::Range;
 
 use format::{MEMBER_LEN, RECORD_LEN, Record, VERSION, kind, sections, u32_at};
 
 mod format;
+mod kernel;
+
+pub use kernel::KernelBytes;
 
 /// Where the running kernel shows its types.
 pub const KERNEL_BTF: &str = "/sys/kernel/btf/vmlinux";
@@ -144,7 +145,7 @@ struct Named {
 
 /// Parsed BTF. Cheap to make (one pass, no allocation per type), so there is no need to keep it.
 pub struct Btf<'a> {
-    data: Cow<'a, [u8]>,
+    data: &'a [u8],
     types: Range<usize>,
     strings: Range<usize>,
     /// The start of each record in the type section; type 1 comes first, since type 0 is void and has no record.
@@ -164,28 +165,24 @@ impl fmt::Debug for Btf<'_> {
     }
 }
 
-impl Btf<'static> {
-    /// The types of the running kernel.
-    ///
-    /// # Errors
-    /// [`BtfError::NoKernelBtf`] where the kernel was built without, [`BtfError::Unreadable`], and those of `parse`.
-    pub fn read_kernel() -> Result<Self, BtfError> {
-        match fs::read(KERNEL_BTF) {
-            Ok(bytes) => Btf::parse(bytes),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Err(BtfError::NoKernelBtf),
-            Err(e) => Err(BtfError::Unreadable { reason: e.to_string() }),
-        }
-    }
+/// The types of the running kernel, to be parsed.
+///
+/// # Errors
+/// [`BtfError::NoKernelBtf`] where the kernel was built without, [`BtfError::Unreadable`].
+pub fn kernel_bytes() -> Result<KernelBytes, BtfError> {
+    KernelBytes::open().map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => BtfError::NoKernelBtf,
+        _ => BtfError::Unreadable { reason: error.to_string() },
+    })
 }
 
 impl<'a> Btf<'a> {
-    /// Reads the header and finds every type. Bytes given as a slice are borrowed.
+    /// Reads the header and finds every type.
     ///
     /// # Errors
     /// All that concern the blob as a whole; what is wrong inside of one struct shows when that struct is asked for.
-    pub fn parse(bytes: impl Into<Cow<'a, [u8]>>) -> Result<Self, BtfError> {
-        let data = bytes.into();
-        let (types, strings) = sections(&data)?;
+    pub fn parse(data: &'a [u8]) -> Result<Self, BtfError> {
+        let (types, strings) = sections(data)?;
         let strings_len = strings.len();
         let section = &data[types.clone()];
         // A record with what belongs to it takes 27 bytes on average in the kernels seen.
@@ -387,17 +384,17 @@ impl<'a> Btf<'a> {
 
     fn record(&self, type_id: u32) -> Result<Record, BtfError> {
         let Some(index) = (type_id as usize).checked_sub(1) else { return Ok(Record::VOID) };
-        let at = self.records.get(index).ok_or(malformed("a type refers to one that does not exist"))?;
+        let at = self.records.get(index).ok_or_else(|| malformed("a type refers to one that does not exist"))?;
         Record::read(&self.data[self.types.clone()], *at as usize)
     }
 
     /// Whether the string at `offset` is `name`. The strings end with a NUL, so none reaches beyond them.
     fn string_is(&self, offset: u32, name: &str) -> bool {
         let strings = &self.data[self.strings.clone()];
+        // The length first: that rules nearly all of them out.
         strings
             .get(offset as usize..)
-            .and_then(|rest| rest.strip_prefix(name.as_bytes()))
-            .is_some_and(|rest| rest.first() == Some(&0))
+            .is_some_and(|rest| rest.get(name.len()) == Some(&0) && rest.starts_with(name.as_bytes()))
     }
 }
 

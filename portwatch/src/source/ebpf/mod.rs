@@ -24,7 +24,7 @@ use aya::{EbpfLoader, Pod};
 use nix::unistd::geteuid;
 use portwatch_ebpf::{Config, Offsets};
 
-use super::btf::Btf;
+use super::btf::{self, Btf};
 
 pub(super) use events::Probes;
 pub(super) use walk::Walk;
@@ -64,7 +64,8 @@ impl Kernel {
         // not mind.
         let unlimited = rustix::process::Rlimit { current: None, maximum: None };
         let _ = rustix::process::setrlimit(rustix::process::Resource::Memlock, unlimited);
-        let own = Btf::read_kernel()?;
+        let bytes = btf::kernel_bytes()?;
+        let own = Btf::parse(&bytes)?;
         let offsets = offsets::offsets(&own)?;
         let config = offsets::config(&own);
         let has_listen_sk = own.has_function("__inet_listen_sk");

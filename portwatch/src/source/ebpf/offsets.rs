@@ -71,18 +71,19 @@ pub(super) fn config(btf: &Btf<'_>) -> Config {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::source::btf;
 
     #[test]
     fn the_running_kernel_has_every_field() {
-        let btf = match Btf::read_kernel() {
-            Ok(btf) => btf,
+        let bytes = match btf::kernel_bytes() {
+            Ok(bytes) => bytes,
             Err(BtfError::NoKernelBtf) => {
                 eprintln!("skipped: this kernel exposes no BTF");
                 return;
             }
             Err(error) => panic!("{error}"),
         };
-        let offsets = offsets(&btf).unwrap();
+        let offsets = offsets(&Btf::parse(&bytes).unwrap()).unwrap();
         assert_eq!(offsets.skc_num % 2, 0);
         assert!(offsets.sk_userlocks.mask >= 0xf, "{:?}", offsets.sk_userlocks);
     }
