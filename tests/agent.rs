@@ -200,6 +200,28 @@ pub fn trials() -> Vec<Test> {
             let nothing = agent.portwatch(&["who", "1/udp"]).expect(1);
             assert!(nothing.errors().contains("nothing is listening"), "{}", nothing.errors());
         }),
+        test("agent::it_names_nobody_who_has_closed_what_others_hold", || {
+            let stage = Stage::new();
+            let agent = Agent::start(&stage);
+            let (giver, taker) = (stage.puppet(), stage.puppet());
+            let inherited = giver.serve();
+            let child = giver.fork();
+            agent.check("a fork", &stage, &[&giver, &taker, &child]);
+            // No event tells of a descriptor that is closed while another remains, nor of one that is passed on.
+            giver.close(inherited.fd);
+            agent.check("a close by the parent", &stage, &[&giver, &taker, &child]);
+            let passed = giver.serve();
+            agent.check("another listener", &stage, &[&giver, &taker, &child]);
+            taker.open_mailbox();
+            giver.send_fd(passed.fd, &taker);
+            giver.close(passed.fd);
+            agent.check("a close of what is in flight", &stage, &[&giver, &taker, &child]);
+            taker.receive_fd();
+            giver.serve();
+            agent.check("its receipt and another listener", &stage, &[&giver, &taker, &child]);
+            taker.serve_from_thread();
+            agent.check("the end of its leader", &stage, &[&giver, &taker, &child]);
+        }),
         test("agent::an_ordinary_user_sees_everything_in_full", || {
             if !rustix::process::geteuid().is_root() {
                 return skip("root", "only root can become somebody else");

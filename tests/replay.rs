@@ -38,6 +38,8 @@ pub fn trials() -> Vec<Test> {
             let before = other.serve();
             let agent = Agent::start(&stage);
             let gone = puppet.serve();
+            // Whoever reads descriptors holds each for a moment, and who closes it then has not closed it until then.
+            agent.check("an open", &stage, &[&puppet, &other]);
             other.close(before.fd);
             puppet.close(gone.fd);
             let stays = puppet.serve();

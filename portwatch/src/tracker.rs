@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::model::{BootNs, Change, Event, ProcessId, Socket};
+use crate::model::{BootNs, Change, Event, ProcessId, Socket, SocketId};
 use crate::source::{Live, Probe, process};
 use crate::table::Table;
 
@@ -53,6 +53,9 @@ const MIN_REST: Duration = Duration::from_millis(2);
 
 /// Between two tries to read a snapshot that is owed, at most.
 const MAX_REST: Duration = Duration::from_secs(1);
+
+/// Descriptors that are looked at for one question: a few ms.
+const MOST_LOOKED_AT: usize = 1000;
 
 impl Tracker {
     /// Attaches probes, then reads what is there already. `ring_bytes` as in [`Live::open`].
@@ -127,6 +130,22 @@ impl Tracker {
         let at = process::boot_ns_now();
         let renewed = changed.into_iter().filter_map(process::read_exact);
         renewed.flat_map(|process| self.table.apply(Event::Renewed { at, process: Arc::new(process) })).collect()
+    }
+
+    /// Looks whether who holds these sockets still has the descriptors for it: of one that is closed while others hold the
+    /// socket, as after passing it on, the kernel tells nothing. Where one is gone, the table asks for a snapshot.
+    pub fn doubt_holders(&mut self, of: &dyn Fn(&Socket) -> bool) {
+        let listeners = self.table.listeners().filter(|listener| of(&listener.socket) && listener.socket.id.inode != 0);
+        let held = listeners.flat_map(|listener| {
+            listener
+                .holders
+                .iter()
+                .flat_map(|holder| holder.fds.iter().map(|fd| (listener.socket.id, holder.process.id.pid, *fd)))
+        });
+        let is_gone = |(id, pid, fd): &(SocketId, u32, u32)| process::holds(*pid, *fd, id.inode) == Some(false);
+        let gone: Vec<SocketId> = held.take(MOST_LOOKED_AT).filter(is_gone).map(|(id, ..)| id).collect();
+        let at = process::boot_ns_now();
+        gone.into_iter().for_each(|id| self.table.doubt(id, at));
     }
 
     /// Waits for the next changes; there are none where a snapshot confirmed what was known, or could not be read

@@ -65,11 +65,16 @@ pub(super) enum Ask {
 impl Ask {
     /// Whether a snapshot could change the answer.
     fn is_in_doubt(&self, table: &Table) -> bool {
+        match self.selector() {
+            Some(selector) => table.is_stale_about(&|socket| selector.matches_socket(socket)),
+            None => table.is_stale(),
+        }
+    }
+
+    fn selector(&self) -> Option<&Selector> {
         match self {
-            Ask::List { selector, .. } | Ask::Who { selector, .. } | Ask::Watch { selector, .. } => {
-                table.is_stale_about(&|socket| selector.matches_socket(socket))
-            }
-            Ask::Status { .. } | Ask::Killed(_) | Ask::Rules { .. } | Ask::ReplaceRules { .. } => table.is_stale(),
+            Ask::List { selector, .. } | Ask::Who { selector, .. } | Ask::Watch { selector, .. } => Some(selector),
+            Ask::Status { .. } | Ask::Killed(_) | Ask::Rules { .. } | Ask::ReplaceRules { .. } => None,
         }
     }
 }
@@ -168,6 +173,9 @@ impl Core {
                     // Whoever asks has seen things happen: they are in the answer.
                     let changes = self.tracker.catch_up();
                     self.publish(changes);
+                    if let Some(selector) = ask.selector() {
+                        self.tracker.doubt_holders(&|socket| selector.matches_socket(socket));
+                    }
                     self.waiting.push((process::boot_ns_now(), ask));
                 }
             }

@@ -147,6 +147,17 @@ pub fn uid_of(pid: u32) -> Option<u32> {
     rustix::fs::stat(format!("/proc/{pid}")).ok().map(|status| status.st_uid)
 }
 
+/// Whether the descriptor of the process leads to the socket of this inode; `None` where that may not be known. Threads
+/// may live on without their leader, whose own table of descriptors is gone then.
+pub fn holds(pid: u32, fd: u32, inode: u64) -> Option<bool> {
+    let mut target = [0; 64];
+    match rustix::fs::readlinkat_raw(rustix::fs::CWD, format!("/proc/{pid}/fd/{fd}"), &mut target[..]) {
+        Ok(length) => Some(target.get(..length) == Some(format!("socket:[{inode}]").as_bytes())),
+        Err(rustix::io::Errno::NOENT) if stat::read(pid).is_ok_and(|stat| !stat.exiting) => Some(false),
+        Err(_) => None,
+    }
+}
+
 fn details(pid: u32, dir: BorrowedFd<'_>, stat: Stat) -> Process {
     // The directory's owner is the effective uid, whatever the process did to its dumpable flag: see
     // task_dump_owner() in fs/proc/base.c.

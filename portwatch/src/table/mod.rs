@@ -137,6 +137,13 @@ impl Table {
         self.unread.is_some() || self.rows.unread().any(|row| of(&row.listener.socket))
     }
 
+    /// Asks for a snapshot of the socket: somebody knows that its holders were others at `at`.
+    pub fn doubt(&mut self, id: SocketId, at: BootNs) {
+        if let Found::Same(row) = self.rows.find(id, false) {
+            self.mark_row(row, at);
+        }
+    }
+
     /// Whether the process holds any listener.
     pub fn is_holder(&self, id: ProcessId) -> bool {
         !self.rows.held_by(id).is_empty()
