@@ -142,7 +142,7 @@ impl Tracker {
                 .iter()
                 .flat_map(|holder| holder.fds.iter().map(|fd| (listener.socket.id, holder.process.id.pid, *fd)))
         });
-        let is_gone = |(id, pid, fd): &(SocketId, u32, u32)| process::holds(*pid, *fd, id.inode) == Some(false);
+        let is_gone = |(id, pid, fd): &(SocketId, u32, u32)| process::has_socket(*pid, *fd, id.inode) == Some(false);
         let gone: Vec<SocketId> = held.take(MOST_LOOKED_AT).filter(is_gone).map(|(id, ..)| id).collect();
         let at = process::boot_ns_now();
         gone.into_iter().for_each(|id| self.table.doubt(id, at));

@@ -149,7 +149,7 @@ pub fn uid_of(pid: u32) -> Option<u32> {
 
 /// Whether the descriptor of the process leads to the socket of this inode; `None` where that may not be known. Threads
 /// may live on without their leader, whose own table of descriptors is gone then.
-pub fn holds(pid: u32, fd: u32, inode: u64) -> Option<bool> {
+pub fn has_socket(pid: u32, fd: u32, inode: u64) -> Option<bool> {
     let mut target = [0; 64];
     match rustix::fs::readlinkat_raw(rustix::fs::CWD, format!("/proc/{pid}/fd/{fd}"), &mut target[..]) {
         Ok(length) => Some(target.get(..length) == Some(format!("socket:[{inode}]").as_bytes())),
