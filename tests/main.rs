@@ -101,9 +101,12 @@ fn main() -> ExitCode {
     // Orphans of puppets come to this process, to be reaped.
     // SAFETY: takes integers.
     unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) };
-    // A shell script starts its background jobs with this ignored, and all that they start would inherit it.
-    // SAFETY: the default action is no handler.
-    unsafe { signal(Signal::SIGINT, SigHandler::SigDfl) }.expect("SIGINT");
+    // A shell script starts its background jobs with some of these ignored, nohup the other, and all that they start
+    // would inherit it.
+    for ignored in [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGHUP] {
+        // SAFETY: the default action is no handler.
+        unsafe { signal(ignored, SigHandler::SigDfl) }.expect("a signal that may be handled");
+    }
     let mut arguments = Arguments::from_args();
     arguments.test_threads = Some(1);
     let tests = [
