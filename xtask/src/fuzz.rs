@@ -5,9 +5,14 @@
 //! program for each, built by cargo-fuzz with AddressSanitizer. The stable compiler has all that this takes, behind
 //! RUSTC_BOOTSTRAP: no nightly is needed. What a run finds worth keeping is under `target/fuzz/corpus`, for the next.
 
+use std::collections::HashMap;
 use std::fs::{self, File};
+use std::iter;
+use std::num::NonZero;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 
 use anyhow::{Context, Result, bail};
 use serde_json::json;
@@ -28,6 +33,9 @@ pub(crate) struct Args {
     /// Only this target
     #[arg(long)]
     target: Option<String>,
+    /// How many of them run at once
+    #[arg(long, default_value_t = NonZero::<usize>::MIN)]
+    jobs: NonZero<usize>,
     /// Write the figures to a file, too
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -58,9 +66,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         .context("cannot build the targets: it takes a compiler of rustup's, which has the sanitizers' libraries")?;
     let (mut failures, mut figures) = (Vec::new(), Vec::new());
     println!("| target | inputs | seconds | edges covered | finding |\n|---|--:|--:|--:|---|");
-    for name in chosen {
-        let seconds = args.seconds;
-        match search(name, seconds, &folder, &output) {
+    let seconds = args.seconds;
+    for (name, searched) in search_all(&chosen, args.jobs, |name| search(name, seconds, &folder, &output)) {
+        match searched {
             Ok(Searched { inputs, edges }) => {
                 println!("| {name} | {inputs} | {seconds} | {edges} | none |");
                 figures.push(
@@ -95,6 +103,24 @@ fn cargo_fuzz() -> Result<PathBuf> {
         must(&mut install)?;
     }
     Ok(program)
+}
+
+/// What became of each target, in their order, some of them at once.
+fn search_all<'n, S: Send>(
+    names: &[&'n str],
+    jobs: NonZero<usize>,
+    search: impl Fn(&str) -> S + Sync,
+) -> impl Iterator<Item = (&'n str, S)> {
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let take = || names.get(next.fetch_add(1, Ordering::Relaxed)).copied();
+        iter::from_fn(take).map(|name| (name, search(name))).collect::<Vec<_>>()
+    };
+    let mut searched: HashMap<&str, S> = thread::scope(|scope| {
+        let workers: Vec<_> = (0..jobs.get()).map(|_| scope.spawn(work)).collect();
+        workers.into_iter().flat_map(|worker| worker.join().expect("a search does not panic")).collect()
+    });
+    names.iter().filter_map(move |&name| Some((name, searched.remove(name)?)))
 }
 
 /// What a run without a finding did.
@@ -144,4 +170,18 @@ fn host() -> Result<String> {
     let version = output_of(Command::new("rustc").arg("-vV"))?;
     let host = version.lines().find_map(|line| line.strip_prefix("host: "));
     Ok(host.context("rustc -vV names no host")?.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_target_is_searched_once_and_told_in_its_order() {
+        for jobs in [1, 2, 9] {
+            let searched = search_all(&["a", "b", "c"], NonZero::new(jobs).unwrap(), str::to_owned);
+            let searched: Vec<_> = searched.collect();
+            assert_eq!(searched, [("a", "a".to_owned()), ("b", "b".to_owned()), ("c", "c".to_owned())]);
+        }
+    }
 }
