@@ -259,6 +259,27 @@ pub fn trials() -> Vec<Test> {
             let mine = agent.portwatch(&["list", "--json", &port, "--user", &NOBODY.to_string()]).expect(0).json();
             assert_eq!(mine.as_array().map(Vec::len), Some(1), "{mine}");
         }),
+        test("agent::a_server_that_moved_is_told_where_it_is", || {
+            let stage = Stage::new();
+            let agent = Agent::start(&stage);
+            let server = stage.puppet();
+            let port = server.serve().port().to_string();
+            let here = std::fs::canonicalize(stage.path(".")).expect("the stage");
+            let here = here.to_str().expect("a path");
+            let found = |agent: &Agent| {
+                let listed = agent.portwatch(&["list", "--json", &port, "--cwd", here]).expect(0).json();
+                listed.as_array().map_or(0, Vec::len)
+            };
+            assert_eq!(found(&agent), 0);
+            // No event of the kernel's tells of this.
+            server.change_directory(Path::new(here));
+            assert_eq!(found(&agent), 1);
+            let alone = finish(command(&["list", "--json", &port, "--no-agent"]).spawn().expect("portwatch"));
+            let mut told = [agent.portwatch(&["list", "--json", &port]), alone].map(|run| run.expect(0).json());
+            // Only who saw it begin knows when.
+            told.iter_mut().for_each(|rows| rows[0]["since"] = Value::Null);
+            assert_eq!(told[0], told[1]);
+        }),
         test("agent::watch_tells_changes_and_nothing_that_was_there", || {
             let stage = Stage::new();
             let agent = Agent::start(&stage);
@@ -353,7 +374,8 @@ pub fn trials() -> Vec<Test> {
             let mut lives = BTreeMap::new();
             // What is written is written soon, off the path of events.
             while lives.values().filter(|ended| **ended == json!("closed") || **ended == json!("exited")).count() < 2 {
-                let told = agent.portwatch(&["history", "--json"]).expect(0).json();
+                let ports = [&old, &first, &second].map(|sock| sock.port().to_string());
+                let told = agent.portwatch(&["history", "--json", &ports.join(",")]).expect(0).json();
                 for life in told.as_array().expect("an array") {
                     lives.insert(life["port"].as_u64().expect("a port") as u16, life["ended"].clone());
                 }

@@ -218,6 +218,32 @@ pub fn trials() -> Vec<Test> {
             let text = agent.portwatch(&["rules"]).expect(0).text();
             assert!(text.contains("web: would end") && text.contains("again in "), "{text}");
         }),
+        test("rules::whom_a_rule_meets_is_seen_when_it_fires", || {
+            let stage = Stage::new();
+            let server = || Server::start(&stage, "elsewhere_");
+            let (moved, stays, spared) = (server(), server(), server());
+            [&moved, &stays, &spared].iter().for_each(|server| server.listen());
+            let all = [&moved, &stays, &spared];
+            let agent = Agent::start(&stage, &rule("web", &all, "1h"), &[]);
+            // Of this the kernel tells nobody.
+            let directory = tempfile::Builder::new().prefix("web_").tempdir().expect("a directory");
+            [&moved, &spared].iter().for_each(|server| server.puppet.change_directory(directory.path()));
+            let (program, control) = stage.recipe();
+            let more = format!("except = {}\nproto = \"tcp\"\naddr = \"127.0.0.1\"\n", spared.port());
+            let met = rule("web", &all, "1ms") + &more + &format!("env = [\"NOBODY\", '{control}']\n");
+            let not_met = |name: &str, line: &str| rule(name, &all, "1ms") + line;
+            agent.reload(
+                &(met
+                    + &not_met("env", &format!("env = '{control}?'\n"))
+                    + &not_met("cgroup", "cgroup = \"/nobody\"\n")),
+            );
+            agent.until_logged(&format!("{}/tcp freed: terminated", moved.port()));
+            moved.puppet.wait();
+            let text = agent.portwatch(&["rules"]).expect(0).text();
+            assert!(text.contains(&format!("except {}, tcp, address 127.0.0.1, cwd /", spared.port())), "{text}");
+            assert_eq!(text.matches("meets nothing now").count(), 3, "{text} of {}", program.display());
+            assert!(stays.is_there() && spared.is_there());
+        }),
         test("rules::a_report_is_told_to_the_log_once", || {
             let stage = Stage::new();
             let server = Server::start(&stage, "web_");

@@ -14,13 +14,13 @@
 //! A snapshot that cannot be read (for want of descriptors, say) is owed: [`Tracker::trouble`] says why, and it is tried
 //! again, soon at first and then once a second. Events are applied meanwhile, but the table is not known to be true.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::model::{BootNs, Change, Event, ProcessId, Socket, SocketId};
+use crate::model::{BootNs, Change, Event, Process, ProcessId, Socket, SocketId};
 use crate::source::{Live, Probe, process};
 use crate::table::Table;
 
@@ -30,6 +30,8 @@ pub struct Tracker {
     table: Table,
     /// The earliest moment at which a stale table may be refreshed.
     refresh_at: Instant,
+    /// The earliest moment at which many processes may be read anew.
+    renew_at: Instant,
     read_at: BootNs,
     /// What happened while the first snapshot was read, until it is asked for.
     begun: Vec<Change>,
@@ -54,6 +56,9 @@ const MIN_REST: Duration = Duration::from_millis(2);
 /// Between two tries to read a snapshot that is owed, at most.
 const MAX_REST: Duration = Duration::from_secs(1);
 
+/// So many processes are read anew for every question: a few ms.
+const FEW_PROCESSES: usize = 100;
+
 /// Descriptors that are looked at for one question: a few ms.
 const MOST_LOOKED_AT: usize = 1000;
 
@@ -69,6 +74,7 @@ impl Tracker {
             live,
             table: Table::new(),
             refresh_at: Instant::now(),
+            renew_at: Instant::now(),
             read_at: 0,
             begun: Vec::new(),
             owed: None,
@@ -114,22 +120,26 @@ impl Tracker {
         changes
     }
 
-    /// Looks again at who the holders of these sockets run as: of setuid(2), by which servers give up what they needed to
-    /// bind their port, the kernel tells nothing.
-    pub fn renew_users(&mut self, of: &dyn Fn(&Socket) -> bool) -> Vec<Change> {
+    /// Reads the holders of these sockets anew: of a change of user, by which servers give up what they needed to bind their
+    /// port, and of another title, directory or parent the kernel tells nothing. Of many processes at most a fifth of the
+    /// time.
+    pub fn renew(&mut self, of: &dyn Fn(&Socket) -> bool) -> Vec<Change> {
         let listeners = self.table.listeners().filter(|listener| of(&listener.socket));
-        let holders =
-            listeners.flat_map(|listener| &listener.holders).map(|holder| (holder.process.id, &holder.process));
-        let mut looked_at = HashSet::new();
-        let changed: Vec<ProcessId> = holders
-            .filter(|(id, known)| {
-                looked_at.insert(*id) && process::uid_of(id.pid).is_some_and(|uid| known.uid != Some(uid))
-            })
-            .map(|(id, _)| id)
-            .collect();
+        let holders = listeners.flat_map(|listener| &listener.holders);
+        let known: HashMap<ProcessId, &Arc<Process>> =
+            holders.map(|holder| (holder.process.id, &holder.process)).collect();
+        let begun = Instant::now();
+        if known.len() > FEW_PROCESSES && begun < self.renew_at {
+            return Vec::new();
+        }
         let at = process::boot_ns_now();
-        let renewed = changed.into_iter().filter_map(process::read_exact);
-        renewed.flat_map(|process| self.table.apply(Event::Renewed { at, process: Arc::new(process) })).collect()
+        let read = |(id, known): (ProcessId, &Arc<Process>)| process::read_exact(id).filter(|now| is_news(now, known));
+        let renewed: Vec<Process> = known.into_iter().filter_map(read).collect();
+        self.renew_at = Instant::now() + begun.elapsed() * REST;
+        renewed
+            .into_iter()
+            .flat_map(|process| self.table.apply(Event::Renewed { at, process: Arc::new(process) }))
+            .collect()
     }
 
     /// Looks whether who holds these sockets still has the descriptors for it: of one that is closed while others hold the
@@ -233,4 +243,9 @@ impl Tracker {
         self.refresh_at = Instant::now() + (begun.elapsed() * REST).max(MIN_REST);
         Ok(changes)
     }
+}
+
+/// Whether a process is not what it was. One that ends, or is in the midst of exec, shows nothing of itself any more.
+fn is_news(now: &Process, known: &Process) -> bool {
+    now != known && (known.command.is_empty() || !now.command.is_empty())
 }

@@ -13,7 +13,7 @@ use super::troubles::{About, Troubles};
 use crate::history::{self, Recorder, Requester, Utc};
 use crate::kill::plan::same_socket;
 use crate::metrics::{Metrics, Totals};
-use crate::model::{Ancestor, BootNs, Change, Listener};
+use crate::model::{Ancestor, BootNs, Change, Listener, Socket};
 use crate::rules::queue::Due;
 use crate::rules::{Action, Enforced, Rule, State};
 use crate::select::Selector;
@@ -209,9 +209,14 @@ impl Core {
     /// Lets the rules that are due fire, each for its listener as it is now.
     fn fire(&mut self) {
         for Due { rule, id } in self.rules.take_due() {
+            self.renew(&|socket| same_socket(socket.id, id));
             let Some(listener) = self.tracker.table().listeners().find(|it| same_socket(it.socket.id, id)) else {
                 continue;
             };
+            if !rule.may_meet(listener) {
+                self.rules.does_not_meet(&rule.name, id);
+                continue;
+            }
             if let Err(error) = self.rules.fire(rule, listener.clone()) {
                 tracing::error!("{error:#}");
             }
@@ -267,21 +272,23 @@ impl Core {
         let now = process::boot_ns_now();
         match ask {
             Ask::List { selector, reply } => {
-                self.renew_users(&selector);
+                self.renew(&|socket| selector.matches_socket(socket));
                 let _ = reply.send(Ok(self.listeners(&selector, now)));
             }
             Ask::Who { selector, reply } => {
-                self.renew_users(&selector);
+                self.renew(&|socket| selector.matches_socket(socket));
                 let all = self.tracker.table().listeners().filter(|listener| selector.matches(listener, now));
                 let _ = reply.send(Ok(all.map(|listener| (listener.clone(), self.lineages.of(listener))).collect()));
             }
             Ask::Watch { selector, since, reply } => {
-                self.renew_users(&selector);
+                self.renew(&|socket| selector.matches_socket(socket));
                 let changes = self.subscribers.subscribe();
                 let listeners = self.listeners(&selector, now);
                 self.metrics.subscribers(self.subscribers.receiver_count());
                 // In this very turn: what was published before is what the history has been told.
-                let past = since.zip(self.history.as_ref()).map(|(from, history)| history.replay(from, MAX_PAST + 1));
+                let past = since
+                    .zip(self.history.as_ref())
+                    .map(|(from, history)| history.replay(from, MAX_PAST + 1, selector.clone()));
                 let _ = reply.send(Ok(Subscription { at: now, listeners, changes, past }));
             }
             Ask::Status { reply } => {
@@ -289,14 +296,16 @@ impl Core {
             }
             Ask::Killed(killed) => self.remember(*killed),
             Ask::Rules { reply } => {
+                let rules: Vec<Selector> = self.rules.selectors().cloned().collect();
+                self.renew(&|socket| rules.iter().any(|rule| rule.matches_socket(socket)));
                 let _ = reply.send(Ok(self.rules.states(self.tracker.table().listeners())));
             }
             Ask::ReplaceRules { rules } => self.replace_rules(rules),
         }
     }
 
-    fn renew_users(&mut self, selector: &Selector) {
-        let changes = self.tracker.renew_users(&|socket| selector.matches_socket(socket));
+    fn renew(&mut self, of: &dyn Fn(&Socket) -> bool) {
+        let changes = self.tracker.renew(of);
         if !changes.is_empty() {
             self.publish(changes);
         }

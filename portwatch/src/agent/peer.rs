@@ -21,8 +21,9 @@ use super::kill::{self, Kills};
 use super::load::{Answer, Load, Place, Turn};
 use super::policy::Policy;
 use super::socket::Socket;
-use crate::history::{self, Lives, Reader};
+use crate::history::{self, Lives, Reader, State};
 use crate::model::{Ancestor, Listener};
+use crate::rules;
 use crate::select::{Filters, Selector};
 use crate::source::{origin, process, stat};
 use crate::wire::{ErrorKind, Kill, MAX_REQUEST, Request, Response, Selection, VERSION};
@@ -325,7 +326,7 @@ impl Peer {
         limit: usize,
     ) -> Result<(), End> {
         let Some(selector) = self.selector(selection, identity).await? else { return Ok(()) };
-        let Some(path) = self.status().await?.history.map(|history| history.path) else {
+        let Some(health) = self.status().await?.history else {
             return self.refuse(ErrorKind::Failed, NO_HISTORY).await;
         };
         let mut turn = place.turn(Answer::History).await;
@@ -333,7 +334,11 @@ impl Peer {
             let clock = super::clock();
             let now = history::clock(clock.now_wall, clock.tz.clone()).now_boot_ns;
             let selector = selector.ahead_by(now.saturating_sub(clock.now_boot_ns));
-            Reader::open(&path, &clock)?.lives(&selector, from, now, limit.min(MAX_LIVES))
+            match Reader::open(&health.path, &clock) {
+                // Nothing is written yet.
+                Err(_) if health.state == State::Starting => Ok(Lives { lives: Vec::new(), more: false }),
+                opened => opened?.lives(&selector, from, now, limit.min(MAX_LIVES)),
+            }
         };
         // SQLite blocks: not this thread, which has a table to keep.
         let answer = tokio::task::spawn_blocking(query).await.map_err(|_| End::Stopped)?;
@@ -395,6 +400,12 @@ impl Peer {
             Ok(rules) => rules,
             Err(trouble) => return self.refuse(ErrorKind::Failed, &trouble).await,
         };
+        let look = move || {
+            let mut rules = rules;
+            rules.iter_mut().for_each(rules::State::look);
+            rules
+        };
+        let rules = tokio::task::spawn_blocking(look).await.map_err(|_| End::Stopped)?;
         if rules.iter().map(|rule| 1 + rule.matches.len()).sum::<usize>() <= FEW {
             turn.was_small();
         }

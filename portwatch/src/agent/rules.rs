@@ -19,6 +19,7 @@ use crate::kill::text;
 use crate::model::{BootNs, Change, Listener, SocketId};
 use crate::rules::queue::Due;
 use crate::rules::{self, Enforced, Queue, Rule, State};
+use crate::select::Selector;
 use crate::source::{Probe, Scanner, process};
 
 /// What a rule is to do, and what it did.
@@ -101,6 +102,9 @@ impl Rules {
         tokio::select! {
             Some(done) = self.done.1.recv() => {
                 self.pending.remove(&(done.rule.name.clone(), done.listener.socket.id));
+                if done.result.as_ref().is_ok_and(|done| done.listeners.is_empty()) {
+                    self.does_not_meet(&done.rule.name, done.listener.socket.id);
+                }
                 Step::Done(Box::new(done))
             }
             () = self.alarm.until(self.queue.next()) => Step::Due,
@@ -110,6 +114,15 @@ impl Rules {
     /// What is due now.
     pub(super) fn take_due(&mut self) -> Vec<Due> {
         self.queue.take_due(process::boot_ns_now())
+    }
+
+    /// What was due is not met by the rule.
+    pub(super) fn does_not_meet(&mut self, rule: &str, id: SocketId) {
+        self.queue.does_not_meet(rule, id, process::boot_ns_now());
+    }
+
+    pub(super) fn selectors(&self) -> impl Iterator<Item = &Selector> {
+        self.queue.rules().iter().map(|rule| &rule.selector)
     }
 
     /// Lets a rule fire for a listener, after those that fired before.
@@ -198,7 +211,7 @@ mod tests {
     use super::*;
     use crate::model::Socket;
     use crate::rules::Action;
-    use crate::select::{Filters, Selector, Target};
+    use crate::select::{Filters, Target};
     use crate::source::Tier;
 
     const POLL: Probe = Probe::Only(Tier::Poll);

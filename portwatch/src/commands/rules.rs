@@ -27,7 +27,8 @@ A rule in /etc/portwatch/config.toml ends what is older than it should be:
   older_than = \"24h\"
   remove_cwd = \"/tmp/web_*\"
 
-There are command, unit, user and netns = \"all\" as well, action = \"report\" (tell the log, end nothing) and grace = \"5s\".
+There are except, proto, addr, command, env, cgroup, unit, user, orphans = true and netns = \"all\" as well, action =
+\"report\" (tell the log, end nothing) and grace = \"5s\".
 The agent reads them at its start and at SIGHUP. Nothing is ended here; portwatch agent --dry-run-rules ends nothing, too.")]
 pub(crate) struct RulesArgs {
     /// Rules of this file rather than those of the agent
@@ -86,5 +87,7 @@ fn alone(file: Option<&Path>, globals: &Globals) -> anyhow::Result<Vec<State>> {
     let listeners = scanner.scan(true, &is_met)?.listeners;
     let mut queue = Queue::default();
     queue.replace(rules.clone(), &listeners);
-    Ok(queue.states(&listeners, false))
+    let mut states = queue.states(&listeners, false);
+    states.iter_mut().for_each(State::look);
+    Ok(states)
 }

@@ -4,7 +4,10 @@
 //! [[rule]]
 //! name = "web"
 //! ports = "8080-9500"            # or 8080, or [8080, "9000-9500/tcp"]; a set of [sets] as @name
-//! cwd = "/tmp/web_*"             # as --cwd; command, unit and user likewise, each one or a list
+//! cwd = "/tmp/web_*"             # as --cwd; addr, cgroup, command, env, unit and user likewise, each one or a list
+//! except = 8443                  # as ports
+//! proto = "tcp"                  # or "udp"
+//! orphans = true                 # as --orphans
 //! netns = "all"                  # "self", else; or a number
 //! older_than = "24h"
 //! action = "kill"                # or "report": tell the log
@@ -12,6 +15,7 @@
 //! remove_cwd = "/tmp/web_*"      # as kill --remove-cwd
 //! ```
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use globset::GlobMatcher;
@@ -19,9 +23,9 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::{Bad, duration, parse, sets_in, targets_of};
-use crate::model::NetnsId;
+use crate::model::{NetnsId, Protocol};
 use crate::rules::{Action, Rule};
-use crate::select::{Filters, Selector, Sets, Target, builtin_sets, glob, parse_targets, unit_glob};
+use crate::select::{Filters, Selector, Sets, Target, builtin_sets, cgroup_path, glob, parse_targets, unit_glob};
 use crate::sweep::directory_glob;
 
 /// What the host knows and a text does not.
@@ -37,7 +41,10 @@ impl std::fmt::Debug for LookUp<'_> {
     }
 }
 
-const KEYS: &str = "name, ports, command, cwd, unit, user, netns, older_than, action, grace and remove_cwd";
+const KEYS: &str = "name, ports, except, proto, addr, command, cwd, env, cgroup, unit, user, orphans, netns, older_than, \
+                    action, grace and remove_cwd";
+
+const EMPTY: &str = "it would meet every server; give it ports, addr, command, cwd, env, cgroup, unit, user or orphans";
 
 /// How long SIGTERM may take, as for `kill`.
 const GRACE: Duration = Duration::from_secs(5);
@@ -90,6 +97,15 @@ fn rule(
         let result = match &**key.get_ref() {
             "name" => Ok(()),
             "ports" => each(value, &|item| ports(item, sets)).map(|found| targets = found.concat()),
+            "except" => each(value, &|item| ports(item, sets)).map(|found| filters.except = found.concat()),
+            "proto" => proto(value).map(|found| match found {
+                Protocol::Tcp => filters.tcp = true,
+                Protocol::Udp => filters.udp = true,
+            }),
+            "addr" => each(value, &address).map(|found| filters.addresses = found),
+            "env" => each(value, &|item| word(item)?.parse()).map(|found| filters.variables = found),
+            "cgroup" => each(value, &|item| cgroup_path(word(item)?)).map(|found| filters.cgroups = found),
+            "orphans" => truth(value).map(|found| filters.orphans = found),
             "command" => globs(value, glob).map(|found| filters.commands = found),
             "cwd" => globs(value, glob).map(|found| filters.cwds = found),
             "unit" => globs(value, unit_glob).map(|found| filters.units = found),
@@ -116,7 +132,7 @@ fn rule(
     let missing = |what: &str| Bad::new(text, &entry.span(), in_rule(what.to_owned()));
     let selector = Selector::new(targets, filters);
     if selector.is_empty() {
-        return Err(missing("it would meet every server; give it ports, command, cwd, unit or user"));
+        return Err(missing(EMPTY));
     }
     let older_than = older_than.ok_or_else(|| missing("it says no age; give it older_than = \"24h\""))?;
     if action == Action::Report && remove_cwd.is_some() {
@@ -150,6 +166,26 @@ fn globs(
     compile: fn(&str) -> Result<GlobMatcher, String>,
 ) -> Result<Vec<GlobMatcher>, String> {
     each(value, &|item| compile(word(item)?))
+}
+
+fn address(value: &Spanned<DeValue<'_>>) -> Result<IpAddr, String> {
+    let text = word(value)?;
+    text.parse().map_err(|_| format!("'{}' is no IP address", text.escape_debug()))
+}
+
+fn proto(value: &Spanned<DeValue<'_>>) -> Result<Protocol, String> {
+    match value.get_ref() {
+        DeValue::String(word) if word == "tcp" => Ok(Protocol::Tcp),
+        DeValue::String(word) if word == "udp" => Ok(Protocol::Udp),
+        _ => Err("it is neither \"tcp\" nor \"udp\"".to_owned()),
+    }
+}
+
+fn truth(value: &Spanned<DeValue<'_>>) -> Result<bool, String> {
+    match value.get_ref() {
+        DeValue::Boolean(truth) => Ok(*truth),
+        _ => Err("it is neither true nor false".to_owned()),
+    }
 }
 
 fn ports(value: &Spanned<DeValue<'_>>, sets: &Sets) -> Result<Vec<Target>, String> {
@@ -207,6 +243,12 @@ mod tests {
             cwd = ["/tmp/web_*", "/tmp/x"]
             user = ["al", 5]
             unit = "my.service"
+            except = [8085, "@dev"]
+            proto = "tcp"
+            addr = "127.0.0.1"
+            env = ["JOB", "CI=1"]
+            cgroup = "/sys/fs/cgroup/ci"
+            orphans = true
             netns = "all"
             older_than = "24h"
             grace = "10s"
@@ -219,7 +261,8 @@ mod tests {
         "#;
         let [web, tell] = &rules(text).unwrap()[..] else { panic!("two rules") };
         let expected = serde_json::json!({"targets": ["8080-8090", "8000", "9000-9500/tcp"], "uids": [1000, 5],
-            "commands": ["python*"], "cwds": ["/tmp/web_*", "/tmp/x"], "units": ["my.service"], "netns": "all"});
+            "commands": ["python*"], "cwds": ["/tmp/web_*", "/tmp/x"], "units": ["my.service"], "except": ["8085", "3000", "8000", "8080"], "tcp": true, "addresses": ["127.0.0.1"],
+            "env": ["JOB", "CI=1"], "cgroups": ["/ci"], "orphans": true, "netns": "all"});
         assert_eq!(serde_json::to_value(Selection::of(&web.selector)).unwrap(), expected);
         assert_eq!((web.older_than, web.grace), (Duration::from_hours(24), Duration::from_secs(10)));
         assert_eq!(
@@ -244,18 +287,18 @@ mod tests {
             (
                 "[[rule]]\nname = 'x'\nolder_than = '1h'",
                 1,
-                "rule 'x': it would meet every server; give it ports, command, cwd, unit or user",
+                "rule 'x': it would meet every server; give it ports, addr, command, cwd, env, cgroup, unit, user or orphans",
             ),
             (
                 "[[rule]]\nname = 'x'\nnetns = 'all'\nolder_than = '1h'",
                 1,
-                "rule 'x': it would meet every server; give it ports, command, cwd, unit or user",
+                "rule 'x': it would meet every server; give it ports, addr, command, cwd, env, cgroup, unit, user or orphans",
             ),
             ("[[rule]]\nname = 'x'\nports = 1", 1, "rule 'x': it says no age; give it older_than = \"24h\""),
             (
                 "[[rule]]\nname = 'x'\nport = 1",
                 3,
-                "rule 'x': there is no 'port'; a rule has name, ports, command, cwd, unit, user, netns, older_than, action, grace and remove_cwd",
+                "rule 'x': there is no 'port'; a rule has name, ports, except, proto, addr, command, cwd, env, cgroup, unit, user, orphans, netns, older_than, action, grace and remove_cwd",
             ),
             ("[[rule]]\nname = 'x'\nports = 0", 3, "rule 'x': ports: '0' is out of range; ports go from 1 to 65535"),
             ("[[rule]]\nname = 'x'\nports = []", 3, "rule 'x': ports: the list is empty; leave it out, or fill it"),
@@ -266,6 +309,10 @@ mod tests {
                 3,
                 "rule 'x': user: no user is called 'eve'; use a name of this host or a uid",
             ),
+            ("[[rule]]\nname = 'x'\nproto = 'icmp'", 3, "rule 'x': proto: it is neither \"tcp\" nor \"udp\""),
+            ("[[rule]]\nname = 'x'\naddr = 'home'", 3, "rule 'x': addr: 'home' is no IP address"),
+            ("[[rule]]\nname = 'x'\nenv = '=1'", 3, "rule 'x': env: use NAME or NAME=VALUE"),
+            ("[[rule]]\nname = 'x'\norphans = 1", 3, "rule 'x': orphans: it is neither true nor false"),
             (
                 "[[rule]]\nname = 'x'\nolder_than = 5",
                 3,

@@ -1,11 +1,12 @@
 //! Questions to the store, on a connection that cannot write.
 
+use std::iter;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, params, params_from_iter};
+use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, params_from_iter};
 use serde::{Deserialize, Serialize};
 
 use super::record::Wall;
@@ -73,15 +74,10 @@ impl Reader {
     }
 
     fn find(&self, selector: &Selector, from: Utc, now: Utc, limit: usize) -> rusqlite::Result<Lives> {
-        let ranges: Vec<(u16, u16)> =
-            selector.targets().iter().map(|target| (*target.ports.start(), *target.ports.end())).collect();
-        let narrow = !ranges.is_empty() && ranges.len() <= MAX_RANGES;
+        let ports = Ports::of(selector);
         let mut sql = format!("SELECT {} FROM life WHERE (until IS NULL OR until >= ?)", rows::life_columns());
-        let mut values = vec![from.cast_signed()];
-        if narrow {
-            sql.push_str(&format!(" AND ({})", vec!["port BETWEEN ? AND ?"; ranges.len()].join(" OR ")));
-            values.extend(ranges.iter().flat_map(|&(first, last)| [i64::from(first), i64::from(last)]));
-        }
+        sql.push_str(&ports.condition);
+        let values = iter::once(from.cast_signed()).chain(ports.values);
         sql.push_str(" ORDER BY seen DESC, id DESC");
         let mut found = Vec::new();
         let mut more = false;
@@ -106,26 +102,21 @@ impl Reader {
         Ok(Lives { lives, more })
     }
 
-    /// What happened since `from`, oldest first: opens, closes and conflicts, the latest `limit` of them. Their times are
-    /// in [`Utc`]; [`super::clock`] renders them. What nobody saw happen (a close while the agent was away) is not told.
-    pub fn since(&self, from: Utc, limit: usize) -> anyhow::Result<Vec<Change>> {
-        self.replay(from, limit).map_err(|error| failure(&error).context("cannot replay the history"))
+    /// What happened since `from` on the ports that the selector picks, oldest first: opens, closes and conflicts, the latest
+    /// `limit` of them. Their times are in [`Utc`]; [`super::clock`] renders them. What nobody saw happen (a close while the
+    /// agent was away) is not told. Who held a port is for the caller to look at.
+    pub fn since(&self, from: Utc, limit: usize, selector: &Selector) -> anyhow::Result<Vec<Change>> {
+        self.replay(from, limit, selector).map_err(|error| failure(&error).context("cannot replay the history"))
     }
 
-    fn replay(&self, from: Utc, limit: usize) -> rusqlite::Result<Vec<Change>> {
-        let bounds = params![from.cast_signed(), i64::try_from(limit).unwrap_or(i64::MAX)];
+    fn replay(&self, from: Utc, limit: usize, selector: &Selector) -> rusqlite::Result<Vec<Change>> {
         let mut changes: Vec<(Utc, Change)> = Vec::new();
-        let columns = rows::life_columns();
-        let sql = format!("SELECT {columns} FROM life WHERE seen >= ? ORDER BY seen DESC LIMIT ?");
-        for life in self.db.prepare(&sql)?.query_map(bounds, |row| self.read(row))? {
-            let (_, life) = life?;
+        for life in self.lives_by("seen", from, limit, selector)? {
             if let Some(at) = life.opened {
                 changes.push((at, Change::Opened { at, listener: life.listener() }));
             }
         }
-        let sql = format!("SELECT {columns} FROM life WHERE until >= ? ORDER BY until DESC LIMIT ?");
-        for life in self.db.prepare(&sql)?.query_map(bounds, |row| self.read(row))? {
-            let (_, life) = life?;
+        for life in self.lives_by("until", from, limit, selector)? {
             if let Some(end) = life.end.as_ref().filter(|end| end.how.is_observed() || end.how == Ended::Lost) {
                 let by = end.by.as_ref().map(|by| closer(by, life.binder.as_ref()));
                 let listener = life.listener();
@@ -135,9 +126,12 @@ impl Reader {
                 changes.push((end.at, Change::Closed { at: end.at, listener, by }));
             }
         }
+        let Ports { condition, values } = Ports::of(selector);
         let columns = rows::conflict_columns();
-        let sql = format!("SELECT {columns} FROM conflict WHERE last >= ? ORDER BY last DESC LIMIT ?");
-        for refused in self.db.prepare(&sql)?.query_map(bounds, rows::attempt)? {
+        let sql = format!("SELECT {columns} FROM conflict WHERE last >= ?{condition} ORDER BY last DESC LIMIT ?");
+        let limit_of_rows = i64::try_from(limit).unwrap_or(i64::MAX);
+        let values = iter::once(from.cast_signed()).chain(values).chain([limit_of_rows]);
+        for refused in self.db.prepare(&sql)?.query_map(params_from_iter(values), rows::attempt)? {
             let (at, attempt, life) = refused?;
             let held_by = self.life(life)?.map(|life| life.listener());
             changes.push((at, Change::Conflict { at, attempt, held_by }));
@@ -146,6 +140,21 @@ impl Reader {
         changes.sort_by_key(|(at, change)| (*at, matches!(change, Change::Opened { .. })));
         let surplus = changes.len().saturating_sub(limit);
         Ok(changes.drain(surplus..).map(|(_, change)| change).collect())
+    }
+
+    /// The latest `limit` lives of which the moment in this column is not before `from`, and whose sockets are picked.
+    fn lives_by(&self, column: &str, from: Utc, limit: usize, selector: &Selector) -> rusqlite::Result<Vec<Life>> {
+        let Ports { condition, values } = Ports::of(selector);
+        let columns = rows::life_columns();
+        let sql = format!("SELECT {columns} FROM life WHERE {column} >= ?{condition} ORDER BY {column} DESC");
+        let mut statement = self.db.prepare(&sql)?;
+        let values = params_from_iter(iter::once(from.cast_signed()).chain(values));
+        let lives = statement.query_map(values, |row| self.read(row).map(|(_, life)| life))?;
+        let is_picked = |life: &rusqlite::Result<Life>| match life {
+            Ok(life) => selector.matches_socket(&life.listener().socket),
+            Err(_) => true,
+        };
+        lives.filter(is_picked).take(limit).collect()
     }
 
     fn read(&self, row: &rusqlite::Row<'_>) -> rusqlite::Result<(i64, Life)> {
@@ -185,6 +194,24 @@ impl Reader {
             self.db.prepare_cached(&sql)?.query_map([life], kill)?.collect::<rusqlite::Result<_>>()?;
         kills.reverse();
         Ok(kills)
+    }
+}
+
+/// The ports of a selector as a condition in SQL that begins with AND; empty where it names none, or too many.
+struct Ports {
+    condition: String,
+    values: Vec<i64>,
+}
+
+impl Ports {
+    fn of(selector: &Selector) -> Ports {
+        let ranges = selector.targets().iter().map(|target| [*target.ports.start(), *target.ports.end()]);
+        let values: Vec<i64> = ranges.flatten().map(i64::from).collect();
+        let count = values.len() / 2;
+        if count == 0 || count > MAX_RANGES {
+            return Ports { condition: String::new(), values: Vec::new() };
+        }
+        Ports { condition: format!(" AND ({})", vec!["port BETWEEN ? AND ?"; count].join(" OR ")), values }
     }
 }
 

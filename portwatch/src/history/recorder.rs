@@ -27,6 +27,7 @@ use super::store::{Boot, Session, Store};
 use super::{Ended, Health, Reader, Retention, State, Utc, utc};
 use crate::model::{BootNs, Change, Listener};
 use crate::render::Clock;
+use crate::select::Selector;
 use crate::source::{process, stat};
 
 /// Records that wait: in the queue, and as many in the writer's hands.
@@ -60,6 +61,7 @@ enum Message {
     Replay {
         from: Utc,
         limit: usize,
+        selector: Box<Selector>,
         reply: oneshot::Sender<anyhow::Result<Vec<Change>>>,
     },
 }
@@ -170,10 +172,15 @@ impl Recorder {
     /// What happened from `from` until now, as [`super::Reader::since`] tells it: the changes told so far and none that
     /// follows, for the writer reads it, between what was told before and what is told after. Does not wait; the answer
     /// never comes where the writer is too far behind, or gone.
-    pub fn replay(&self, from: Utc, limit: usize) -> oneshot::Receiver<anyhow::Result<Vec<Change>>> {
+    pub fn replay(
+        &self,
+        from: Utc,
+        limit: usize,
+        selector: Box<Selector>,
+    ) -> oneshot::Receiver<anyhow::Result<Vec<Change>>> {
         let (reply, answer) = oneshot::channel();
         // Dropped with its message, it tells the other end.
-        let _ = self.queue.try_send(Message::Replay { from, limit, reply });
+        let _ = self.queue.try_send(Message::Replay { from, limit, selector, reply });
         answer
     }
 
@@ -251,7 +258,9 @@ impl Writer {
                 match next {
                     Ok(Message::Record(record)) => text += self.take(*record),
                     Ok(Message::Flush(done)) => flush = Some(done),
-                    Ok(Message::Replay { from, limit, reply }) => replay = Some((from, limit, reply)),
+                    Ok(Message::Replay { from, limit, selector, reply }) => {
+                        replay = Some((from, limit, selector, reply));
+                    }
                     Err(TryRecvError::Empty | TryRecvError::Disconnected) => break,
                 }
                 let is_awaited = flush.is_some() || replay.is_some();
@@ -269,8 +278,8 @@ impl Writer {
             if let Some(done) = flush {
                 let _ = done.send(());
             }
-            if let Some((from, limit, reply)) = replay {
-                let _ = reply.send(self.replay(from, limit));
+            if let Some((from, limit, selector, reply)) = replay {
+                let _ = reply.send(self.replay(from, limit, &selector));
             }
         }
         self.write();
@@ -335,12 +344,12 @@ impl Writer {
     }
 
     /// What is not written yet would be missing, so that it must be first.
-    fn replay(&self, from: Utc, limit: usize) -> anyhow::Result<Vec<Change>> {
+    fn replay(&self, from: Utc, limit: usize, selector: &Selector) -> anyhow::Result<Vec<Change>> {
         if !self.pending.is_empty() || self.rest.is_some() {
             let reason = self.shared.health().reason.clone().unwrap_or_default();
             anyhow::bail!("the history is not up to date: {reason}");
         }
-        Reader::open(&self.path, &process::clock(TimeZone::UTC))?.since(from, limit)
+        Reader::open(&self.path, &process::clock(TimeZone::UTC))?.since(from, limit, selector)
     }
 
     /// Makes way for a new file; false where that is not the remedy, or fails.

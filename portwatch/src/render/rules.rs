@@ -78,13 +78,24 @@ fn title(state: &State, own: NetnsId, view: &View<'_>) -> String {
         (Action::Kill, true) => "would end",
         (Action::Report, _) => "reports",
     };
-    let Selection { targets, commands, cwds, units, uids, netns, .. } = &state.selection;
+    let Selection { targets, tcp, udp, addresses, except, commands, cwds, env, cgroups, units, .. } = &state.selection;
+    let Selection { uids, orphans, netns, .. } = &state.selection;
     let mut parts = Vec::new();
     if !targets.is_empty() {
         parts.push(targets.join(" "));
     }
+    parts.extend(except.iter().map(|target| format!("except {target}")));
+    parts.extend(
+        [(tcp, "tcp"), (udp, "udp"), (orphans, "orphans")]
+            .map(|(on, word)| on.then(|| word.to_owned()))
+            .into_iter()
+            .flatten(),
+    );
+    parts.extend(addresses.iter().map(|address| format!("address {address}")));
     let users: Vec<String> = uids.iter().map(|&uid| view.user(uid)).collect();
-    for (name, values) in [("command", commands), ("cwd", cwds), ("unit", units), ("user", &users)] {
+    let words =
+        [("command", commands), ("cwd", cwds), ("env", env), ("cgroup", cgroups), ("unit", units), ("user", &users)];
+    for (name, values) in words {
         parts.extend(values.iter().map(|value| format!("{name} {}", escape(value))));
     }
     match netns {

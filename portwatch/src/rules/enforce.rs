@@ -7,7 +7,7 @@ use crate::kill::plan::same_socket;
 use crate::kill::{Choice, Guards, Job, Options, Outcome, Terms};
 use crate::model::Listener;
 use crate::select::{Filters, Selector, Target};
-use crate::source::{Scanner, process};
+use crate::source::{Scanner, origin, process};
 
 /// What a rule did.
 #[derive(Debug)]
@@ -15,6 +15,11 @@ pub struct Enforced {
     /// What was to be ended, as it was found; empty where it was gone already, or is not met by the rule any more.
     pub listeners: Vec<Listener>,
     pub outcomes: Vec<Outcome>,
+}
+
+/// Rules may know what root may: it is root's configuration that asks.
+pub(super) fn with_facts(selector: Selector) -> Selector {
+    selector.with_facts(origin::facts(0))
 }
 
 /// Lets the rule fire for a listener that is old enough. Reads who has the socket now: nothing happens where that is
@@ -29,7 +34,8 @@ pub fn enforce(rule: &Rule, listener: &Listener, scanner: &mut Scanner, dry_run:
     let here = Filters { netns: Some(socket.netns), ..Filters::default() };
     let mut choice = Choice::read(scanner, &Selector::new(vec![target], here)).context("cannot look at the port")?;
     let now = process::boot_ns_now();
-    let is_meant = |found: &Listener| same_socket(found.socket.id, socket.id) && rule.selector.matches(found, now);
+    let selector = with_facts(rule.selector.clone());
+    let is_meant = |found: &Listener| same_socket(found.socket.id, socket.id) && selector.matches(found, now);
     let (meant, others): (Vec<_>, Vec<_>) = choice.selected.into_iter().partition(is_meant);
     choice.selected = meant;
     choice.left_out.extend(others);

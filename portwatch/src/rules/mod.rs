@@ -37,6 +37,14 @@ pub struct Rule {
     pub remove_cwd: Option<GlobMatcher>,
 }
 
+impl Rule {
+    /// Whether it meets the listener as far as is known without looking things up of its holders.
+    pub fn may_meet(&self, listener: &Listener) -> bool {
+        // Age is not among what the selector asks.
+        self.selector.clone().without_facts().matches(listener, 0)
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Action {
@@ -58,6 +66,17 @@ pub struct State {
     pub dry_run: bool,
     /// Sorted by when it fires.
     pub matches: Vec<Match>,
+}
+
+impl State {
+    /// Leaves out what waits for its age and is not met by its holders, at which the [`Queue`] does not look. May read a few
+    /// files of /proc for each match.
+    pub fn look(&mut self) {
+        // The selection is one of a rule that was read: it means something, and names its namespace.
+        let Ok(selector) = self.selection.selector(None) else { return };
+        let selector = enforce::with_facts(selector);
+        self.matches.retain(|it| selector.matches(&it.listener, 0));
+    }
 }
 
 /// A listener that a rule meets.

@@ -6,6 +6,8 @@
 //!      ▲                                       │                         │         report: never again
 //!      └────────────── closed ─────────────────┴─────────────────────────┘
 //! ```
+//! Who holds a listener may change its title, its directory or its parent, and nobody is told: so a listener waits for its
+//! age wherever its socket is met, and when it is old enough it is seen whether its holders are.
 
 use std::collections::{BTreeSet, HashMap};
 use std::time::Duration;
@@ -80,13 +82,31 @@ impl Queue {
             let entry = self.entries.get_mut(&key).and_then(|all| all.iter_mut().find(|entry| entry.rule == rule));
             let (Some(entry), Some(it)) = (entry, self.rules.get(rule)) else { continue };
             entry.fired = true;
-            entry.at = (it.action == Action::Kill).then(|| now.saturating_add(nanoseconds(it.older_than.max(AGAIN))));
+            entry.at = (it.action == Action::Kill).then(|| again(it, now));
             if let Some(at) = entry.at {
                 self.deadlines.insert((at, key, rule));
             }
             due.push(Due { rule: it.clone(), id: entry.id });
         }
         due
+    }
+
+    /// What fired was not met after all. It is looked at again when its holders change; and where a rule asks for what changes
+    /// by itself, such as a lost parent, once it is as old again.
+    pub fn does_not_meet(&mut self, rule: &str, id: SocketId, now: BootNs) {
+        let Some(index) = self.rules.iter().position(|it| it.name == rule) else { return };
+        let Some(key) = keys(id).find(|key| self.entries.contains_key(key)) else { return };
+        let entry = self.entries.get_mut(&key).and_then(|all| all.iter_mut().find(|entry| entry.rule == index));
+        let Some(entry) = entry.filter(|entry| entry.fired) else { return };
+        if let Some(at) = entry.at {
+            self.deadlines.remove(&(at, key, index));
+        }
+        let rule = &self.rules[index];
+        entry.fired = false;
+        entry.at = rule.selector.needs_facts().then(|| again(rule, now));
+        if let Some(at) = entry.at {
+            self.deadlines.insert((at, key, index));
+        }
     }
 
     /// The rules as they stand, for these listeners, which are all that there are.
@@ -119,8 +139,7 @@ impl Queue {
         let Some(key) = keys(listener.socket.id).next() else { return };
         let mut entries = Vec::new();
         for (index, rule) in self.rules.iter().enumerate() {
-            // Age is not among what the rule's selector asks.
-            if !rule.selector.matches(listener, 0) {
+            if !rule.selector.matches_socket(&listener.socket) {
                 continue;
             }
             let fired = before.iter().find(|entry| entry.rule == index && entry.fired);
@@ -157,6 +176,10 @@ fn keys(id: SocketId) -> impl Iterator<Item = Key> {
     [(true, id.cookie), (false, id.inode)].into_iter().filter(|(_, number)| *number != 0)
 }
 
+fn again(rule: &Rule, now: BootNs) -> BootNs {
+    now.saturating_add(nanoseconds(rule.older_than.max(AGAIN)))
+}
+
 fn nanoseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
@@ -167,7 +190,7 @@ mod tests {
 
     use super::*;
     use crate::model::{Holder, Process, ProcessId, Socket};
-    use crate::select::{Filters, Selector, Sets, parse_targets};
+    use crate::select::{Filters, Selector, Sets, glob, parse_targets};
 
     const SECOND: u64 = 1_000_000_000;
 
@@ -244,6 +267,28 @@ mod tests {
         // What fired stays fired, whoever holds it now.
         queue.change(&Change::Holders { at: SECOND, listener: listener(8020, Some(3 * SECOND), 0) });
         assert_eq!(queue.next(), Some(102 * SECOND));
+    }
+
+    #[test]
+    fn what_is_not_met_when_it_is_due_waits_for_other_holders_or_for_as_long_again() {
+        let with = |name, change: fn(&mut Filters)| {
+            let rule = rule(name, "8000", 100, Action::Report);
+            Rule { selector: rule.selector.filtered(change), ..rule }
+        };
+        let mut queue = Queue::default();
+        let orphans = with("orphans", |filters| filters.orphans = true);
+        let named = with("named", |filters| filters.commands = vec![glob("other").unwrap()]);
+        let server = listener(8000, Some(SECOND), 0);
+        queue.replace(vec![orphans, named], [&server]);
+        assert_eq!(due(&mut queue, 101 * SECOND).len(), 2);
+        assert_eq!(queue.next(), None, "a report is made once");
+        for name in ["orphans", "named", "another"] {
+            queue.does_not_meet(name, server.socket.id, 101 * SECOND);
+        }
+        assert_eq!(queue.next(), Some(201 * SECOND), "but none was made");
+        assert_eq!(due(&mut queue, 201 * SECOND), [("orphans".to_owned(), 8000)]);
+        queue.change(&Change::Holders { at: 202 * SECOND, listener: server });
+        assert_eq!(due(&mut queue, 202 * SECOND), [("named".to_owned(), 8000)]);
     }
 
     #[test]

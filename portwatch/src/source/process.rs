@@ -142,11 +142,6 @@ fn open(pid: u32) -> Option<OwnedFd> {
     rustix::fs::openat(CWD, path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).ok()
 }
 
-/// Effective uid of whoever has the PID now.
-pub fn uid_of(pid: u32) -> Option<u32> {
-    rustix::fs::stat(format!("/proc/{pid}")).ok().map(|status| status.st_uid)
-}
-
 /// Whether the descriptor of the process leads to the socket of this inode; `None` where that may not be known. Threads
 /// may live on without their leader, whose own table of descriptors is gone then.
 pub fn has_socket(pid: u32, fd: u32, inode: u64) -> Option<bool> {

@@ -346,25 +346,33 @@ impl Table {
         self.stir(process.id, at);
         if self.rows.renew_details(key(process.id), at) {
             self.rows.held_by(process.id).into_iter().for_each(|id| self.mark_row(id, at));
-            self.replace(at, &process, out);
+            self.replace(at, &process, |old| *old != *process, out);
         }
     }
 
+    /// A program may show another title or directory whenever it likes, of which nobody is told.
     fn renewed(&mut self, at: BootNs, process: &Arc<Process>, out: &mut Vec<Change>) {
         if self.rows.renew_details(key(process.id), at) {
-            self.replace(at, process, out);
+            let is_told = |old: &Process| (old.uid, &old.name) != (process.uid, &process.name);
+            self.replace(at, process, is_told, out);
         }
     }
 
     /// What is known of a holder, in every row that it holds.
-    fn replace(&mut self, at: BootNs, process: &Arc<Process>, out: &mut Vec<Change>) {
+    fn replace(
+        &mut self,
+        at: BootNs,
+        process: &Arc<Process>,
+        is_told: impl Fn(&Process) -> bool,
+        out: &mut Vec<Change>,
+    ) {
         for id in self.rows.held_by(process.id) {
             let Some(row) = self.rows.get_mut(id) else { continue };
             let holders = row.listener.holders.iter_mut();
             for holder in holders.filter(|holder| holder.process.id.is_same(process.id)) {
-                let differs = holder.process != *process;
+                let is_told = is_told(&holder.process);
                 holder.process = Arc::clone(process);
-                if differs {
+                if is_told {
                     out.push(Change::Holders { at, listener: row.listener.clone() });
                     break;
                 }

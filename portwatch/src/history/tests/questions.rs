@@ -88,7 +88,8 @@ fn what_happened_is_replayed_as_watch_would_have_shown_it() {
     run.change(&Change::Conflict { at: 71 * SECOND, attempt: attempt.clone(), held_by: Some(there.clone()) });
     run.change(&Change::Conflict { at: 72 * SECOND, attempt: Attempt { port: 1, ..attempt }, held_by: None });
     run.closed(73 * SECOND, &there).is_ok();
-    let changes = lab.reader(80 * SECOND).since(lab.utc(50 * SECOND), 100).unwrap();
+    let all = everything();
+    let changes = lab.reader(80 * SECOND).since(lab.utc(50 * SECOND), 100, &all).unwrap();
     let (now_wall, users) = (lab.clock(80 * SECOND).now_wall, |_| None);
     let view = View { clock: clock(now_wall, TimeZone::UTC), users: &users, euid: 0, width: None, colours: false };
     let time = |at: u64| view.clock.wall(lab.utc(at * SECOND)).strftime("%H:%M:%S%.3f").to_string();
@@ -107,9 +108,14 @@ fn what_happened_is_replayed_as_watch_would_have_shown_it() {
         format!("{} CLOSE tcp 127.0.0.1:7000 old ({own}) 1000", time(73)),
     ];
     check(&lines.join("\n"), &want.join("\n"));
-    let latest = lab.reader(80 * SECOND).since(lab.utc(50 * SECOND), 3).unwrap();
+    let latest = lab.reader(80 * SECOND).since(lab.utc(50 * SECOND), 3, &all).unwrap();
     assert_eq!(latest, changes[5..]);
-    assert_eq!(lab.reader(80 * SECOND).since(lab.utc(74 * SECOND), 100).unwrap(), []);
+    assert_eq!(lab.reader(80 * SECOND).since(lab.utc(74 * SECOND), 100, &all).unwrap(), []);
+    // However much happened on others.
+    let of_one = |targets: &[&str]| lab.reader(80 * SECOND).since(lab.utc(50 * SECOND), 2, &on(targets)).unwrap();
+    assert_eq!(of_one(&["9001/tcp"]), [changes[0].clone(), changes[3].clone()]);
+    assert_eq!(of_one(&["7000"]), [changes[5].clone(), changes[7].clone()]);
+    assert_eq!(of_one(&["9001/udp"]), []);
 }
 
 #[test]
