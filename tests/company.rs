@@ -131,11 +131,10 @@ impl Company {
     /// gone, or registered with an io_uring): what is read before and after has to be the same.
     pub fn compare(&mut self, agent: &Agent, step: &str) -> Result<usize, String> {
         self.calm();
-        // No event tells of a descriptor that was passed over a unix socket, nor of one that was closed while others hold
-        // the socket: the agent learns of them with the next change. This is it.
+        // No event tells of a descriptor that was passed over a unix socket: the agent learns of it with the snapshot after
+        // the next change. This is it, and the answer has to wait for that snapshot, for it is among what is asked for.
         let puppet = &self.players[0].puppet;
         let change = puppet.serve();
-        puppet.close(change.fd);
         let puppets: Vec<&Puppet> = self.players.iter().map(|player| &player.puppet).collect();
         let begun = Instant::now();
         loop {
@@ -158,6 +157,7 @@ impl Company {
                 if only.is_empty() { only } else { format!("{who} (left) and /proc (right), after {step}:\n{only}\n") }
             });
             let different = parts.concat();
+            puppet.close(change.fd);
             return if different.is_empty() { Ok(truth.len()) } else { Err(different) };
         }
     }

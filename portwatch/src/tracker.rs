@@ -59,8 +59,8 @@ const MAX_REST: Duration = Duration::from_secs(1);
 /// So many processes are read anew for every question: a few ms.
 const FEW_PROCESSES: usize = 100;
 
-/// Descriptors that are looked at for one question: a few ms.
-const MOST_LOOKED_AT: usize = 1000;
+/// Descriptors that are looked at for one question: a few ms. A snapshot is not much dearer than more of them.
+const MOST_LOOKED_AT: usize = 4000;
 
 impl Tracker {
     /// Attaches probes, then reads what is there already. `ring_bytes` as in [`Live::open`].
@@ -143,7 +143,8 @@ impl Tracker {
     }
 
     /// Looks whether who holds these sockets still has the descriptors for it: of one that is closed while others hold the
-    /// socket, as after passing it on, the kernel tells nothing. Where one is gone, the table asks for a snapshot.
+    /// socket, as after passing it on, the kernel tells nothing. Where one is gone, or they are too many to look at, the table
+    /// asks for a snapshot.
     pub fn doubt_holders(&mut self, of: &dyn Fn(&Socket) -> bool) {
         let listeners = self.table.listeners().filter(|listener| of(&listener.socket) && listener.socket.id.inode != 0);
         let held = listeners.flat_map(|listener| {
@@ -152,8 +153,13 @@ impl Tracker {
                 .iter()
                 .flat_map(|holder| holder.fds.iter().map(|fd| (listener.socket.id, holder.process.id.pid, *fd)))
         });
+        let held: Vec<(SocketId, u32, u32)> = held.take(MOST_LOOKED_AT + 1).collect();
         let is_gone = |(id, pid, fd): &(SocketId, u32, u32)| process::has_socket(*pid, *fd, id.inode) == Some(false);
-        let gone: Vec<SocketId> = held.take(MOST_LOOKED_AT).filter(is_gone).map(|(id, ..)| id).collect();
+        let gone: Vec<SocketId> = match held.len() > MOST_LOOKED_AT {
+            // One row in doubt has all of them read anew.
+            true => held.into_iter().take(1).map(|(id, ..)| id).collect(),
+            false => held.into_iter().filter(is_gone).map(|(id, ..)| id).collect(),
+        };
         let at = process::boot_ns_now();
         gone.into_iter().for_each(|id| self.table.doubt(id, at));
     }
