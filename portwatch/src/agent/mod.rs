@@ -133,6 +133,7 @@ async fn serve(config: Config, descriptors: usize, ready: impl FnOnce(&Tracker))
     let scrapes = config.metrics.map(http::bind).transpose()?;
     let tracker = Tracker::open(config.probe, config.ring_bytes)?;
     let history = config.history.map(|(path, retention)| Recorder::open(&path, retention, &clock()));
+    history.iter().for_each(|history| history.after_floods(give_back_memory));
     give_back_memory();
     ready(&tracker);
     let (asks, questions) = mpsc::channel(ASKS);

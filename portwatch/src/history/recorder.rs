@@ -12,7 +12,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, SyncSender, TryRecvError, TrySendError};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -37,6 +37,8 @@ const QUEUE_TEXT: usize = 8 << 20;
 /// A transaction has at most so many records, and so many bytes of text but for the last record.
 const BATCH: usize = 1024;
 const BATCH_TEXT: usize = 256 << 10;
+/// So many records without a pause leave free memory behind that is worth giving back.
+const FLOOD: usize = 10_000;
 /// Idle time after a try that failed, as a multiple of what it took.
 const REST: u32 = 4;
 
@@ -75,6 +77,7 @@ struct Shared {
     text: AtomicUsize,
     /// When the agent stopped, in good order.
     stopped: Mutex<Option<Utc>>,
+    after_flood: OnceLock<fn()>,
 }
 
 impl Shared {
@@ -108,6 +111,7 @@ impl Recorder {
             dropped: AtomicU64::new(0),
             text: AtomicUsize::new(0),
             stopped: Mutex::new(None),
+            after_flood: OnceLock::new(),
         });
         let mut writer = Writer::new(path, retention, session, Arc::clone(&shared));
         let spawned = thread::Builder::new().name("history".to_owned()).spawn(move || {
@@ -122,6 +126,11 @@ impl Recorder {
             health.reason = Some(format!("cannot start the history thread: {error}; raise the limit of threads"));
         }
         Recorder { queue, shared, resync: None, ended }
+    }
+
+    /// What the writer is to do when it has written the last of very many records, and rests. To be said once.
+    pub fn after_floods(&self, act: fn()) {
+        let _ = self.shared.after_flood.set(act);
     }
 
     /// Takes in what happened. `clock` is this moment, or one near to it.
@@ -249,19 +258,27 @@ impl Writer {
     fn run(&mut self, messages: &Receiver<Message>) {
         // So that a store that cannot be had is known at once.
         self.write();
+        let mut taken = 0;
         while let Ok(first) = messages.recv() {
             let mut text = 0;
             // At most one of them: each is answered before anything that follows is taken.
             let (mut flush, mut replay) = (None, None);
+            let mut is_over = false;
             let mut next = Ok(first);
             loop {
                 match next {
-                    Ok(Message::Record(record)) => text += self.take(*record),
+                    Ok(Message::Record(record)) => {
+                        taken += 1;
+                        text += self.take(*record);
+                    }
                     Ok(Message::Flush(done)) => flush = Some(done),
                     Ok(Message::Replay { from, limit, selector, reply }) => {
                         replay = Some((from, limit, selector, reply));
                     }
-                    Err(TryRecvError::Empty | TryRecvError::Disconnected) => break,
+                    Err(TryRecvError::Empty | TryRecvError::Disconnected) => {
+                        is_over = true;
+                        break;
+                    }
                 }
                 let is_awaited = flush.is_some() || replay.is_some();
                 if self.pending.len() >= BATCH || text >= BATCH_TEXT || is_awaited {
@@ -274,6 +291,12 @@ impl Writer {
                 self.write();
             }
             self.bound_pending();
+            if is_over && taken >= FLOOD {
+                taken = 0;
+                if let Some(act) = self.shared.after_flood.get() {
+                    act();
+                }
+            }
             // Whoever asked may have given up.
             if let Some(done) = flush {
                 let _ = done.send(());
