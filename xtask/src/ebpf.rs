@@ -200,6 +200,8 @@ impl Toolchain {
             .arg(&build_dir)
             .env("PATH", std::env::join_paths(path)?)
             .env("LD_LIBRARY_PATH", &self.llvm)
+            // What the committed objects were built with, whatever the release profile says.
+            .env("CARGO_PROFILE_RELEASE_DEBUG", "line-tables-only")
             .env("CARGO_ENCODED_RUSTFLAGS", rustflags);
         for program in PROGRAMS {
             self.cargo.args(["--bin", program]);
