@@ -125,7 +125,7 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
         .into());
     }
     if selector.is_empty() && !args.interactive {
-        return name_a_port(&selector, args, globals);
+        return name_a_port(&selector, globals);
     }
     if selector.filters().since.is_some() && !args.interactive {
         return leaks::run(args, selector, globals);
@@ -245,9 +245,9 @@ impl KillArgs {
 }
 
 /// Says that nothing was named, and what could be.
-fn name_a_port(selector: &Selector, args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
+fn name_a_port(selector: &Selector, globals: &Globals) -> anyhow::Result<ExitCode> {
     note("error: name a port to free, as in `portwatch kill 8000`, or a selector such as --cwd; listening now:");
-    let (listeners, _) = super::read(selector, &args.selectors, globals, false)?;
+    let (listeners, _) = super::read(selector, globals, false)?;
     let users = Users::default();
     let name = |uid| users.name(uid);
     let table = match listeners.is_empty() {

@@ -203,7 +203,6 @@ pub(crate) fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 /// What the selector picks, sorted by port, protocol and address, with the ancestors of each holder if wanted.
 pub(crate) fn read(
     selector: &Selector,
-    selectors: &Selectors,
     globals: &Globals,
     with_ancestors: bool,
 ) -> anyhow::Result<(Vec<Listener>, Ancestors)> {
@@ -218,7 +217,7 @@ pub(crate) fn read(
     let (mut listeners, ancestors) = match told {
         Some(told) => told,
         None => {
-            let listeners = scan(selector, selectors, globals)?;
+            let listeners = scan(selector, globals)?;
             let ancestors = if with_ancestors { ancestors_of(&listeners) } else { Ancestors::default() };
             (listeners, ancestors)
         }
@@ -243,14 +242,12 @@ async fn gather(mut client: Client) -> anyhow::Result<(Vec<Listener>, Ancestors)
 }
 
 /// The same without an agent.
-fn scan(selector: &Selector, selectors: &Selectors, globals: &Globals) -> anyhow::Result<Vec<Listener>> {
+fn scan(selector: &Selector, globals: &Globals) -> anyhow::Result<Vec<Listener>> {
     let mut scanner = Scanner::open(globals.probe);
     if let Some(reason) = scanner.refusal() {
         explain(globals, &format!("holders are read from {}: {reason}", scanner.method()));
     }
-    // Another namespace by number is found like any other: by reading all of them.
-    let all_netns = selectors.netns != Netns::Own;
-    let snapshot = scanner.scan(all_netns, &|socket| selector.matches_socket(socket))?;
+    let snapshot = scanner.scan_in(selector.filters().netns, &|socket| selector.matches_socket(socket))?;
     for text in scanner.notes() {
         explain(globals, text);
     }

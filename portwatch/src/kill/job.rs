@@ -74,13 +74,13 @@ impl Choice {
     /// Reads who has the ports now.
     ///
     /// # Errors
-    /// When the host's sockets cannot be read.
+    /// When the host's sockets cannot be read, or not those of the network namespace that is meant ([`Scanner::scan_in`]).
     pub fn read(scanner: &mut Scanner, selector: &Selector) -> anyhow::Result<Choice> {
         let Filters { tcp, udp, netns, .. } = *selector.filters();
         // On any address: a listener on another one may be in the way all the same.
         let targets = selector.targets().iter().map(|target| Target { address: None, ..target.clone() }).collect();
         let ports = Selector::new(targets, Filters { tcp, udp, netns, ..Filters::default() });
-        let snapshot = scanner.scan(is_elsewhere(netns), &|socket| ports.matches_socket(socket))?;
+        let snapshot = scanner.scan_in(netns, &|socket| ports.matches_socket(socket))?;
         let (selected, left_out) = snapshot
             .listeners
             .into_iter()
