@@ -259,10 +259,21 @@ impl Run {
                 self.round(signal, stage, world)?;
             } else if self.lives.iter().any(is_awaited) {
                 self.tell_waiting(deadline.saturating_duration_since(now), stage, world);
-            } else if self.last_end.elapsed() > AFTERMATH || !self.began {
+            } else if self.last_end.elapsed() > AFTERMATH || !self.began || !self.has_aftermath() {
                 return Ok(());
             }
         }
+    }
+
+    /// Whether what was done may yet change something, though nobody is waited for: a taken port of those who were
+    /// signalled, or are stopped, may come free, and relatives may show. What nobody could be told to let go of stays.
+    fn has_aftermath(&self) -> bool {
+        let is_touched = |group: usize| {
+            let is_victim = |life: &Life| life.victim.groups.contains(&group) && life.failure.is_none();
+            self.lives.iter().any(is_victim) || self.plan.stops.iter().any(|stop| stop.groups.contains(&group))
+        };
+        self.lives.iter().any(Life::is_kin_left)
+            || (0..self.plan.groups.len()).any(|group| self.is_taken(group) && is_touched(group))
     }
 
     /// Signals all who are due. Relatives are looked for first: those who are about to end show who else is one only as
