@@ -292,12 +292,15 @@ impl Work {
         outcome.remaining_pids.retain(|pid| is_told(*pid));
         outcome.names.retain(|(pid, _)| is_told(*pid));
         let mut is_hidden = told(outcome) < count;
+        let is_done = outcome.is_done();
         let Some(diagnostics) = &mut outcome.diagnostics else { return };
         is_hidden |= diagnostics.new_owners.iter().any(|owner| !is_told(owner.pid));
         diagnostics.new_owners.retain(|owner| is_told(owner.pid));
         // Names processes in sentences.
         diagnostics.findings.clear();
-        if is_hidden {
+        if is_hidden && is_done {
+            outcome.diagnostics = None;
+        } else if is_hidden {
             diagnostics.message = "held by somebody of whom the agent's configuration tells you nothing".to_owned();
         }
     }

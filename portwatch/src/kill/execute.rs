@@ -97,9 +97,12 @@ impl std::fmt::Debug for World<'_> {
     }
 }
 
-/// The outcomes of a dry run.
-pub fn planned(plan: Plan) -> Vec<Outcome> {
-    report::planned(&Run::new(plan, Options::default()))
+/// The outcomes of a dry run. Of a port that nobody has it is looked whether it could be bound, at `addresses` as in
+/// [`World::addresses`].
+pub fn planned(plan: Plan, addresses: &dyn Fn(u16) -> Vec<IpAddr>) -> Vec<Outcome> {
+    let mut run = Run::new(plan, Options::default());
+    run.foresee(addresses);
+    report::planned(&run)
 }
 
 /// Frees the ports of the plan. Signals may have been sent, or sockets closed, when it fails: it fails
