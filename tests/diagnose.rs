@@ -639,6 +639,26 @@ fn usage() -> Vec<Test> {
                  has them\n"
             );
         }),
+        test("diagnose::a_family_or_an_address_narrows_what_is_asked", || {
+            let Some(scene) = Scene::new() else { return };
+            scene.server.tcp(&scene.address(), "");
+            let target = format!("{}/tcp", scene.port);
+            for (arguments, code) in [
+                (&[][..], 1),
+                (&["-4"], 1),
+                (&["-6"], 0),
+                (&["-4", "-6"], 1),
+                (&["--addr", "127.0.0.1"], 1),
+                (&["--addr", "127.0.0.2"], 0),
+                (&["--addr", "[::1]"], 0),
+            ] {
+                let run = scene.diagnose(&[&[&*target], arguments].concat());
+                assert_eq!(run.code, Some(code), "{arguments:?}: {}{}", run.text(), run.errors());
+            }
+            let at = format!("127.0.0.1:{target}");
+            scene.diagnose(&[&at, "-6"]).expect(2);
+            scene.diagnose(&[&at, "--addr", "::1"]).expect(2);
+        }),
         test("diagnose::bad_usage_is_exit_two", || {
             for arguments in [
                 &["diagnose"][..],
