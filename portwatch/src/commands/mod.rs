@@ -26,7 +26,7 @@ use std::fs;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
-use std::sync::LazyLock;
+use std::sync::{LazyLock, Once};
 
 use anstream::stream::RawStream;
 use anstream::{AutoStream, ColorChoice};
@@ -177,7 +177,9 @@ async fn reach_agent_by(
             Ok(None)
         }
         Err(error) => {
-            note(&render::escape(&format!("{error:#}; working alone")));
+            // Who asks more than once works alone each time, for one reason.
+            static TOLD: Once = Once::new();
+            TOLD.call_once(|| note(&render::escape(&format!("{error:#}; working alone"))));
             Ok(None)
         }
     }
