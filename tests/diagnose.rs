@@ -338,7 +338,7 @@ fn sockets() -> Vec<Test> {
             assert!(run.text().contains("\n  held: far ("), "{}", run.text());
             // There is none, or, where some processes are not even root's to see, it is not to be known.
             let run = portwatch(&["diagnose", &target, "--netns", "1"]);
-            assert!(matches!(run.code, Some(3 | 4)) && run.errors().contains("network namespace 1 "), "{run:?}");
+            assert!(matches!(run.code, Some(2 | 3)) && run.errors().contains("network namespace 1 "), "{run:?}");
             let run = scene.diagnose_as_nobody(&[&target, "--netns", &netns]).expect(3);
             assert!(run.errors().contains("CAP_SYS_PTRACE"), "{}", run.errors());
         }),
@@ -638,6 +638,26 @@ fn usage() -> Vec<Test> {
                 "portwatch: error: diagnose looks at 64 ports at most, and these are 65; 'portwatch list 1-65' shows who \
                  has them\n"
             );
+        }),
+        test("diagnose::a_family_or_an_address_narrows_what_is_asked", || {
+            let Some(scene) = Scene::new() else { return };
+            scene.server.tcp(&scene.address(), "");
+            let target = format!("{}/tcp", scene.port);
+            for (arguments, code) in [
+                (&[][..], 1),
+                (&["-4"], 1),
+                (&["-6"], 0),
+                (&["-4", "-6"], 1),
+                (&["--addr", "127.0.0.1"], 1),
+                (&["--addr", "127.0.0.2"], 0),
+                (&["--addr", "[::1]"], 0),
+            ] {
+                let run = scene.diagnose(&[&[&*target], arguments].concat());
+                assert_eq!(run.code, Some(code), "{arguments:?}: {}{}", run.text(), run.errors());
+            }
+            let at = format!("127.0.0.1:{target}");
+            scene.diagnose(&[&at, "-6"]).expect(2);
+            scene.diagnose(&[&at, "--addr", "::1"]).expect(2);
         }),
         test("diagnose::bad_usage_is_exit_two", || {
             for arguments in [

@@ -289,6 +289,16 @@ pub fn trials() -> Vec<Test> {
             let want = "history.db: file is not a database; the agent sets a damaged file aside when it starts\n";
             assert!(run.errors().ends_with(want), "{}", run.errors());
         }),
+        test("history::without_any_history_the_answer_is_no_and_an_empty_array", || {
+            let stage = Stage::new();
+            let run = history(&stage.path("none"), &["--json"]).expect(1);
+            assert_eq!(run.json(), json!([]));
+            assert!(run.errors().contains("there is no history at"), "{}", run.errors());
+            let agent = crate::agent::Agent::start_with(&stage, &["--no-history"]);
+            let run = agent.portwatch(&["history", "--json"]).expect(1);
+            assert_eq!(run.json(), json!([]));
+            assert_eq!(run.errors(), "portwatch: the agent keeps no history; start it without --no-history\n");
+        }),
         test("history::an_empty_answer_is_success_and_a_cut_one_says_so", || {
             let stage = Stage::new();
             let mut recorder = Recorder::open(&stage.path("history.db"), Retention::default(), &clock());

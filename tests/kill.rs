@@ -1,7 +1,10 @@
 //! `kill` frees ports, says what it did, and ends nobody else.
 
+use std::net::SocketAddr;
+
 use serde_json::{Value, json};
 
+use crate::agent::Agent;
 use crate::puppet::{Puppet, Stage};
 use crate::subject::{binary, portwatch};
 use crate::{Test, test};
@@ -37,6 +40,29 @@ fn pids(puppets: &[&Puppet]) -> Vec<u64> {
     pids
 }
 
+/// Runs `kill` with these arguments twice, alone and through an agent, on a port that two servers have: one on `[::1]`, whose
+/// command line has `of-ours`, and another on 127.0.0.1, which is handed over with its address.
+fn twice(arguments: &[&str], code: i32, check: impl Fn(&Puppet, &(Puppet, SocketAddr), &[Value; 2])) {
+    let stage = Stage::new();
+    let agent = Agent::start(&stage);
+    for through_agent in [false, true] {
+        let (server, other) = (stage.puppet_with_arguments(&["of-ours"]), stage.puppet());
+        let address = other.serve().address;
+        server.tcp(&format!("[::1]:{}", address.port()), "v6only");
+        let target = format!("{}/tcp", address.port());
+        let arguments = [&["kill", &target, "--json"], arguments].concat();
+        let outcome = || {
+            let run = if through_agent { agent.portwatch(&arguments) } else { portwatch(&arguments) };
+            run.expect(code).json()[0].clone()
+        };
+        let outcomes = [outcome(), outcome()];
+        let other = (other, address);
+        check(&server, &other, &outcomes);
+        server.wait();
+        assert!(other.0.is_alive());
+    }
+}
+
 pub fn trials() -> Vec<Test> {
     vec![
         test("kill::a_server_ends_at_sigterm_and_the_port_is_free", || {
@@ -53,11 +79,73 @@ pub fn trials() -> Vec<Test> {
             let stage = Stage::new();
             let server = stage.puppet();
             let sock = server.serve();
-            for filter in [&["--command", "nosuch*"][..], &["-6"], &["--older-than", "1d"]] {
+            for filter in [&["--command", "nosuch*"][..], &["--older-than", "1d"]] {
                 let outcome = kill(sock.port(), filter, 1);
                 assert_eq!(gist(&outcome), ("partial", vec![], vec![], true, pids(&[&server])), "{outcome}");
             }
             assert!(server.is_alive());
+        }),
+        test("kill::a_family_or_an_address_narrows_what_is_to_be_free", || {
+            for filter in [&["-6"][..], &["--addr", "[::1]"], &["--addr", "::1"]] {
+                twice(filter, 0, |server, other, outcomes| {
+                    let note = format!("not meant and still held: {} by ", other.1);
+                    for (outcome, status) in outcomes.iter().zip(["cleaned", "free"]) {
+                        let message = outcome["diagnostics"]["message"].as_str().unwrap_or_default();
+                        assert!(message.starts_with(&note), "{outcome}");
+                        assert_eq!((gist(outcome).0, gist(outcome).3), (status, false), "{outcome}");
+                    }
+                    assert_eq!(gist(&outcomes[0]).1, pids(&[server]));
+                });
+            }
+        }),
+        test("kill::a_holder_that_is_left_out_keeps_the_port_whoever_else_is_ended", || {
+            twice(&["--command", "puppet of-ours*"], 1, |server, other, outcomes| {
+                assert_eq!(gist(&outcomes[0]).1, pids(&[server]));
+                for outcome in outcomes {
+                    let (status, _, _, still, remaining) = gist(outcome);
+                    assert_eq!((status, still, remaining), ("partial", true, pids(&[&other.0])), "{outcome}");
+                }
+            });
+        }),
+        test("kill::what_is_left_out_and_goes_with_the_rest_is_not_told", || {
+            let stage = Stage::new();
+            let server = stage.puppet();
+            let port = server.serve().port();
+            server.tcp(&format!("[::1]:{port}"), "v6only");
+            let outcome = kill(port, &["-6"], 0);
+            assert_eq!((gist(&outcome).0, &outcome["diagnostics"]), ("cleaned", &Value::Null), "{outcome}");
+            server.wait();
+        }),
+        test("kill::a_dry_run_tells_what_a_kill_would_find", || {
+            let stage = Stage::new();
+            let (puppet, server) = (stage.puppet(), stage.puppet());
+            // Bound, and nobody listens.
+            let sock = puppet.bind("127.0.0.1:0", "");
+            let preview = kill(sock.port(), &["--dry-run"], 0);
+            let real = kill(sock.port(), &[], 1);
+            assert_eq!((gist(&preview), gist(&real).0), (gist(&real), "stuck"), "{preview}");
+            assert_eq!(preview["diagnostics"]["message"], real["diagnostics"]["message"]);
+            let sock = server.serve();
+            let said = |arguments: &[&str]| {
+                let target = format!("{}/tcp", sock.port());
+                portwatch(&[&["kill", &target, "--dry-run"], arguments].concat()).expect(0).text()
+            };
+            for (arguments, want) in [
+                (&[][..], "would be freed: terminate "),
+                (&["-9"], "would be freed: kill by force "),
+                (&["-s", "KILL"], "would be freed: kill by force "),
+                (&["-s", "INT"], "would be freed: send SIGINT to "),
+                (&["--command", "nosuch*"], "would stay: held by "),
+            ] {
+                assert!(said(arguments).contains(want), "{arguments:?}: {}", said(arguments));
+            }
+            assert!(server.is_alive() && puppet.is_alive());
+        }),
+        test("kill::a_free_port_is_told_with_the_address_that_was_named", || {
+            let stage = Stage::new();
+            let port = stage.puppet().serve().port();
+            let run = portwatch(&["kill", &format!("127.0.0.1:{port}/tcp")]).expect(0);
+            assert_eq!(run.text(), format!("{port}/tcp is free already on 127.0.0.1\n"));
         }),
         test("kill::a_listener_on_another_address_counts_where_it_is_in_the_way", || {
             let stage = Stage::new();

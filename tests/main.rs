@@ -34,6 +34,7 @@ mod kill;
 mod list;
 mod mark;
 mod metrics;
+mod namespaces;
 mod oracle;
 mod prefork;
 mod puppet;
@@ -118,6 +119,7 @@ fn main() -> ExitCode {
         storm::trials(),
         idle::trials(),
         kill::trials(),
+        namespaces::trials(),
         mark::trials(),
         race::trials(),
         prefork::trials(),

@@ -404,16 +404,24 @@ fn in_the_way() -> Vec<Test> {
             check_promise(0, &[sock.address]);
             assert!(other.is_alive());
         }),
-        test("stubborn::beside_a_listener_on_all_addresses_only_the_one_meant_is_freed", || {
-            let stage = Stage::new();
-            let (meant, other) = (stage.puppet(), stage.puppet());
-            let sock = meant.tcp("127.0.0.1:0", "reuseport");
-            other.tcp(&SocketAddr::from(([0, 0, 0, 0], sock.port())).to_string(), "reuseport");
-            let arguments = ["kill", &format!("{}/tcp", sock.port()), "--addr", "127.0.0.1", "--json", "--settle", "0"];
-            let run = portwatch(&arguments).expect(0);
-            check_status(&run.json()[0], "cleaned", &[&meant], &[]);
-            assert!(other.is_alive());
-        }),
+        test(
+            "stubborn::beside_a_listener_on_all_addresses_only_the_one_meant_is_ended_and_the_address_is_not_free",
+            || {
+                let stage = Stage::new();
+                let (meant, other) = (stage.puppet(), stage.puppet());
+                let sock = meant.tcp("127.0.0.1:0", "reuseport");
+                other.tcp(&SocketAddr::from(([0, 0, 0, 0], sock.port())).to_string(), "reuseport");
+                let arguments =
+                    ["kill", &format!("{}/tcp", sock.port()), "--addr", "127.0.0.1", "--json", "--settle", "0"];
+                for killed in [&[&meant][..], &[]] {
+                    let run = portwatch(&arguments).expect(1);
+                    let outcome = run.json()[0].take();
+                    check_status(&outcome, "partial", killed, &[]);
+                    assert_eq!(outcome["remaining_pids"], json!([other.pid]), "{outcome}");
+                }
+                assert!(other.is_alive());
+            },
+        ),
         test("stubborn::tcp_and_udp_of_one_port_have_an_outcome_each", || {
             let stage = Stage::new();
             let (tcp, udp) = (stage.puppet(), stage.puppet());

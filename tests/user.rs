@@ -5,6 +5,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
+use serde_json::json;
+
 use crate::puppet::{Puppet, Sock, Stage};
 use crate::subject::{Run, binary, finish, plain_command, row, skip};
 use crate::watcher::Watch;
@@ -113,6 +115,26 @@ pub fn trials() -> Vec<Test> {
                 "{outcome}"
             );
             assert!(puppet.is_alive());
+        }),
+        test("user::a_dry_run_tells_that_a_port_of_root_would_be_denied", || {
+            let Some(scene) = Scene::new() else { return };
+            let target = format!("{}/tcp", scene.root.1.port());
+            let outcome = scene.portwatch(&["kill", "--json", "--dry-run", &target]).expect(0).json()[0].clone();
+            assert_eq!((&outcome["status"], &outcome["ghost"]), (&"denied".into(), &json!([scene.root.1.inode])));
+            let text = scene.portwatch(&["kill", "--dry-run", &target]).expect(0).text();
+            let want = "would be refused: held by root (uid 0), whose processes are not visible; try sudo\n";
+            assert!(text.ends_with(want), "{text}");
+        }),
+        test("user::whether_a_hidden_holder_matches_is_not_known_and_denied", || {
+            let Some(scene) = Scene::new() else { return };
+            let target = format!("{}/tcp", scene.root.1.port());
+            let command = ["kill", "--json", &target, "--command", "nosuch*"];
+            let outcome = scene.portwatch(&command).expect(3).json()[0].clone();
+            assert_eq!((&outcome["status"], &outcome["ghost"]), (&"denied".into(), &json!([scene.root.1.inode])));
+            // Whose socket it is, is known.
+            let of_nobody = ["kill", "--json", &target, "--user", "65534"];
+            let outcome = scene.portwatch(&of_nobody).expect(1).json()[0].clone();
+            assert_eq!(outcome["status"], "partial", "{outcome}");
         }),
         test("user::an_own_port_is_freed", || {
             let Some(scene) = Scene::new() else { return };

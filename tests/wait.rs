@@ -332,6 +332,27 @@ fn ordinary_user() {
     assert_eq!((run.text(), run.errors()), ("1/tcp is free\n".to_owned(), String::new()));
 }
 
+fn any_port_of_a_wide_range() {
+    let arguments = ["wait", "127.0.0.1:1-65535/tcp", "--any", "--free", "--json", "--timeout", "0"];
+    let answer = portwatch(&arguments).expect(0).json();
+    let targets = answer["targets"].as_array().expect("targets");
+    let free: Vec<&Value> = targets.iter().filter(|target| target["bound"] == false).collect();
+    assert_eq!((answer["satisfied"].as_bool(), free.len()), (Some(true), 1), "{answer}");
+    assert_eq!(free[0]["address"], "127.0.0.1", "{answer}");
+}
+
+fn an_agent_of_no_use() {
+    let stage = Stage::new();
+    let path = stage.path("socket");
+    let socket = std::os::unix::net::UnixListener::bind(&path).expect("a socket");
+    // It hangs up on everybody.
+    std::thread::spawn(move || socket.incoming().for_each(drop));
+    let bound = stage.puppet().bind("127.0.0.1:0", "");
+    let mut command = command(&["wait", &bound.port().to_string(), "--bound", "--timeout", "10ms"]);
+    let run = finish(command.env("PORTWATCH_SOCKET", &path).spawn().expect("portwatch")).expect(1);
+    assert_eq!(run.errors().matches("is of no use").count(), 1, "{}", run.errors());
+}
+
 fn an_age() {
     let stage = Stage::new();
     let puppet = stage.puppet();
@@ -382,6 +403,8 @@ pub fn trials() -> Vec<Test> {
         test("wait::a_time_out_tells_what_was_missing", time_out),
         test("wait::json_is_one_whole_object", whole_json),
         test("wait::an_ordinary_user_waits_by_polling", ordinary_user),
+        test("wait::any_free_port_of_a_wide_range_is_told", any_port_of_a_wide_range),
+        test("wait::an_agent_of_no_use_is_told_of_once", an_agent_of_no_use),
         test("wait::a_listener_becomes_old_enough_without_an_event", an_age),
         test("wait::signals_end_it_and_closed_outputs_change_nothing", signals_and_closed_outputs),
         test("wait::a_bad_command_line_is_a_usage_error", usage),

@@ -33,6 +33,7 @@ use crate::commands::who::WhoArgs;
 /// For the end of the help of every verb with targets.
 pub(crate) const TARGETS: &str = "\
 Targets: 8000  :8000  3000,8080  3000-3005  8000/tcp  5353/udp  127.0.0.1:8000  [::1]:8000  @dev (3000, 8000, 8080)
+127.0.0.1:8000 is whatever serves that address, what listens on all addresses too; --addr is that address exactly
 Own sets: `web = [8000, \"3000-3005\"]` under [sets] in ~/.config/portwatch/config.toml is @web
 Exit codes: 0 done, 1 the answer is no, 2 usage, 3 not permitted, 4 portwatch itself failed";
 
@@ -61,6 +62,10 @@ pub(crate) struct Cli {
 #[derive(Debug, Args)]
 pub(crate) struct Globals {
     /// How to learn of listeners: auto, fexit, kprobe, tracepoint or poll
+    ///
+    /// watch, status and agent attach what is named, and fail where that is not to be had. wait attaches it only where it
+    /// has to wait. The other verbs attach nothing: they read once, with poll from sock_diag and /proc, else by the kernel's
+    /// iterator where it serves, whichever tier is named. Any but auto does without the agent.
     #[arg(long, global = true, default_value = "auto", value_name = "TIER", help_heading = "Global options")]
     pub(crate) probe: Probe,
     /// Where the agent listens
@@ -179,8 +184,8 @@ pub(crate) struct Selectors {
     /// UDP only
     #[arg(long, help_heading = OF_SOCKETS)]
     pub(crate) udp: bool,
-    /// Bound to exactly this address
-    #[arg(long = "addr", value_name = "IP", help_heading = OF_SOCKETS)]
+    /// Bound to exactly this address; one that listens on all addresses is not
+    #[arg(long = "addr", value_name = "IP", value_parser = address, help_heading = OF_SOCKETS)]
     pub(crate) addresses: Vec<IpAddr>,
     /// Leave these out; ports, ranges and sets as in TARGET
     #[arg(long, value_name = "TARGET", help_heading = OF_SOCKETS)]
@@ -234,6 +239,16 @@ pub(crate) struct Selectors {
     /// of those whose session was begun by none of their ancestors; processes of a service or a container are none
     #[arg(long, help_heading = OF_ORIGIN)]
     pub(crate) orphans: bool,
+}
+
+/// An IPv6 address may have the brackets that it has in a target.
+pub(crate) fn address(text: &str) -> Result<IpAddr, String> {
+    let inner = text.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
+    let address = match inner {
+        Some(inner) => inner.parse().map(IpAddr::V6).ok(),
+        None => text.parse().ok(),
+    };
+    address.ok_or_else(|| "use an IP address such as 127.0.0.1 or ::1".to_owned())
 }
 
 fn pid() -> impl TypedValueParser<Value = u32> {
@@ -327,6 +342,21 @@ mod tests {
             ("1 month", None),
         ] {
             assert_eq!(duration(text).ok(), want.map(Duration::from_millis), "{text}");
+        }
+    }
+
+    #[test]
+    fn an_address_may_have_brackets_where_it_is_ipv6() {
+        for (text, want) in [
+            ("127.0.0.1", Some("127.0.0.1")),
+            ("::1", Some("::1")),
+            ("[::1]", Some("::1")),
+            ("[127.0.0.1]", None),
+            ("[::1", None),
+            ("[::1]:80", None),
+            ("localhost", None),
+        ] {
+            assert_eq!(address(text).ok().map(|address| address.to_string()).as_deref(), want, "{text}");
         }
     }
 

@@ -16,6 +16,7 @@ use tokio_util::codec::{Framed, LinesCodec};
 use crate::history::Utc;
 use crate::kill::{Concern, Outcome, Plan, Progress};
 use crate::model::{BootNs, Change, Listener, Process, ProcessId, SocketId};
+use crate::source::netns::Unknown;
 use crate::wire::{ErrorKind, Kill, Request, Response, Selection, VERSION};
 
 /// How long the agent may take to greet. One that takes longer hangs.
@@ -92,8 +93,9 @@ impl Client {
     pub async fn read(&mut self) -> anyhow::Result<Response> {
         let line = self.lines.next().await.context("the agent hung up")?.context("cannot read from the agent")?;
         match serde_json::from_str(&line).context("the agent speaks another language")? {
-            Response::Error { kind, message } => Err(match kind {
-                ErrorKind::Denied => io::Error::new(io::ErrorKind::PermissionDenied, message).into(),
+            Response::Error { kind, message, netns } => Err(match (kind, netns) {
+                (ErrorKind::Usage, Some(id)) => Unknown(id).into(),
+                (ErrorKind::Denied, _) => io::Error::new(io::ErrorKind::PermissionDenied, message).into(),
                 _ => anyhow!(message),
             }),
             response => Ok(response),

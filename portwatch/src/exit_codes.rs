@@ -6,6 +6,7 @@ use std::io;
 use std::process::ExitCode;
 
 use portwatch::engine::EngineError;
+use portwatch::source::netns;
 use portwatch::supervisor::systemd;
 
 /// The answer is no: nothing is there (`who`), something is still taken (`kill`), not healthy (`status`).
@@ -36,7 +37,7 @@ pub(crate) fn is_broken_pipe(error: &anyhow::Error) -> bool {
 
 /// The code for an error; `None` where whoever read the output went away, which is no error.
 pub(crate) fn of(error: &anyhow::Error) -> Option<ExitCode> {
-    if error.is::<Usage>() {
+    if error.is::<Usage>() || error.is::<netns::Unknown>() {
         return Some(ExitCode::from(USAGE));
     }
     for cause in error.chain() {
@@ -70,6 +71,7 @@ mod tests {
         for (error, want) in [
             (anyhow::Error::from(Usage("no".to_owned())), Some(ExitCode::from(USAGE))),
             (anyhow::Error::from(Usage("no".to_owned())).context("while"), Some(ExitCode::from(USAGE))),
+            (anyhow::Error::from(netns::Unknown(1)).context("while"), Some(ExitCode::from(USAGE))),
             (io(io::ErrorKind::PermissionDenied), Some(ExitCode::from(DENIED))),
             (io(io::ErrorKind::NotFound), Some(ExitCode::from(FAILED))),
             (io(io::ErrorKind::BrokenPipe), None),

@@ -96,13 +96,12 @@ impl Socket {
 
     /// Whether a client that connects (or sends) to `address` on this port reaches this socket.
     pub fn serves(&self, address: IpAddr) -> bool {
-        match (self.address, address) {
+        // `::ffff:127.0.0.1` is 127.0.0.1, whichever side says so.
+        match (self.address.to_canonical(), address.to_canonical()) {
             (own, wanted) if own == wanted => true,
             (IpAddr::V4(own), IpAddr::V4(_)) => own.is_unspecified(),
             (IpAddr::V6(own), IpAddr::V6(_)) => own.is_unspecified(),
-            (IpAddr::V6(own), IpAddr::V4(wanted)) => {
-                own.to_ipv4_mapped() == Some(wanted) || (own.is_unspecified() && self.v6only != Some(true))
-            }
+            (IpAddr::V6(own), IpAddr::V4(_)) => own.is_unspecified() && self.v6only != Some(true),
             (IpAddr::V4(_), IpAddr::V6(_)) => false,
         }
     }

@@ -20,8 +20,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::model::{BootNs, Change, Event, Process, ProcessId, Socket, SocketId};
-use crate::source::{Live, Probe, process};
+use crate::model::{BootNs, Change, Event, NetnsId, Process, ProcessId, Socket, SocketId};
+use crate::source::{Live, Probe, netns, process};
 use crate::table::Table;
 
 #[derive(Debug)]
@@ -89,6 +89,19 @@ impl Tracker {
 
     pub fn live(&self) -> &Live {
         &self.live
+    }
+
+    /// Makes sure that what happens in this network namespace is told; `None`: in all that can be seen.
+    ///
+    /// # Errors
+    /// As of [`crate::source::Scanner::scan_in`].
+    pub fn check_sees(&self, wanted: Option<NetnsId>) -> anyhow::Result<()> {
+        let Some(id) = wanted.filter(|wanted| netns::own().ok() != Some(*wanted)) else { return Ok(()) };
+        if self.table.listeners().any(|listener| listener.socket.netns == id) {
+            return Ok(());
+        }
+        // The kernel's events come from everywhere; who looks has to go there.
+        if self.live.tier().is_event_driven() { netns::open(id).map(drop) } else { netns::check(id) }
     }
 
     /// When the latest snapshot was begun: every question that arose before is answered.

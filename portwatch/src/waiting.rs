@@ -62,7 +62,7 @@ impl Condition {
         let mut matched: Vec<&Listener> =
             listeners.into_iter().filter(|listener| self.selector.matches(listener, now)).collect();
         matched.sort_by_key(|listener| (listener.socket.port, listener.socket.proto, listener.socket.address));
-        let mut look = Look { condition: self, matched, lingering: BTreeSet::new(), is_true: false };
+        let mut look = Look { condition: self, matched, lingering: BTreeSet::new(), free: None, is_true: false };
         look.is_true = look.judge(in_use);
         look
     }
@@ -114,6 +114,8 @@ pub struct Look<'a> {
     matched: Vec<&'a Listener>,
     /// Ports without listener that cannot be bound.
     lingering: BTreeSet<u16>,
+    /// Where any free port will do: the first that is, as its target means it.
+    free: Option<Target>,
     is_true: bool,
 }
 
@@ -170,11 +172,13 @@ impl<'a> Look<'a> {
                     }
                     !lingers
                 };
-                let found = targets.iter().any(|target| {
-                    target.ports.clone().any(|port| !self.is_bound(target, port) && is_free(target, port))
+                let found = targets.iter().find_map(|target| {
+                    let port =
+                        target.ports.clone().find(|&port| !self.is_bound(target, port) && is_free(target, port))?;
+                    Some(Target { ports: port..=port, ..target.clone() })
                 });
-                self.lingering = lingering;
-                found
+                (self.lingering, self.free) = (lingering, found);
+                self.free.is_some()
             }
         }
     }
@@ -189,8 +193,8 @@ impl<'a> Look<'a> {
         self.at(target, port).next().is_some()
     }
 
-    /// Every port that a target names (of a range longer than [`Selector::NAMED_RANGE_MAX`]: that is bound), once for
-    /// each protocol; without targets, every one that a matching listener is at.
+    /// Every port that a target names (of a range longer than [`Selector::NAMED_RANGE_MAX`]: that is bound, or that was to
+    /// be free and is), once for each protocol; without targets, every one that a matching listener is at.
     pub fn spots(&self) -> Vec<Spot<'a>> {
         let anything = [Target { ports: 1..=u16::MAX, proto: None, address: None }];
         let targets = self.condition.selector.targets();
@@ -222,6 +226,11 @@ impl<'a> Look<'a> {
                 }
             }
         }
+        // What came true is told whatever the range that it is in.
+        if let Some(Target { ports, proto, address }) = &self.free {
+            let (port, proto, address) = (*ports.start(), *proto, *address);
+            spots.push(Spot { port, proto, address, listeners: Vec::new(), is_lingering: false });
+        }
         spots.sort_by_key(|spot| (spot.port, spot.proto, spot.address));
         spots.dedup_by_key(|spot| (spot.port, spot.proto, spot.address));
         spots
@@ -237,14 +246,7 @@ impl<'a> Look<'a> {
             (Goal::Free, true) => {
                 let free = match self.condition.scope {
                     Scope::All => self.condition.selector.targets().to_vec(),
-                    // The first of them is the one that was tried.
-                    Scope::Any => {
-                        let first = self.unbound().into_iter().next();
-                        first
-                            .map(|run| Target { ports: *run.ports.start()..=*run.ports.start(), ..run })
-                            .into_iter()
-                            .collect()
-                    }
+                    Scope::Any => self.free.clone().into_iter().collect(),
                 };
                 match free.as_slice() {
                     [] => format!("nothing{selectors} listens{after}"),
@@ -283,7 +285,7 @@ impl<'a> Look<'a> {
         listed(&groups.iter().enumerate().map(phrase).collect::<Vec<_>>())
     }
 
-    /// The spots without a listener that has been waited for, runs of ports joined. For `--any`: those that are free.
+    /// The spots without a listener that has been waited for, runs of ports joined.
     fn unbound(&self) -> Vec<Target> {
         let mut found: Vec<Target> = Vec::new();
         for target in self.condition.selector.targets() {

@@ -158,6 +158,9 @@ pub enum Response {
     Error {
         kind: ErrorKind,
         message: String,
+        /// With `usage`: the network namespace that the selection names and the agent finds nothing of.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        netns: Option<NetnsId>,
     },
 }
 

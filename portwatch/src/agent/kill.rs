@@ -13,6 +13,7 @@
 //! signal to it.
 
 use std::collections::{HashMap, HashSet};
+use std::io;
 use std::sync::mpsc as std_mpsc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -25,6 +26,7 @@ use crate::history::Requester;
 use crate::kill::{Choice, Guards, Job, Options, Outcome, Plan, Progress, concern};
 use crate::model::{BootNs, Listener, Process};
 use crate::select::Selector;
+use crate::source::netns::Unknown;
 use crate::source::{Probe, Scanner, process, stat};
 use crate::wire::{ErrorKind, Kill, Response};
 
@@ -134,6 +136,18 @@ pub(super) struct Killed {
 /// Why a kill does not begin.
 pub(super) type Refusal = (ErrorKind, String);
 
+/// What a peer is told of an error that came of looking at the host.
+pub(super) fn refusal(error: &anyhow::Error) -> Response {
+    let netns = error.downcast_ref().map(|Unknown(id)| *id);
+    let is_denied = |cause: &io::Error| cause.kind() == io::ErrorKind::PermissionDenied;
+    let kind = match netns {
+        Some(_) => ErrorKind::Usage,
+        None if error.chain().filter_map(|cause| cause.downcast_ref()).any(is_denied) => ErrorKind::Denied,
+        None => ErrorKind::Failed,
+    };
+    Response::Error { kind, message: format!("{error:#}"), netns }
+}
+
 /// Begins a kill, if this peer may have one at all: its plan comes first.
 pub(super) fn begin(
     request: Kill,
@@ -198,9 +212,12 @@ impl Work {
             Ok(Some(count)) => Response::End { count, more: false },
             Ok(None) => return,
             Err(error) => {
-                let message = format!("{error:#}");
-                tracing::warn!(uid = self.by.uid, pid = self.by.pid, targets = %self.targets, error = %message, "kill failed");
-                Response::Error { kind: ErrorKind::Failed, message }
+                let refusal = refusal(&error);
+                if matches!(refusal, Response::Error { kind: ErrorKind::Failed, .. }) {
+                    let error = format!("{error:#}");
+                    tracing::warn!(uid = self.by.uid, pid = self.by.pid, targets = %self.targets, %error, "kill failed");
+                }
+                refusal
             }
         };
         self.tell(last);
@@ -275,12 +292,15 @@ impl Work {
         outcome.remaining_pids.retain(|pid| is_told(*pid));
         outcome.names.retain(|(pid, _)| is_told(*pid));
         let mut is_hidden = told(outcome) < count;
+        let is_done = outcome.is_done();
         let Some(diagnostics) = &mut outcome.diagnostics else { return };
         is_hidden |= diagnostics.new_owners.iter().any(|owner| !is_told(owner.pid));
         diagnostics.new_owners.retain(|owner| is_told(owner.pid));
         // Names processes in sentences.
         diagnostics.findings.clear();
-        if is_hidden {
+        if is_hidden && is_done {
+            outcome.diagnostics = None;
+        } else if is_hidden {
             diagnostics.message = "held by somebody of whom the agent's configuration tells you nothing".to_owned();
         }
     }

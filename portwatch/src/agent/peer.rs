@@ -25,7 +25,7 @@ use crate::history::{self, Lives, Reader, State};
 use crate::model::{Ancestor, Listener};
 use crate::rules;
 use crate::select::{Filters, Selector};
-use crate::source::{origin, process, stat};
+use crate::source::{netns, origin, process, stat};
 use crate::wire::{ErrorKind, Kill, MAX_REQUEST, Request, Response, Selection, VERSION};
 
 /// How long a peer may stay silent between two requests (a subscriber may for ever).
@@ -202,7 +202,7 @@ impl Peer {
     }
 
     async fn refuse(&mut self, kind: ErrorKind, message: &str) -> Result<(), End> {
-        self.send(&Response::Error { kind, message: message.to_owned() }).await?;
+        self.send(&Response::Error { kind, message: message.to_owned(), netns: None }).await?;
         self.flush().await
     }
 
@@ -241,6 +241,40 @@ impl Peer {
         }
     }
 
+    /// The same where the selection is of what is there now: a network namespace that there is nothing of has no free ports.
+    async fn selector_of_now(
+        &mut self,
+        selection: &Selection,
+        identity: Identity,
+        place: &Place,
+    ) -> Result<Option<Selector>, End> {
+        let Some(selector) = self.selector(selection, identity).await? else { return Ok(None) };
+        let Some(id) = selector.filters().netns.filter(|id| Some(*id) != identity.netns) else {
+            return Ok(Some(selector));
+        };
+        let mut turn = place.turn(Answer::List).await;
+        turn.was_small();
+        // Looks at every process: not on this thread, which has a table to keep.
+        let found = tokio::task::spawn_blocking(move || netns::open(id).map(drop)).await.map_err(|_| End::Stopped)?;
+        let Err(error) = found else { return Ok(Some(selector)) };
+        // One that nobody is in any more may live on by a socket that somebody holds.
+        let within = Selector::new(Vec::new(), Filters { netns: Some(id), ..Filters::default() });
+        let held = self.ask(|reply| Ask::List { selector: Box::new(within), reply }).await?;
+        drop(turn);
+        match held {
+            Ok(held) if held.is_empty() => {
+                self.send(&kill::refusal(&error)).await?;
+                self.flush().await?;
+                Ok(None)
+            }
+            Ok(_) => Ok(Some(selector)),
+            Err(trouble) => {
+                self.refuse(ErrorKind::Failed, &trouble).await?;
+                Ok(None)
+            }
+        }
+    }
+
     /// Asks for what may be much. Answers that wait for their turn take no memory: then it is asked anew. `ask` is handed
     /// the selector without what has to be looked up of processes, which is done afterwards.
     async fn gather<'p, T: Send + 'static>(
@@ -269,7 +303,7 @@ impl Peer {
     }
 
     async fn list(&mut self, selection: &Selection, identity: Identity, place: &Place) -> Result<(), End> {
-        let Some(selector) = self.selector(selection, identity).await? else { return Ok(()) };
+        let Some(selector) = self.selector_of_now(selection, identity, place).await? else { return Ok(()) };
         let ask = |selector, reply| Ask::List { selector, reply };
         let (listeners, _turn) = match self.gather(place, &selector, |listener| listener, ask).await? {
             Ok(gathered) => gathered,
@@ -280,7 +314,7 @@ impl Peer {
     }
 
     async fn who(&mut self, selection: &Selection, identity: Identity, place: &Place) -> Result<(), End> {
-        let Some(selector) = self.selector(selection, identity).await? else { return Ok(()) };
+        let Some(selector) = self.selector_of_now(selection, identity, place).await? else { return Ok(()) };
         let ask = |selector, reply| Ask::Who { selector, reply };
         let (listeners, turn) = match self.gather(place, &selector, |(listener, _)| listener, ask).await? {
             Ok(gathered) => gathered,

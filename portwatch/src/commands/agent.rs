@@ -32,7 +32,8 @@ In the configuration, [access] narrows what it does for others than root:
 
 A [[rule]] ends servers by itself; portwatch rules shows what each meets, and has an example.
 
-It ends at SIGTERM and SIGINT, and reads its configuration anew at SIGHUP. As a service: portwatch/dist in the source has the units for systemd.")]
+It ends at SIGTERM and SIGINT, and reads its configuration anew at SIGHUP. As a service: portwatch/dist in the source has the units for systemd.
+Exit codes: 0 told to end, 1 another agent has the socket, 2 usage or the configuration, 3 not permitted, 4 portwatch itself failed")]
 pub(crate) struct AgentArgs {
     /// The configuration, which must exist [default: /etc/portwatch/config.toml, if it does]
     #[arg(long, value_name = "FILE")]

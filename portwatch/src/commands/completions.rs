@@ -210,7 +210,15 @@ fn harmless(candidate: &CompletionCandidate) -> Option<Candidate> {
 
 /// The command line, with the arguments that name what is listening now.
 fn command() -> Command {
-    cli::command(|_| true).mut_subcommands(|verb| {
+    let globals = cli::command(|_| true).mut_args(|arg| match arg.get_id().as_str() {
+        "probe" => {
+            let tiers = || Tier::ALL.map(|tier| (tier.to_string(), String::new()));
+            let values = move || [("auto".to_owned(), String::new())].into_iter().chain(tiers()).collect();
+            arg.add(ArgValueCompleter::new(move |current: &OsStr| offer("", current, values())))
+        }
+        _ => arg,
+    });
+    globals.mut_subcommands(|verb| {
         verb.mut_args(|arg| {
             let values: fn(&[Listener]) -> Values = match arg.get_id().as_str() {
                 "targets" | "except" => return arg.add(ArgValueCompleter::new(targets)),
@@ -220,6 +228,9 @@ fn command() -> Command {
                 "cgroups" => cgroups,
                 "commands" => commands,
                 "units" => units,
+                "signal" => {
+                    |_| ["TERM", "INT", "HUP", "QUIT", "KILL", "USR1", "USR2"].map(|name| owned((name, ""))).into()
+                }
                 "netns" => |_| [("self", "this namespace"), ("all", "every one")].map(owned).into(),
                 _ => return arg,
             };

@@ -1,6 +1,6 @@
 //! `portwatch diagnose`: why a port is or stays taken, and the next command.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::process::ExitCode;
 
 use clap::Args;
@@ -8,7 +8,7 @@ use portwatch::diagnose::{self, Diagnosis, Extent, Facts, Published, Question};
 use portwatch::engine;
 use portwatch::model::{Listener, Protocol};
 use portwatch::render::{diagnosis, json};
-use portwatch::select::{Target, builtin_sets, parse_targets};
+use portwatch::select::{Filters, Selector, Target, builtin_sets, parse_targets};
 use portwatch::source::{Scanner, netns};
 use portwatch::wire::{Request, Response, Scope, Selection};
 
@@ -24,6 +24,7 @@ const MAX_PORTS: usize = 64;
 Examples:
   portwatch diagnose 8000
   portwatch diagnose 127.0.0.1:5432 --json
+  portwatch diagnose 8000 -6
   sudo portwatch diagnose 4789/udp --netns 4026532265
 
 Calls bind() as a server would, and lets go at once. Without a protocol TCP is told, and UDP where something has it.
@@ -36,6 +37,15 @@ pub(crate) struct DiagnoseArgs {
     /// One JSON array
     #[arg(long)]
     pub(crate) json: bool,
+    /// As a server of IPv4 binds, on 0.0.0.0: what has the port on IPv6 alone is not looked at
+    #[arg(short = '4', long)]
+    pub(crate) ipv4: bool,
+    /// As a server of IPv6 alone binds, on ::
+    #[arg(short = '6', long)]
+    pub(crate) ipv6: bool,
+    /// As a server binds that listens on this address
+    #[arg(long = "addr", value_name = "IP", value_parser = crate::cli::address)]
+    pub(crate) addresses: Vec<IpAddr>,
     /// TCP only
     #[arg(long, conflicts_with = "udp")]
     pub(crate) tcp: bool,
@@ -48,7 +58,8 @@ pub(crate) struct DiagnoseArgs {
 }
 
 pub(crate) fn run(args: &DiagnoseArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
-    let asked = questions(args)?;
+    let targets = parse_targets(&args.targets, &builtin_sets()).map_err(|bad| Usage(bad.to_string()))?;
+    let asked = questions(args, &targets)?;
     let questions: Vec<Question> = asked.iter().map(|asked| asked.question).collect();
     let look = || {
         let mut scanner = Scanner::open(globals.probe);
@@ -70,6 +81,12 @@ pub(crate) fn run(args: &DiagnoseArgs, globals: &Globals) -> anyhow::Result<Exit
     };
     facts.learn(ask_agent(&questions, globals)?);
     ask_engine(&mut facts, &questions, is_own);
+    let DiagnoseArgs { ipv4, ipv6, ref addresses, .. } = *args;
+    if ipv4 != ipv6 || !addresses.is_empty() {
+        let filters = Filters { ipv4, ipv6, addresses: addresses.clone(), ..Filters::default() };
+        let selector = Selector::new(targets, filters);
+        facts.retain(&|socket| selector.is_hindered_by(socket));
+    }
     let mut diagnoses: Vec<Diagnosis> = Vec::new();
     for Asked { question, is_implied } in asked {
         let diagnosis = facts.diagnose(question);
@@ -164,8 +181,7 @@ struct Asked {
     is_implied: bool,
 }
 
-fn questions(args: &DiagnoseArgs) -> anyhow::Result<Vec<Asked>> {
-    let targets = parse_targets(&args.targets, &builtin_sets()).map_err(|bad| Usage(bad.to_string()))?;
+fn questions(args: &DiagnoseArgs, targets: &[Target]) -> anyhow::Result<Vec<Asked>> {
     let count: usize = targets.iter().map(|target| target.ports.len()).sum();
     if count > MAX_PORTS {
         return Err(Usage(format!(
@@ -174,28 +190,51 @@ fn questions(args: &DiagnoseArgs) -> anyhow::Result<Vec<Asked>> {
         ))
         .into());
     }
+    let v6only = args.ipv6 && !args.ipv4;
     let mut asked: Vec<Asked> = Vec::new();
     for Target { ports, proto, address } in targets {
-        for port in ports {
+        let addresses = args.addresses_of(*address);
+        for port in ports.clone() {
             for wanted in [Protocol::Tcp, Protocol::Udp] {
                 let chosen = match wanted {
                     Protocol::Tcp => args.tcp || !args.udp,
                     Protocol::Udp => args.udp || !args.tcp,
                 };
-                let question = Question { port, proto: wanted, address };
                 if !chosen || proto.is_some_and(|proto| proto != wanted) {
                     continue;
                 }
                 let is_implied = wanted == Protocol::Udp && proto.is_none() && !args.udp;
-                match asked.iter_mut().find(|known| known.question == question) {
-                    Some(known) => known.is_implied &= is_implied,
-                    None => asked.push(Asked { question, is_implied }),
+                for &address in &addresses {
+                    let question = Question { port, proto: wanted, address, v6only };
+                    match asked.iter_mut().find(|known| known.question == question) {
+                        Some(known) => known.is_implied &= is_implied,
+                        None => asked.push(Asked { question, is_implied }),
+                    }
                 }
             }
         }
     }
     if asked.is_empty() {
-        return Err(Usage("the targets name another protocol than --tcp or --udp".to_owned()).into());
+        let options = "--tcp, --udp, -4, -6 or --addr";
+        return Err(Usage(format!("the targets name another protocol or address than {options}")).into());
     }
     Ok(asked)
+}
+
+impl DiagnoseArgs {
+    /// Where a bind is tried for a target that names this address, or none; `None`: everywhere.
+    fn addresses_of(&self, named: Option<IpAddr>) -> Vec<Option<IpAddr>> {
+        let is_of_family = |address: &IpAddr| match address {
+            IpAddr::V4(_) => self.ipv4 || !self.ipv6,
+            IpAddr::V6(_) => self.ipv6 || !self.ipv4,
+        };
+        let wanted: Vec<IpAddr> = match named {
+            Some(named) if self.addresses.is_empty() || self.addresses.contains(&named) => vec![named],
+            Some(_) => Vec::new(),
+            None if !self.addresses.is_empty() => self.addresses.clone(),
+            None if self.ipv4 == self.ipv6 => return vec![None],
+            None => vec![Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()],
+        };
+        wanted.into_iter().filter(is_of_family).map(Some).collect()
+    }
 }

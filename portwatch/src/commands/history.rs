@@ -68,6 +68,9 @@ pub(crate) fn run(args: &HistoryArgs, globals: &Globals) -> anyhow::Result<ExitC
     let mut view = view(&name);
     let now = view.clock.now_wall;
     let Some(Lives { lives, more }) = query(args, globals, &selector, &view.clock)? else {
+        if args.json {
+            print("[]\n")?;
+        }
         return Ok(ExitCode::from(NO));
     };
     view.clock = history::clock(now, view.clock.tz);
@@ -104,14 +107,19 @@ fn query(
     let limit = if args.limit == 0 { usize::MAX } else { args.limit };
     let told = block_on(async {
         let Some(mut client) = reach_agent(globals).await? else { return Ok(None) };
+        let status = client.ask(&Request::Status {}).await?.0.pop();
+        if matches!(status, Some(Response::Status(status)) if status.history.is_none()) {
+            note("the agent keeps no history; start it without --no-history");
+            return Ok(Some(None));
+        }
         let (answer, more) = client.ask(&Request::History { selection: Selection::of(selector), from, limit }).await?;
         let lives = answer.into_iter().filter_map(|response| match response {
             Response::Life(life) => Some(*life),
             _ => None,
         });
-        Ok(Some(Lives { lives: lives.collect(), more }))
+        Ok(Some(Some(Lives { lives: lives.collect(), more })))
     })?;
-    if told.is_some() {
+    if let Some(told) = told {
         return Ok(told);
     }
     let path = history::path();

@@ -42,6 +42,9 @@ Examples:
   portwatch kill 80 --stop-unit       stop the service that would start it again
   portwatch kill --since before.json --yes --report leaks.json
 
+-4, -6, --addr and an address say where a port is to be free: what others have on it elsewhere is left alone. Whoever else
+the selectors leave out keeps a named port from being free: exit code 1.
+
 With --since, all of it is ended that appeared since and is the caller's own, again and again until nothing more appears.
 Containers that were made since go with --stop-container, whoever started them; those made before are left alone.
 
@@ -125,7 +128,7 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
         .into());
     }
     if selector.is_empty() && !args.interactive {
-        return name_a_port(&selector, args, globals);
+        return name_a_port(&selector, globals);
     }
     if selector.filters().since.is_some() && !args.interactive {
         return leaks::run(args, selector, globals);
@@ -157,14 +160,17 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
             let name = |uid| users.name(uid);
             print(&summary(way.plan(), &view(&name)))?;
         }
-        return report(args, &way.planned()?);
+        let mut outcomes = way.planned()?;
+        outcomes.iter_mut().for_each(|outcome| outcome.addresses = selector.spelt_out_addresses(outcome.port));
+        return report(args, &outcomes);
     }
     if !agreed(way.plan(), &concerns)? {
         return nothing_signalled();
     }
     let mut display = Display::new(args.json || args.quiet);
-    let outcomes = way.run(args.options(), &mut |progress| display.show(progress))?;
+    let mut outcomes = way.run(args.options(), &mut |progress| display.show(progress))?;
     display.close();
+    outcomes.iter_mut().for_each(|outcome| outcome.addresses = selector.spelt_out_addresses(outcome.port));
     report(args, &outcomes)
 }
 
@@ -245,9 +251,9 @@ impl KillArgs {
 }
 
 /// Says that nothing was named, and what could be.
-fn name_a_port(selector: &Selector, args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
+fn name_a_port(selector: &Selector, globals: &Globals) -> anyhow::Result<ExitCode> {
     note("error: name a port to free, as in `portwatch kill 8000`, or a selector such as --cwd; listening now:");
-    let (listeners, _) = super::read(selector, &args.selectors, globals, false)?;
+    let (listeners, _) = super::read(selector, globals, false)?;
     let users = Users::default();
     let name = |uid| users.name(uid);
     let table = match listeners.is_empty() {
@@ -314,13 +320,17 @@ fn agreed(plan: &Plan, concerns: &[Concern]) -> anyhow::Result<bool> {
 }
 
 fn report(args: &KillArgs, outcomes: &[Outcome]) -> anyhow::Result<ExitCode> {
-    let code = ExitCode::from(kill::exit_code(outcomes));
+    // What would happen is no failure.
+    let code = if args.dry_run { ExitCode::SUCCESS } else { ExitCode::from(kill::exit_code(outcomes)) };
     let mut text = String::new();
     if args.json {
         text = json::array(outcomes);
     } else {
         for outcome in outcomes {
-            let line = text::outcome(outcome);
+            let line = match args.dry_run {
+                true => text::preview(outcome, args.options().signal),
+                false => text::outcome(outcome),
+            };
             if !args.quiet {
                 text += &line;
                 text.push('\n');
@@ -330,7 +340,7 @@ fn report(args: &KillArgs, outcomes: &[Outcome]) -> anyhow::Result<ExitCode> {
                 note(&line);
             }
         }
-        if let Some(summary) = text::summary(outcomes).filter(|_| !args.quiet) {
+        if let Some(summary) = text::summary(outcomes).filter(|_| !args.quiet && !args.dry_run) {
             text += &summary;
             text.push('\n');
         }

@@ -34,7 +34,7 @@ pub(crate) struct ListArgs {
 
 pub(crate) fn run(args: &ListArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
     let selector = selector(&args.targets, &args.selectors, globals)?;
-    let (listeners, _) = read(&selector, &args.selectors, globals, false)?;
+    let (listeners, _) = read(&selector, globals, false)?;
     let users = Users::default();
     let name = |uid| users.name(uid);
     let mut view = view(&name);

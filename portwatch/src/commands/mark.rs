@@ -111,11 +111,15 @@ fn keep(name: &str, globals: &Globals) -> anyhow::Result<(Mark, String)> {
 /// The mark that `--since` names.
 ///
 /// # Errors
-/// There is none, or none to go by.
+/// There is none, which is the mistake of who named it; or none to go by, for it is damaged, or of another boot.
 pub(crate) fn find(word: &str, globals: &Globals) -> anyhow::Result<Mark> {
     let (euid, egid) = (Uid::effective().as_raw(), Gid::effective().as_raw());
     if !is_name(word) {
-        return file::read(Path::new(word), euid, egid);
+        let read = file::read(Path::new(word), euid, egid);
+        return read.map_err(|error| match error.downcast_ref::<io::Error>().map(io::Error::kind) {
+            Some(io::ErrorKind::NotFound) => Usage(format!("{error:#}")).into(),
+            _ => error,
+        });
     }
     let told = block_on(async {
         let Some(mut client) = reach_agent(globals).await? else { return Ok(None) };
@@ -130,7 +134,9 @@ pub(crate) fn find(word: &str, globals: &Globals) -> anyhow::Result<Mark> {
     }
     match Path::new(word).exists() {
         true => file::read(Path::new(word), euid, egid),
-        false => bail!("no mark is called {word}, and no file; make one: portwatch mark --name {word}"),
+        false => {
+            Err(Usage(format!("no mark is called {word}, and no file; make one: portwatch mark --name {word}")).into())
+        }
     }
 }
 

@@ -26,7 +26,7 @@ use std::fs;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
-use std::sync::LazyLock;
+use std::sync::{LazyLock, Once};
 
 use anstream::stream::RawStream;
 use anstream::{AutoStream, ColorChoice};
@@ -177,7 +177,9 @@ async fn reach_agent_by(
             Ok(None)
         }
         Err(error) => {
-            note(&render::escape(&format!("{error:#}; working alone")));
+            // Who asks more than once works alone each time, for one reason.
+            static TOLD: Once = Once::new();
+            TOLD.call_once(|| note(&render::escape(&format!("{error:#}; working alone"))));
             Ok(None)
         }
     }
@@ -203,7 +205,6 @@ pub(crate) fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 /// What the selector picks, sorted by port, protocol and address, with the ancestors of each holder if wanted.
 pub(crate) fn read(
     selector: &Selector,
-    selectors: &Selectors,
     globals: &Globals,
     with_ancestors: bool,
 ) -> anyhow::Result<(Vec<Listener>, Ancestors)> {
@@ -218,7 +219,7 @@ pub(crate) fn read(
     let (mut listeners, ancestors) = match told {
         Some(told) => told,
         None => {
-            let listeners = scan(selector, selectors, globals)?;
+            let listeners = scan(selector, globals)?;
             let ancestors = if with_ancestors { ancestors_of(&listeners) } else { Ancestors::default() };
             (listeners, ancestors)
         }
@@ -243,14 +244,12 @@ async fn gather(mut client: Client) -> anyhow::Result<(Vec<Listener>, Ancestors)
 }
 
 /// The same without an agent.
-fn scan(selector: &Selector, selectors: &Selectors, globals: &Globals) -> anyhow::Result<Vec<Listener>> {
+fn scan(selector: &Selector, globals: &Globals) -> anyhow::Result<Vec<Listener>> {
     let mut scanner = Scanner::open(globals.probe);
     if let Some(reason) = scanner.refusal() {
         explain(globals, &format!("holders are read from {}: {reason}", scanner.method()));
     }
-    // Another namespace by number is found like any other: by reading all of them.
-    let all_netns = selectors.netns != Netns::Own;
-    let snapshot = scanner.scan(all_netns, &|socket| selector.matches_socket(socket))?;
+    let snapshot = scanner.scan_in(selector.filters().netns, &|socket| selector.matches_socket(socket))?;
     for text in scanner.notes() {
         explain(globals, text);
     }

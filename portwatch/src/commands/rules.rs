@@ -29,7 +29,8 @@ A rule in /etc/portwatch/config.toml ends what is older than it should be:
 
 There are except, proto, addr, command, env, cgroup, unit, user, orphans = true and netns = \"all\" as well, action =
 \"report\" (tell the log, end nothing) and grace = \"5s\".
-The agent reads them at its start and at SIGHUP. Nothing is ended here; portwatch agent --dry-run-rules ends nothing, too.")]
+The agent reads them at its start and at SIGHUP. Nothing is ended here; portwatch agent --dry-run-rules ends nothing, too.
+Exit codes: 0 done, with or without rules, 2 usage or the configuration, 3 not permitted, 4 portwatch itself failed")]
 pub(crate) struct RulesArgs {
     /// Rules of this file rather than those of the agent
     #[arg(long, value_name = "FILE")]

@@ -24,6 +24,13 @@ struct Status<'a> {
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  portwatch status
+  portwatch status --json --agent     what monitoring may ask
+  portwatch status --no-agent         what this kernel allows, and why not more
+
+Exit codes: 0 an agent is there and well, 1 none is, or it has troubles, 2 usage, 3 not permitted, 4 portwatch itself failed")]
 pub(crate) struct StatusArgs {
     /// One JSON object
     #[arg(long)]

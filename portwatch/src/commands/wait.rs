@@ -96,7 +96,7 @@ pub(crate) fn run(args: &WaitArgs, globals: &Globals) -> anyhow::Result<ExitCode
     let wait = Wait { args, globals, condition, begun, next_try: TRY_FIRST };
 
     // What is true already needs no probes.
-    let (listeners, _) = read(wait.condition.selector(), &args.selectors, globals, false)?;
+    let (listeners, _) = read(wait.condition.selector(), globals, false)?;
     let look = wait.look(&listeners)?;
     if look.is_true() || args.timeout == Some(Duration::ZERO) {
         return wait.report(&look, true);

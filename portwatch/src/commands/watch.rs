@@ -69,6 +69,7 @@ async fn open(globals: &Globals, selector: &Selector, since: Option<Utc>) -> any
         return Err(Usage(format!("{why}; start it: portwatch agent")).into());
     }
     let tracker = Tracker::open(globals.probe, None)?;
+    tracker.check_sees(selector.filters().netns)?;
     announce(tracker.live(), globals);
     Ok(Feed::Own(Box::new(tracker)))
 }

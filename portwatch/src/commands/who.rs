@@ -35,7 +35,7 @@ pub(crate) fn run(args: &WhoArgs, globals: &Globals) -> anyhow::Result<ExitCode>
     if selector.is_empty() {
         return Err(Usage("who is missing a port; try: portwatch who 8000".to_owned()).into());
     }
-    let (listeners, ancestors) = read(&selector, &args.selectors, globals, true)?;
+    let (listeners, ancestors) = read(&selector, globals, true)?;
     let users = Users::default();
     let name = |uid| users.name(uid);
     let view = view(&name);

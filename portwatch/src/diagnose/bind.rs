@@ -38,7 +38,8 @@ pub(super) fn trials(question: Question) -> Vec<Trial> {
     let addresses = question.address.map_or_else(|| any.to_vec(), |address| vec![address]);
     let tried = addresses.into_iter().filter_map(|address| {
         let endpoint = SocketAddr::new(address, question.port);
-        let attempt = |reuseaddr| Bind { proto: question.proto, endpoint, reuseaddr, v6only: Some(false) }.refusal();
+        let v6only = Some(question.v6only);
+        let attempt = |reuseaddr| Bind { proto: question.proto, endpoint, reuseaddr, v6only }.refusal();
         let plain = attempt(false);
         let reuse = if question.proto == Protocol::Tcp { attempt(true) } else { plain };
         // Without memory or descriptors nothing is learnt of the port.
@@ -61,7 +62,7 @@ mod tests {
         let port = listener.local_addr().unwrap().port();
         let ask = |address: Option<&str>, proto| {
             let address = address.map(|address| address.parse().unwrap());
-            trials(Question { port, proto, address })
+            trials(Question { port, proto, address, v6only: false })
         };
         let refused = ask(None, Protocol::Tcp);
         assert!(refused.len() >= 2, "{refused:?}");

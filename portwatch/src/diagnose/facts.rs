@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use super::{Question, Stash, Sysctls, Trial, Tunnel, bind, firewall, kernel, stash};
-use crate::model::{Listener, NetnsId, Process, ProcessId, Protocol, SocketId};
+use crate::model::{Listener, NetnsId, Process, ProcessId, Protocol, Socket, SocketId};
 use crate::source::diag::{self, PortSocket, State};
 use crate::source::{Scanner, netns, process, procfs, stat};
 
@@ -124,6 +124,17 @@ impl Facts {
             }
             self.states.extend(states);
         }
+    }
+
+    /// Leaves out what has one of the ports in this namespace and is not meant.
+    pub fn retain(&mut self, is_meant: &dyn Fn(&Socket) -> bool) {
+        let netns = self.netns;
+        self.listeners.retain(|listener| listener.socket.netns != netns || is_meant(&listener.socket));
+        self.attached.retain(|Attached { socket, .. }| {
+            let PortSocket { id, proto, local, uid, .. } = *socket;
+            let (address, port) = (local.ip(), local.port());
+            is_meant(&Socket { id, proto, mptcp: false, address, port, v6only: None, netns, uid, backlog: None })
+        });
     }
 
     fn read_attached(&mut self, asked: &HashSet<(u16, Protocol)>, scanner: &mut Scanner) -> anyhow::Result<()> {

@@ -44,6 +44,8 @@ pub struct Question {
     pub proto: Protocol,
     /// The address to bind; `None`: all addresses and loopback.
     pub address: Option<IpAddr>,
+    /// Whether `::` is meant for IPv6 alone (`IPV6_V6ONLY`).
+    pub v6only: bool,
 }
 
 /// What a finding is about.
@@ -144,7 +146,7 @@ impl Diagnosis {
 /// # Errors
 /// When the namespace cannot be entered or its listeners cannot be read.
 pub fn findings(port: u16, proto: Protocol, namespace: NetnsId, scanner: &mut Scanner) -> anyhow::Result<Vec<Finding>> {
-    let question = Question { port, proto, address: None };
+    let question = Question { port, proto, address: None, v6only: false };
     let mut look = || {
         let facts = read(&[question], scanner, Extent::Sockets)?;
         Ok(facts.diagnose(question).findings)

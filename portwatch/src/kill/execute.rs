@@ -97,9 +97,12 @@ impl std::fmt::Debug for World<'_> {
     }
 }
 
-/// The outcomes of a dry run.
-pub fn planned(plan: Plan) -> Vec<Outcome> {
-    report::planned(&Run::new(plan, Options::default()))
+/// The outcomes of a dry run. Of a port that nobody has it is looked whether it could be bound, at `addresses` as in
+/// [`World::addresses`].
+pub fn planned(plan: Plan, addresses: &dyn Fn(u16) -> Vec<IpAddr>) -> Vec<Outcome> {
+    let mut run = Run::new(plan, Options::default());
+    run.foresee(addresses);
+    report::planned(&run)
 }
 
 /// Frees the ports of the plan. Signals may have been sent, or sockets closed, when it fails: it fails
@@ -259,10 +262,21 @@ impl Run {
                 self.round(signal, stage, world)?;
             } else if self.lives.iter().any(is_awaited) {
                 self.tell_waiting(deadline.saturating_duration_since(now), stage, world);
-            } else if self.last_end.elapsed() > AFTERMATH || !self.began {
+            } else if self.last_end.elapsed() > AFTERMATH || !self.began || !self.has_aftermath() {
                 return Ok(());
             }
         }
+    }
+
+    /// Whether what was done may yet change something, though nobody is waited for: a taken port of those who were
+    /// signalled, or are stopped, may come free, and relatives may show. What nobody could be told to let go of stays.
+    fn has_aftermath(&self) -> bool {
+        let is_touched = |group: usize| {
+            let is_victim = |life: &Life| life.victim.groups.contains(&group) && life.failure.is_none();
+            self.lives.iter().any(is_victim) || self.plan.stops.iter().any(|stop| stop.groups.contains(&group))
+        };
+        self.lives.iter().any(Life::is_kin_left)
+            || (0..self.plan.groups.len()).any(|group| self.is_taken(group) && is_touched(group))
     }
 
     /// Signals all who are due. Relatives are looked for first: those who are about to end show who else is one only as

@@ -19,10 +19,10 @@ use super::execute::{Options, World, execute, planned};
 use super::guards::{Guards, Units};
 use super::kin::Reach;
 use super::outcome::{Outcome, Status};
-use super::plan::Plan;
+use super::plan::{Plan, same_socket};
 use super::progress::Progress;
 use super::stop::{StopError, Stopping, Whole};
-use super::{aftermath, life};
+use super::{aftermath, life, report};
 use crate::cgroup::Manager;
 use crate::engine::{self, Container, Engine};
 use crate::model::{Listener, NetnsId, Protocol, Socket};
@@ -65,6 +65,7 @@ pub struct Job {
     /// Where a container is involved and an engine answers.
     engine: Option<Engine>,
     left_out: Vec<Listener>,
+    named: Vec<(u16, Option<Protocol>)>,
     selector: Selector,
     /// Which working directories of those who are ended are removed.
     remove_cwd: Option<GlobMatcher>,
@@ -74,13 +75,13 @@ impl Choice {
     /// Reads who has the ports now.
     ///
     /// # Errors
-    /// When the host's sockets cannot be read.
+    /// When the host's sockets cannot be read, or not those of the network namespace that is meant ([`Scanner::scan_in`]).
     pub fn read(scanner: &mut Scanner, selector: &Selector) -> anyhow::Result<Choice> {
         let Filters { tcp, udp, netns, .. } = *selector.filters();
         // On any address: a listener on another one may be in the way all the same.
         let targets = selector.targets().iter().map(|target| Target { address: None, ..target.clone() }).collect();
         let ports = Selector::new(targets, Filters { tcp, udp, netns, ..Filters::default() });
-        let snapshot = scanner.scan(is_elsewhere(netns), &|socket| ports.matches_socket(socket))?;
+        let snapshot = scanner.scan_in(netns, &|socket| ports.matches_socket(socket))?;
         let (selected, left_out) = snapshot
             .listeners
             .into_iter()
@@ -106,7 +107,7 @@ impl Job {
         if terms.close_sockets {
             let guards = Guards::open();
             let plan = Plan::new(selected, &others, &named, &guards, &life::stat_of).closing();
-            return Ok(Job { plan, guards, engine: None, left_out, selector, remove_cwd: None });
+            return Ok(Job { plan, guards, engine: None, left_out, named, selector, remove_cwd: None });
         }
         let units = Units::ask(&selected, terms.stop_units);
         let mut guards = guards.with_units(units).with_named(&selector.filters().pids);
@@ -123,7 +124,7 @@ impl Job {
             let all = stat::all().context("cannot read the processes in /proc")?;
             plan.reach_out(terms.reach, &all, seen, &process::read_exact, &guards, &life::stat_of);
         }
-        Ok(Job { plan, guards, engine, left_out, selector, remove_cwd: None })
+        Ok(Job { plan, guards, engine, left_out, named, selector, remove_cwd: None })
     }
 
     /// Removes the working directories of those who are ended as well, where they match the glob and
@@ -140,7 +141,9 @@ impl Job {
     pub fn planned(self) -> Vec<Outcome> {
         let held = self.remove_cwd.as_ref().map(|_| Held::of(&self.plan));
         let victims: Vec<u32> = self.plan.victims.iter().map(|victim| victim.process.id.pid).collect();
-        let mut outcomes = planned(self.plan);
+        let selector = &self.selector;
+        let mut outcomes = planned(self.plan, &|port| addresses(selector, port));
+        Others { selector, named: &self.named }.correct(&mut outcomes, &self.left_out);
         if let (Some(held), Some(glob)) = (held, &self.remove_cwd) {
             held.preview(glob, &victims, &mut outcomes);
         }
@@ -160,7 +163,7 @@ impl Job {
         if !self.plan.closes {
             ask_managers(&mut self.plan);
         }
-        let Job { plan, guards, engine, left_out, selector, remove_cwd } = self;
+        let Job { plan, guards, engine, left_out, named, selector, remove_cwd } = self;
         // While they are there: afterwards nothing tells where they were.
         let held = remove_cwd.filter(|_| !plan.closes).map(|glob| (Held::of(&plan), glob));
         let ports: BTreeSet<(u16, Protocol)> = plan.groups.iter().map(|group| (group.port, group.proto)).collect();
@@ -171,7 +174,8 @@ impl Job {
         };
         let all_netns = is_elsewhere(wanted);
         // A port that was free in the beginning may not be when others have been freed.
-        let had_to_wait = plan.groups.iter().any(|group| group.sockets.is_empty()) && !plan.listeners.is_empty();
+        let had_to_wait = plan.groups.iter().any(|group| group.sockets.is_empty());
+        let is_idle = plan.listeners.is_empty();
         let mut outcomes = execute(
             plan,
             options,
@@ -184,18 +188,67 @@ impl Job {
                 progress,
             },
         )?;
-        let mut correct = |listeners: &[Listener], status| {
-            outcomes.iter_mut().for_each(|it| it.correct(listeners, &selector.named_addresses(it.port), status));
-        };
-        correct(&left_out, Status::Partial);
-        if had_to_wait {
-            correct(&scanner.scan(all_netns, &is_of_interest)?.listeners, Status::Respawned);
+        let others = Others { selector: &selector, named: &named };
+        if is_idle || !had_to_wait && left_out.is_empty() {
+            others.correct(&mut outcomes, &left_out);
+        } else {
+            // What was left out may have gone with what was not: a server may listen at several addresses.
+            let was_there = |found: &Listener| left_out.iter().any(|l| same_socket(l.socket.id, found.socket.id));
+            let now = scanner.scan(all_netns, &is_of_interest)?.listeners;
+            let (stay, came): (Vec<_>, Vec<_>) = now.into_iter().partition(was_there);
+            others.correct(&mut outcomes, &stay);
+            others.correct_free(&mut outcomes, &came);
         }
         if let Some((held, glob)) = held {
             held.sweep(&glob, options.grace, &mut outcomes);
         }
         aftermath::explain(&mut outcomes, scanner);
         Ok(outcomes)
+    }
+}
+
+/// What is on ports that were named, and is not what was ended.
+struct Others<'a> {
+    selector: &'a Selector,
+    named: &'a [(u16, Option<Protocol>)],
+}
+
+impl Others<'_> {
+    /// Sets right what is said of ports on which the selectors leave out something that is there still. The same is said
+    /// whether or not anybody else had the port: a kill that is repeated tells the same.
+    fn correct(&self, outcomes: &mut [Outcome], left_out: &[Listener]) {
+        for outcome in outcomes.iter_mut().filter(|outcome| self.is_named(outcome) && outcome.is_done()) {
+            let (hindering, aside) = self.on_port(outcome, left_out);
+            let is_unknown =
+                |listener: &&&Listener| report::hidden_owner(listener).is_some() && self.selector.may_mean(listener);
+            let unknown: Vec<&Listener> = hindering.iter().filter(is_unknown).copied().collect();
+            match unknown.len() == hindering.len() {
+                true => outcome.correct(&unknown, Status::Denied),
+                false => outcome.correct(&hindering, Status::Partial),
+            }
+            if matches!(outcome.status, Status::Free | Status::Cleaned) {
+                outcome.mention(&aside);
+            }
+        }
+    }
+
+    /// Sets right what is said of ports that were free, and that somebody took meanwhile.
+    fn correct_free(&self, outcomes: &mut [Outcome], came: &[Listener]) {
+        for outcome in outcomes.iter_mut().filter(|outcome| outcome.status == Status::Free) {
+            outcome.correct(&self.on_port(outcome, came).0, Status::Respawned);
+        }
+    }
+
+    fn is_named(&self, Outcome { port, proto, .. }: &Outcome) -> bool {
+        self.named.iter().any(|(named, of)| named == port && of.is_none_or(|of| of == *proto))
+    }
+
+    /// Those on this port that keep it from being free, and those that do not.
+    fn on_port<'l>(&self, outcome: &Outcome, all: &'l [Listener]) -> (Vec<&'l Listener>, Vec<&'l Listener>) {
+        let Outcome { port, proto, netns, .. } = *outcome;
+        let is_there =
+            |l: &&Listener| (l.socket.port, l.socket.proto) == (port, proto) && (netns == 0 || netns == l.socket.netns);
+        all.iter().filter(is_there).partition(|listener| self.selector.is_hindered_by(&listener.socket))
     }
 }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::directories::Directories;
+use super::report::{hidden, hidden_owner, user};
 use super::stop::Whole;
 use crate::diagnose::Finding;
 use crate::model::{Listener, NetnsId, Protocol};
@@ -69,6 +70,9 @@ pub struct Outcome {
     #[serde(rename = "elapsed_ms", serialize_with = "milliseconds", deserialize_with = "from_milliseconds")]
     pub elapsed: Duration,
     pub diagnostics: Option<Diagnostics>,
+    /// Where the port was to be free, if that was spelt out; for people.
+    #[serde(skip)]
+    pub addresses: Vec<IpAddr>,
     /// Names of the processes mentioned, for people. Hostile text.
     #[serde(skip)]
     pub names: Vec<(u32, String)>,
@@ -163,6 +167,7 @@ impl Outcome {
             remaining_pids: Vec::new(),
             elapsed: Duration::ZERO,
             diagnostics: None,
+            addresses: Vec::new(),
             names: Vec::new(),
             stopping: Vec::new(),
         }
@@ -174,29 +179,57 @@ impl Outcome {
 }
 
 impl Outcome {
-    /// A port on which nothing was selected is not free if one of these listeners has it, so that none of `addresses` can
-    /// be bound: one that the selectors leave out ([`Status::Partial`]), or that came meanwhile ([`Status::Respawned`]).
-    pub fn correct(&mut self, listeners: &[Listener], addresses: &[IpAddr], status: Status) {
-        if self.status != Status::Free {
+    /// A port that was named is not free if one of these listeners hinders a bind there: one that the selectors leave out
+    /// ([`Status::Partial`], and [`Status::Denied`] where nobody can see whether they do), or that came meanwhile
+    /// ([`Status::Respawned`]). Nothing where there are none.
+    pub(super) fn correct(&mut self, hindering: &[&Listener], status: Status) {
+        let Some(listener) = hindering.first() else { return };
+        let message = match (status, hidden_owner(listener)) {
+            (Status::Respawned, _) => format!("{} took it meanwhile", holder(listener)),
+            (Status::Denied, Some(uid)) => hidden(uid),
+            _ => format!("held by {}, which the selectors leave out", holder(listener)),
+        };
+        self.add_note(message, hindering);
+        if self.status == Status::Planned {
             return;
         }
-        let has = |Listener { socket, .. }: &&Listener| {
-            (socket.port, socket.proto) == (self.port, self.proto)
-                && addresses.iter().any(|&address| socket.overlaps(address))
-        };
-        let Some(listener) = listeners.iter().find(has) else { return };
-        let who = match listener.binder() {
-            Some(holder) => format!("{} ({})", holder.process.name, holder.process.id.pid),
-            None => "nobody visible".to_owned(),
-        };
-        let message = match status {
-            Status::Respawned => format!("{who} took it meanwhile"),
-            _ => format!("held by {who}, which the selectors leave out"),
-        };
         self.status = status;
         self.still_listening = true;
-        self.remaining_pids = listener.holders.iter().map(|holder| holder.process.id.pid).collect();
-        self.diagnostics = Some(Diagnostics { message, ..Diagnostics::default() });
+        let holders = hindering.iter().flat_map(|listener| &listener.holders);
+        self.remaining_pids.extend(holders.map(|holder| holder.process.id.pid));
+        self.remaining_pids.sort_unstable();
+        self.remaining_pids.dedup();
+        self.ghost.extend(hindering.iter().filter(|listener| listener.is_ghost()).map(|ghost| ghost.socket.id.inode));
+    }
+
+    /// Says of what is on the port, and in nobody's way where it was to be free, that it is still there.
+    pub(super) fn mention(&mut self, others: &[&Listener]) {
+        if others.is_empty() {
+            return;
+        }
+        let each: Vec<String> =
+            others.iter().map(|other| format!("{} by {}", other.socket.endpoint(), holder(other))).collect();
+        self.add_note(format!("not meant and still held: {}", each.join(", ")), others);
+    }
+
+    /// Adds to what a person should know, with the names of those who hold the listeners: who may not know of them is told
+    /// neither.
+    fn add_note(&mut self, note: String, of: &[&Listener]) {
+        let message = &mut self.diagnostics.get_or_insert_with(Diagnostics::default).message;
+        *message = if message.is_empty() { note } else { format!("{message}; {note}") };
+        let processes = of.iter().flat_map(|listener| &listener.holders).map(|holder| &holder.process);
+        self.names.extend(processes.map(|process| (process.id.pid, process.name.clone())));
+        self.names.sort_unstable();
+        self.names.dedup();
+    }
+}
+
+/// `python3 (7)`.
+fn holder(listener: &Listener) -> String {
+    match (listener.binder(), hidden_owner(listener)) {
+        (Some(holder), _) => format!("{} ({})", holder.process.name, holder.process.id.pid),
+        (None, Some(uid)) => format!("a process of {} that is not visible", user(uid)),
+        (None, None) => "nobody visible".to_owned(),
     }
 }
 
@@ -243,6 +276,7 @@ mod tests {
             remaining_pids: Vec::new(),
             elapsed: Duration::from_micros(12_900),
             diagnostics: None,
+            addresses: Vec::new(),
             names: vec![(7, "x".into())],
             stopping: Vec::new(),
         }

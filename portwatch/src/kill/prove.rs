@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 
 use super::outcome::Owner;
 use super::plan::push_new;
+use super::report::sees_all;
 use super::sight::Sight;
 use crate::model::{NetnsId, SocketId};
 use crate::source::diag::{PortSocket, State};
@@ -94,7 +95,8 @@ impl Blocked {
             parts.push(format!("{} has it bound and does not listen", names(&self.bound)));
         }
         if self.hidden > 0 {
-            parts.push("a process that is not visible has it bound and does not listen; try sudo".to_owned());
+            let next = if sees_all() { "" } else { "; try sudo" };
+            parts.push(format!("a process that is not visible has it bound and does not listen{next}"));
         }
         if !self.held.is_empty() {
             let whose = match &self.connected[..] {
@@ -153,7 +155,9 @@ mod tests {
         let (time_wait, fin_wait) = (State::TimeWait, State::FinWait2);
         check(|_| {}, true, "some socket has it bound and does not listen");
         check(|b| b.bound.push(owner()), true, "nc (7) has it bound and does not listen");
-        check(|b| b.hidden = 1, true, "a process that is not visible has it bound and does not listen; try sudo");
+        let hidden = "a process that is not visible has it bound and does not listen";
+        let next = if sees_all() { "" } else { "; try sudo" };
+        check(|b| b.hidden = 1, true, &format!("{hidden}{next}"));
         check(
             |b| b.left.extend([(time_wait, 1)]),
             true,

@@ -37,10 +37,33 @@ pub(crate) fn not_permitted(uid: Option<u32>) -> String {
 pub(super) fn planned(run: &Run) -> Vec<Outcome> {
     let each = (0..run.plan.groups.len()).map(|index| {
         let end = End::of(run, index);
-        let status = if run.plan.groups[index].sockets.is_empty() { Status::Free } else { Status::Planned };
-        end.outcome(run, status, Duration::ZERO, end.refused(run), None)
+        let has_plan = run.plan.closes || !end.lives.is_empty() || end.stops(run).next().is_some();
+        if has_plan && !end.group.sockets.is_empty() {
+            return end.outcome(run, Status::Planned, Duration::ZERO, end.refused(run), None);
+        }
+        // Nothing would be done, so this is how it would end.
+        let status = end.status(run);
+        let diagnostics = end.diagnostics(run, status);
+        end.outcome(run, status, Duration::ZERO, end.refused(run), diagnostics)
     });
     each.collect()
+}
+
+/// The other user whose processes must hold what has no visible holder: an ordinary user does not see them. The agent
+/// does, root or not.
+pub(super) fn hidden_owner(listener: &Listener) -> Option<u32> {
+    let uid = listener.socket.uid;
+    (listener.is_ghost() && uid != Uid::effective().as_raw() && !sees_all()).then_some(uid)
+}
+
+/// Whether no process is hidden from this one for want of permission.
+pub(super) fn sees_all() -> bool {
+    Uid::effective().is_root() || capabilities(None).is_ok_and(|own| own.effective.contains(CapabilitySet::SYS_PTRACE))
+}
+
+/// What is said of it.
+pub(super) fn hidden(uid: u32) -> String {
+    format!("held by {}, whose processes are not visible; try sudo", user(uid))
 }
 
 pub(super) fn outcomes(run: &Run) -> Vec<Outcome> {
@@ -175,13 +198,8 @@ impl<'a> End<'a> {
         self.stops(run).filter(|(_, result)| matches!(result, Some(Ok(_)))).map(|(stop, _)| stop)
     }
 
-    /// The other user whose processes must hold what has no visible holder: an ordinary user does not see them. The agent
-    /// does, root or not.
     fn hidden_owner(&self) -> Option<u32> {
-        let own = Uid::effective();
-        let hidden = self.old.iter().find(|l| l.is_ghost() && l.socket.uid != own.as_raw());
-        let sees_all = || capabilities(None).is_ok_and(|own| own.effective.contains(CapabilitySet::SYS_PTRACE));
-        hidden.filter(|_| !own.is_root() && !sees_all()).map(|l| l.socket.uid)
+        self.old.iter().copied().find_map(hidden_owner)
     }
 
     fn refused(&self, run: &Run) -> Vec<Failure> {
@@ -284,7 +302,7 @@ impl<'a> End<'a> {
                 format!("bind() may need SO_REUSEADDR as long as {} keeps its descriptor", names.join(", "))
             }
             Status::Denied => match self.hidden_owner() {
-                Some(uid) => format!("held by {}, whose processes are not visible; try sudo", user(uid)),
+                Some(uid) => hidden(uid),
                 None => return None,
             },
             Status::Ghost => format!(
@@ -371,6 +389,7 @@ impl<'a> End<'a> {
             remaining_pids,
             elapsed: if is_empty { Duration::ZERO } else { elapsed },
             diagnostics,
+            addresses: Vec::new(),
             names,
             stopping: self.stops(run).map(|(stop, _)| (stopped(stop), pids_of(stop))).collect(),
         }

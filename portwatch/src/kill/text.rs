@@ -1,9 +1,13 @@
 //! What a kill says to people afterwards: one line per port. Pure; text from processes is escaped.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use rustix::process::Signal;
 
 use super::directories::Directories;
 use super::outcome::{Outcome, Status, Stopped};
+use super::signal::SignalName;
 use crate::diagnose::Kind;
 use crate::render::{escape, span};
 use crate::sweep::{Amount, Kept, Removed};
@@ -19,33 +23,8 @@ pub fn outcome(outcome: &Outcome) -> String {
     };
     let deeds = deeds(outcome);
     match outcome.status {
-        Status::Free => format!("{port} is free already"),
-        Status::Planned if outcome.closes.is_some() => match outcome.remaining_pids.len() {
-            0 => format!("{port}: would close the socket, which no visible process holds"),
-            count => {
-                let live = if count == 1 { "lives" } else { "live" };
-                let holders = list(outcome, &outcome.remaining_pids);
-                format!("{port}: would close the socket of {holders}, which {live} on")
-            }
-        },
-        Status::Planned => match outcome.remaining_pids.len() {
-            0 => format!("{port} has no visible holder: nothing would be signalled"),
-            _ => {
-                let refused = |pid: &u32| outcome.failed.iter().any(|f| f.pid == *pid);
-                let goes = |pid: &u32| outcome.stopping.iter().any(|(_, pids)| pids.contains(pid));
-                let would: Vec<u32> =
-                    outcome.remaining_pids.iter().copied().filter(|p| !refused(p) && !goes(p)).collect();
-                let mut parts: Vec<String> =
-                    outcome.stopping.iter().map(|(stop, _)| format!("stop {}", whole(stop))).collect();
-                if !would.is_empty() {
-                    parts.push(format!("terminate {}", list(outcome, &would)));
-                }
-                let refusals = failures(outcome);
-                let end = if refusals.is_empty() { "be freed" } else { "stay" };
-                parts.extend(Some(refusals).filter(|refusals| !refusals.is_empty()));
-                format!("{port} would {end}: {}", parts.join("; "))
-            }
-        },
+        Status::Free => with_note(format!("{port} is free already{}", on(&outcome.addresses))),
+        Status::Planned => preview(outcome, Signal::TERM),
         Status::Cleaned if deeds.is_empty() => with_note(format!("{port} freed in {seconds}")),
         Status::Cleaned => with_note(format!("{port} freed: {deeds} in {seconds}")),
         Status::Respawned => with_note(format!("{port} is taken again")),
@@ -56,11 +35,61 @@ pub fn outcome(outcome: &Outcome) -> String {
                 Status::Stuck if !outcome.still_listening => "cannot be bound yet",
                 _ => "is still taken",
             };
-            let parts: Vec<String> =
-                [deeds, failures(outcome), note.unwrap_or_default()].into_iter().filter(|p| !p.is_empty()).collect();
-            if parts.is_empty() { format!("{port} {what}") } else { format!("{port} {what}: {}", parts.join("; ")) }
+            explained(format!("{port} {what}"), [deeds, failures(outcome), note.unwrap_or_default()])
         }
     }
+}
+
+/// The same of a dry run, in which `signal` would have been the first.
+pub fn preview(outcome: &Outcome, signal: Signal) -> String {
+    let port = format!("{}/{}", outcome.port, outcome.proto);
+    let note = outcome.diagnostics.as_ref().map(|d| escape(&d.message).into_owned()).unwrap_or_default();
+    match outcome.status {
+        Status::Planned if outcome.closes.is_some() => match outcome.remaining_pids.len() {
+            0 => format!("{port}: would close the socket, which no visible process holds"),
+            count => {
+                let live = if count == 1 { "lives" } else { "live" };
+                let holders = list(outcome, &outcome.remaining_pids);
+                format!("{port}: would close the socket of {holders}, which {live} on")
+            }
+        },
+        Status::Planned => {
+            let refused = |pid: &u32| outcome.failed.iter().any(|f| f.pid == *pid);
+            let goes = |pid: &u32| outcome.stopping.iter().any(|(_, pids)| pids.contains(pid));
+            let would: Vec<u32> = outcome.remaining_pids.iter().copied().filter(|p| !refused(p) && !goes(p)).collect();
+            let mut parts: Vec<String> =
+                outcome.stopping.iter().map(|(stop, _)| format!("stop {}", whole(stop))).collect();
+            if !would.is_empty() {
+                let victims = list(outcome, &would);
+                parts.push(match signal {
+                    Signal::TERM => format!("terminate {victims}"),
+                    Signal::KILL => format!("kill by force {victims}"),
+                    other => format!("send {} to {victims}", SignalName(other)),
+                });
+            }
+            let obstacles = [failures(outcome), note];
+            let end = if obstacles.iter().all(String::is_empty) { "be freed" } else { "stay" };
+            parts.extend(obstacles);
+            explained(format!("{port} would {end}"), parts)
+        }
+        Status::Denied => explained(format!("{port} would be refused"), [failures(outcome), note]),
+        Status::Partial | Status::Stuck if outcome.still_listening => {
+            explained(format!("{port} would stay"), [failures(outcome), note])
+        }
+        _ => self::outcome(outcome),
+    }
+}
+
+/// What is said, and why.
+fn explained(what: String, parts: impl IntoIterator<Item = String>) -> String {
+    let parts: Vec<String> = parts.into_iter().filter(|part| !part.is_empty()).collect();
+    if parts.is_empty() { what } else { format!("{what}: {}", parts.join("; ")) }
+}
+
+/// ` on 127.0.0.1, ::1`; nothing for a port that is meant at any address.
+fn on(addresses: &[IpAddr]) -> String {
+    let each: Vec<String> = addresses.iter().map(IpAddr::to_string).collect();
+    if each.is_empty() { String::new() } else { format!(" on {}", each.join(", ")) }
 }
 
 /// What was found on a port that is not free, and the outcome's line does not say: indented lines, each with its end.
@@ -174,7 +203,7 @@ fn deeds(outcome: &Outcome) -> String {
     if let Some(holders) = outcome.closes.as_deref().filter(|_| !outcome.closed.is_empty()) {
         let sockets = if outcome.closed.len() == 1 { "socket" } else { "sockets" };
         parts.push(match holders.is_empty() {
-            true => format!("closed the {sockets}, which no visible process holds,"),
+            true => format!("closed the {sockets} that no visible process holds"),
             false => format!("closed the {sockets} of {}", list(outcome, holders)),
         });
     }
@@ -349,5 +378,40 @@ mod tests {
             },
             "8000/tcp would be freed: stop container web; terminate python3 (7)",
         );
+        check(
+            |o| (o.status, o.addresses) = (Status::Free, vec!["127.0.0.1".parse().unwrap(), "::1".parse().unwrap()]),
+            "8000/tcp is free already on 127.0.0.1, ::1",
+        );
+        let close = |o: &mut Outcome| (o.closes, o.closed) = (Some(Vec::new()), vec![5]);
+        check(close, "8000/tcp freed: closed the socket that no visible process holds in 120ms");
+        check(
+            |o| {
+                close(o);
+                o.status = Status::Partial;
+                o.diagnostics = Some(Diagnostics { message: "nobody".into(), ..Diagnostics::default() });
+            },
+            "8000/tcp is still taken: closed the socket that no visible process holds; nobody",
+        );
+    }
+
+    #[test]
+    fn a_dry_run_says_what_would_be() {
+        let check = |status, still_listening, message: &str, signal, expected: &str| {
+            let diagnostics =
+                (!message.is_empty()).then(|| Diagnostics { message: message.to_owned(), ..Diagnostics::default() });
+            let remaining_pids = vec![7];
+            let subject = Outcome { status, still_listening, diagnostics, remaining_pids, ..sample() };
+            assert_eq!(preview(&subject, signal), expected);
+        };
+        use Status::*;
+        check(Planned, true, "", Signal::TERM, "8000/tcp would be freed: terminate python3 (7)");
+        check(Planned, true, "", Signal::KILL, "8000/tcp would be freed: kill by force python3 (7)");
+        check(Planned, true, "", Signal::INT, "8000/tcp would be freed: send SIGINT to python3 (7)");
+        check(Planned, true, "x\x07", Signal::TERM, "8000/tcp would stay: terminate python3 (7); x\\x07");
+        check(Denied, true, "no", Signal::TERM, "8000/tcp would be refused: no");
+        check(Partial, true, "no", Signal::TERM, "8000/tcp would stay: no");
+        check(Stuck, false, "no", Signal::TERM, "8000/tcp cannot be bound yet: no");
+        check(Ghost, true, "no", Signal::TERM, "8000/tcp has no visible holder: no");
+        check(Free, false, "no", Signal::TERM, "8000/tcp is free already; no");
     }
 }

@@ -213,17 +213,20 @@ impl Selector {
     /// The addresses at which this port is meant, as far as targets, `--addr`, `-4` and `-6` say: all of both families where
     /// they say nothing.
     pub fn named_addresses(&self, port: u16) -> Vec<IpAddr> {
-        let targets = self.targets.iter().filter(|target| target.ports.contains(&port));
-        let named: Vec<Option<IpAddr>> = targets.map(|target| target.address).collect();
-        if !named.contains(&None) {
-            return named.into_iter().flatten().collect();
-        }
+        let spelt_out = self.spelt_out_addresses(port);
         match &self.filters {
-            Filters { addresses, .. } if !addresses.is_empty() => addresses.clone(),
+            _ if !spelt_out.is_empty() => spelt_out,
             Filters { ipv4: true, ipv6: false, .. } => vec![Ipv4Addr::UNSPECIFIED.into()],
             Filters { ipv4: false, ipv6: true, .. } => vec![Ipv6Addr::UNSPECIFIED.into()],
             _ => vec![Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()],
         }
+    }
+
+    /// Those that targets or `--addr` spell out; none where the port is meant at any.
+    pub fn spelt_out_addresses(&self, port: u16) -> Vec<IpAddr> {
+        let targets = self.targets.iter().filter(|target| target.ports.contains(&port));
+        let named: Option<Vec<IpAddr>> = targets.map(|target| target.address).collect();
+        named.filter(|named| !named.is_empty()).unwrap_or_else(|| self.filters.addresses.clone())
     }
 
     /// What the socket alone can tell: false means that [`Selector::matches`] is false whoever holds it.
@@ -236,7 +239,27 @@ impl Selector {
             }
             && any_or_none(&self.filters.addresses, |address| *address == socket.address)
             && self.filters.netns.is_none_or(|netns| netns == socket.netns)
-            && !self.filters.except.iter().any(|target| target.covers(socket))
+            && !self.excepts(socket)
+    }
+
+    fn excepts(&self, socket: &Socket) -> bool {
+        self.filters.except.iter().any(|target| target.covers(socket))
+    }
+
+    /// Whether a port is not free, as it is meant, while this socket has it: where it is meant
+    /// ([`Selector::named_addresses`]), nobody else can bind it then. Who holds it does not count; what `--except` names is
+    /// to stay, and `-6` means a server of IPv6 alone.
+    pub fn is_hindered_by(&self, socket: &Socket) -> bool {
+        let Filters { ipv4, ipv6, .. } = self.filters;
+        let is_foreign = ipv6 && !ipv4 && socket.address.is_ipv4();
+        let is_met = |address| socket.overlaps(address);
+        !is_foreign && !self.excepts(socket) && self.named_addresses(socket.port).into_iter().any(is_met)
+    }
+
+    /// Whether the listener, which no visible process holds, is left out for what cannot be known of its holder, rather
+    /// than for its address or its user.
+    pub fn may_mean(&self, ghost: &Listener) -> bool {
+        self.matches_socket(&ghost.socket) && any_or_none(&self.filters.uids, |uid| *uid == ghost.socket.uid)
     }
 
     fn matches_ports(&self, socket: &Socket) -> bool {

@@ -95,6 +95,11 @@ fn sockets_are_picked_by_targets() {
         ("127.0.0.1:8000", Tcp, "::1", 8000, false),
         ("[::1]:8000", Tcp, "::", 8000, true),
         ("[::1]:8000", Tcp, "0.0.0.0", 8000, false),
+        ("127.0.0.1:8000", Tcp, "::ffff:127.0.0.1", 8000, true),
+        ("127.0.0.1:8000", Tcp, "::ffff:0.0.0.0", 8000, true),
+        ("[::ffff:127.0.0.1]:8000", Tcp, "127.0.0.1", 8000, true),
+        ("[::ffff:127.0.0.1]:8000", Tcp, "0.0.0.0", 8000, true),
+        ("[::ffff:127.0.0.1]:8000", Tcp, "127.0.0.2", 8000, false),
         ("127.0.0.1:8000 9000", Tcp, "10.0.0.1", 9000, true),
         ("127.0.0.1:8000 9000", Tcp, "10.0.0.1", 8000, false),
     ] {
@@ -123,6 +128,36 @@ fn sockets_are_picked_by_filters() {
     ] {
         let selector = selector("", filters);
         assert_eq!((selector.matches_socket(&v6), selector.matches_socket(&v4)), (want_v6, want_v4), "{name}");
+    }
+}
+
+#[test]
+fn what_hinders_a_bind_depends_on_what_is_meant_by_the_port() {
+    let any = Filters::default;
+    let at = |address: &str| Filters { addresses: vec![address.parse().unwrap()], ..any() };
+    let [v4, v6] = [Filters { ipv4: true, ..any() }, Filters { ipv6: true, ..any() }];
+    let except = Filters { except: targets("127.0.0.1:8000").unwrap(), ..any() };
+    for (words, filters, address, want) in [
+        ("8000", any(), "127.0.0.1", true),
+        ("8000", Filters { uids: vec![7], ..any() }, "127.0.0.1", true),
+        ("8000", v4.clone(), "127.0.0.1", true),
+        ("8000", v4.clone(), "::1", false),
+        // It takes IPv4 as well.
+        ("8000", v4, "::", true),
+        ("8000", v6.clone(), "127.0.0.1", false),
+        ("8000", v6.clone(), "0.0.0.0", false),
+        ("8000", v6, "::1", true),
+        ("8000", at("::1"), "127.0.0.1", false),
+        ("8000", at("0.0.0.0"), "127.0.0.1", true),
+        ("127.0.0.2:8000", any(), "127.0.0.1", false),
+        ("127.0.0.2:8000", any(), "0.0.0.0", true),
+        ("0.0.0.0:8000", any(), "127.0.0.1", true),
+        ("[::]:8000", any(), "127.0.0.1", true),
+        ("8000", except.clone(), "127.0.0.1", false),
+        ("8000", except, "127.0.0.2", true),
+    ] {
+        let got = selector(words, filters.clone()).is_hindered_by(&socket(Protocol::Tcp, address, 8000));
+        assert_eq!(got, want, "{words} {address} {filters:?}");
     }
 }
 

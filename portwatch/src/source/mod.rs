@@ -16,7 +16,7 @@ pub mod released;
 pub mod stat;
 pub mod trial;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashSet;
 use std::fmt;
 use std::io;
@@ -27,7 +27,7 @@ use std::time::Duration;
 use anyhow::{Context as _, anyhow};
 use serde::{Deserialize, Serialize};
 
-use crate::model::{BootNs, Event, Listener, Process, ProcessId, Snapshot, Socket, SocketId};
+use crate::model::{BootNs, Event, Listener, NetnsId, Process, ProcessId, Snapshot, Socket, SocketId};
 
 /// How listeners are learnt, best first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -142,6 +142,27 @@ impl Scanner {
         self.scan_with(all_netns, keep, &|_| true, &mut |id| {
             Arc::new(process::read_exact(id).unwrap_or_else(|| Process::bare(id, "?")))
         })
+    }
+
+    /// Reads the listeners of one network namespace, or of all that can be seen (`None`), that `keep` wants, and who holds
+    /// them. Of others there may be some, too.
+    ///
+    /// # Errors
+    /// [`netns::Unknown`] where nothing shows that there is such a namespace, and `PermissionDenied` in the chain where the
+    /// caller may not look into it: what cannot be seen must not pass for nothing.
+    pub fn scan_in(&mut self, wanted: Option<NetnsId>, keep: &dyn Fn(&Socket) -> bool) -> anyhow::Result<Snapshot> {
+        let own = netns::own().ok();
+        let Some(id) = wanted.filter(|wanted| Some(*wanted) != own) else { return self.scan(wanted.is_none(), keep) };
+        // One that nobody is in any more may live on by a socket that somebody holds.
+        let is_seen = Cell::new(false);
+        let snapshot = self.scan(true, &|socket| {
+            is_seen.set(is_seen.get() || socket.netns == id);
+            keep(socket)
+        })?;
+        if !snapshot.complete.contains(&id) && !is_seen.get() {
+            netns::check(id)?;
+        }
+        Ok(snapshot)
     }
 
     /// TCP sockets that are bound and do not listen, of any network namespace, as far as somebody visible holds them.

@@ -4,6 +4,7 @@
 //! under `/run/netns` (ip-netns) and `/run/docker/netns`.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
@@ -23,8 +24,14 @@ const MOUNT_DIRS: [&str; 2] = ["/run/netns", "/run/docker/netns"];
 const NSFS_MAGIC: u64 = 0x6e73_6673;
 
 /// The calling thread's network namespace.
+///
+/// # Errors
+/// Where /proc does not tell.
 pub fn own() -> io::Result<NetnsId> {
-    id_of(Path::new("/proc/thread-self/ns/net"))
+    let path = "/proc/thread-self/ns/net";
+    let named =
+        |error: io::Error| io::Error::new(error.kind(), format!("cannot read {path}: {error}; is /proc mounted?"));
+    id_of(Path::new(path)).map_err(named)
 }
 
 /// The network namespace of a process.
@@ -100,20 +107,47 @@ impl Namespaces {
     }
 }
 
+/// There is no such network namespace, as far as can be seen from here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unknown(pub NetnsId);
+
+impl fmt::Display for Unknown {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "there is no network namespace {} that can be seen from here; see lsns -t net", self.0)
+    }
+}
+
+impl std::error::Error for Unknown {}
+
 /// A descriptor of a network namespace that can be seen.
 ///
 /// # Errors
 /// When nobody visible is in it, nor is it mounted: `PermissionDenied` in the chain where some processes could not be
-/// looked at.
+/// looked at, else [`Unknown`].
 pub fn open(id: NetnsId) -> anyhow::Result<File> {
     let mut namespaces = visible()?;
     match namespaces.found.remove(&id) {
         Some(namespace) => Ok(namespace),
         None if namespaces.denied > 0 => Err(io::Error::from(io::ErrorKind::PermissionDenied)).with_context(|| {
-            format!("cannot find network namespace {id} among those you may see (others take CAP_SYS_PTRACE)")
+            let next = try_sudo();
+            format!("cannot find network namespace {id} among those you may see (others take CAP_SYS_PTRACE){next}")
         }),
-        None => Err(anyhow::anyhow!("there is no network namespace {id} that can be seen from here; see lsns -t net")),
+        None => Err(Unknown(id).into()),
     }
+}
+
+/// Root of a user namespace is root, and has no powers over others.
+fn try_sudo() -> &'static str {
+    if nix::unistd::geteuid().is_root() { "" } else { "; try sudo" }
+}
+
+/// Makes sure that the sockets of a network namespace can be read.
+///
+/// # Errors
+/// As of [`open`]; `PermissionDenied` in the chain, too, where it may not be entered.
+pub fn check(id: NetnsId) -> anyhow::Result<()> {
+    let what = || format!("cannot look into network namespace {id} (that takes CAP_SYS_ADMIN){}", try_sudo());
+    enter(&open(id)?, || Ok(())).with_context(what)
 }
 
 /// Reads every listening socket in another network namespace, by [`diag::dump`] or the like.
@@ -175,6 +209,7 @@ mod tests {
         let own = own().unwrap();
         assert_eq!(of_pid(std::process::id()).unwrap(), own);
         assert!(visible().unwrap().found.contains_key(&own));
+        open(own).unwrap();
         assert_eq!(of_pid(0).unwrap_err().kind(), io::ErrorKind::NotFound);
     }
 

@@ -22,7 +22,7 @@ impl Peer {
         place: &Place,
         mut since: Option<Utc>,
     ) -> Result<(), End> {
-        let Some(mut selector) = self.selector(selection, identity).await? else { return Ok(()) };
+        let Some(mut selector) = self.selector_of_now(selection, identity, place).await? else { return Ok(()) };
         loop {
             // After an interruption, the past is what was told already.
             let since = since.take();

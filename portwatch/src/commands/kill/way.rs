@@ -7,7 +7,7 @@ use portwatch::client::PlannedKill;
 use portwatch::kill::{Choice, Concern, Guards, Job, Options, Outcome, Plan, Progress, concern};
 use portwatch::render;
 use portwatch::select::Selector;
-use portwatch::source::{Scanner, stat};
+use portwatch::source::{Scanner, netns, stat};
 use tokio::runtime::Runtime;
 
 use super::{KillArgs, pick};
@@ -37,7 +37,8 @@ impl Way {
         let Some(client) = runtime.block_on(reach_agent(globals))? else { return Ok(None) };
         match runtime.block_on(client.plan_kill(args.request(selector))) {
             Ok(kill) => Ok(Some(Way::Agent { kill: Box::new(kill), runtime })),
-            Err(error) if globals.agent => Err(error),
+            // Who works alone sees no more namespaces than the agent.
+            Err(error) if globals.agent || error.is::<netns::Unknown>() => Err(error),
             Err(error) => {
                 note(&render::escape(&format!("{error:#}; working alone")));
                 Ok(None)

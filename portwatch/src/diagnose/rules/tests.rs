@@ -9,7 +9,7 @@ const HERE: u32 = 1;
 const TAKEN: Option<Errno> = Some(Errno::EADDRINUSE);
 
 fn question() -> Question {
-    Question { port: 8000, proto: Protocol::Tcp, address: None }
+    Question { port: 8000, proto: Protocol::Tcp, address: None, v6only: false }
 }
 
 fn process(pid: u32, name: &str, uid: u32) -> Process {

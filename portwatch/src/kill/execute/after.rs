@@ -1,14 +1,15 @@
 //! After the last signal: who has ended, whether somebody takes a port again, and the proof that it is free.
 
 use std::collections::BTreeSet;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use super::{AFTERMATH, LINGER, Run, SCAN_EVERY, World};
 use crate::kill::life::Life;
 use crate::kill::life::Stage;
-use crate::kill::plan::push_new;
+use crate::kill::plan::{Group, push_new};
 use crate::kill::prove::{self, Place, Proof};
+use crate::kill::sight::Sight;
 use crate::model::{Listener, NetnsId, ProcessId, Protocol};
 use crate::source::netns;
 use crate::source::stat::has_ended;
@@ -81,7 +82,7 @@ impl Run {
             let mut left = Vec::new();
             let mut taken = false;
             for group in open {
-                let places = self.places(group, world);
+                let places = self.places(group, world.addresses);
                 let netns = self.netns_of(group);
                 let was_blocked = self.blocked[group].is_some();
                 match prove::prove(&mut self.sight, netns, &places) {
@@ -128,20 +129,37 @@ impl Run {
         provable
     }
 
+    /// Binds to each port that nobody has, though nothing is to be done.
+    pub(super) fn foresee(&mut self, addresses: &dyn Fn(u16) -> Vec<IpAddr>) {
+        let is_open = |group: &Group| group.sockets.is_empty() && group.proto == Protocol::Tcp;
+        if !self.plan.groups.iter().any(is_open) {
+            return;
+        }
+        self.sight = Sight::open(&self.plan);
+        let open: Vec<usize> = (0..self.plan.groups.len()).filter(|&g| is_open(&self.plan.groups[g])).collect();
+        for group in open {
+            let (places, netns) = (self.places(group, addresses), self.netns_of(group));
+            if let Proof::Blocked(by) = prove::prove(&mut self.sight, netns, &places) {
+                self.blocked[group] = Some(by);
+            }
+        }
+    }
+
     fn netns_of(&self, group: usize) -> NetnsId {
         let group = &self.plan.groups[group];
         if group.sockets.is_empty() { netns::own().unwrap_or(0) } else { group.netns }
     }
 
-    fn places(&self, group: usize, world: &World<'_>) -> Vec<Place> {
+    fn places(&self, group: usize, addresses: &dyn Fn(u16) -> Vec<IpAddr>) -> Vec<Place> {
         let group = &self.plan.groups[group];
         let mut places: Vec<Place> = Vec::new();
         for Listener { socket, .. } in self.plan.listeners.iter().filter(|l| group.wants(l.socket.id)) {
             push_new(&mut places, (socket.endpoint(), socket.v6only));
         }
         if group.sockets.is_empty() {
-            let addresses = (world.addresses)(group.port);
-            places.extend(addresses.into_iter().map(|address| (SocketAddr::new(address, group.port), Some(true))));
+            places.extend(
+                addresses(group.port).into_iter().map(|address| (SocketAddr::new(address, group.port), Some(true))),
+            );
         }
         places
     }

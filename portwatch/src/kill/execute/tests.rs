@@ -295,7 +295,7 @@ fn a_new_owner_is_reported_with_who_started_it() {
 #[test]
 fn a_free_port_and_a_dry_run_touch_nothing() {
     let (mut server, port) = serve(POLITE);
-    let outcomes = planned(plan(&port));
+    let outcomes = planned(plan(&port), &|_| Vec::new());
     assert_eq!((outcomes[0].status, &outcomes[0].remaining_pids[..]), (Status::Planned, &[server.pid()][..]));
     assert!(server.is_alive());
     server.end();

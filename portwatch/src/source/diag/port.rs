@@ -210,7 +210,7 @@ pub fn destroy(socket: &Socket) -> anyhow::Result<()> {
     if socket.proto == Protocol::Udp {
         bail!("a UDP socket does not close so: its port would stay taken; end its holder instead");
     }
-    if netns::own().context("cannot read /proc/thread-self/ns/net; is /proc mounted?")? == socket.netns {
+    if netns::own()? == socket.netns {
         return destroy_here(socket);
     }
     netns::enter(&netns::open(socket.netns)?, || destroy_here(socket))
