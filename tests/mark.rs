@@ -4,6 +4,7 @@
 //! host meanwhile.
 
 mod recipes;
+mod reports;
 mod selectors;
 
 use std::collections::BTreeMap;
@@ -386,5 +387,6 @@ pub fn trials() -> Vec<Test> {
     ];
     tests.extend(selectors::trials());
     tests.extend(recipes::trials());
+    tests.extend(reports::trials());
     tests
 }

@@ -1,5 +1,6 @@
 //! `portwatch kill`: frees ports by ending the processes that hold them.
 
+mod destination;
 pub(crate) mod leaks;
 mod pick;
 mod way;

@@ -1,12 +1,9 @@
 //! `kill --since`: ends what was left behind, and tells what it was, to people and in a report.
 
-use std::fs::{self, OpenOptions};
-use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::Context as _;
 use clap::Args;
 use jiff::Timestamp;
 use nix::unistd::Uid;
@@ -18,6 +15,7 @@ use portwatch::source::{Scanner, process, stat};
 use portwatch::wire::{Request, Response, Selection};
 use serde::Serialize;
 
+use super::destination::Destination;
 use super::way::open_scanner;
 use super::{KillArgs, agreed, is_conversation, nothing_signalled, preview, print_done, summary};
 use crate::cli::{Globals, Since};
@@ -35,7 +33,7 @@ pub(crate) struct LeakArgs {
     /// End processes of every user: without this and --user only one's own are meant, also by root
     #[arg(long, requires = "since", conflicts_with = "users")]
     pub(crate) all_users: bool,
-    /// Write what was left behind to this file, as JSON
+    /// Write what was left behind to this file, as JSON; a device, a FIFO and /dev/stdout are written to as they are
     #[arg(long, value_name = "FILE", requires = "since", value_hint = clap::ValueHint::FilePath)]
     pub(crate) report: Option<PathBuf>,
     /// Exit with 1 if anything had to be ended
@@ -87,6 +85,8 @@ pub(super) fn run(args: &KillArgs, selector: Selector, globals: &Globals) -> any
     if args.dry_run {
         return dry_run(args, &cleanup, &mut scanner);
     }
+    // Before anybody is ended of whom there would be no report then.
+    let destination = args.leaks.report.as_deref().map(Destination::find).transpose()?;
     let mut display = Display::new(args.json || args.quiet);
     let mut agree = |plan: &kill::Plan| match is_conversation() && !args.yes {
         true => {
@@ -106,8 +106,8 @@ pub(super) fn run(args: &KillArgs, selector: Selector, globals: &Globals) -> any
     } else if !args.quiet {
         print_done(&text(args, &cleaned))?;
     }
-    if let Some(path) = &args.leaks.report {
-        write(path, &report(args, &cleaned)).with_context(|| format!("cannot write {}", shown(path)))?;
+    if let Some(destination) = destination {
+        destination.write(&report(args, &cleaned))?;
     }
     Ok(code(args, &cleaned))
 }
@@ -255,23 +255,4 @@ fn row<'a>(leak: &'a Leak, users: &Users) -> Row<'a> {
         note: leak.note.as_deref(),
         ancestors: &leak.ancestors,
     }
-}
-
-fn shown(path: &Path) -> String {
-    escape(&path.to_string_lossy()).into_owned()
-}
-
-/// Whole or not at all: written beside, and renamed.
-fn write(path: &Path, text: &str) -> std::io::Result<()> {
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(format!(".{}", std::process::id()));
-    let beside = path.with_file_name(name);
-    let written = OpenOptions::new().write(true).create_new(true).open(&beside).and_then(|mut file| {
-        file.write_all(text.as_bytes())?;
-        fs::rename(&beside, path)
-    });
-    if written.is_err() {
-        let _ = fs::remove_file(&beside);
-    }
-    written
 }
