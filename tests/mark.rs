@@ -6,6 +6,7 @@
 mod recipes;
 mod reports;
 mod selectors;
+mod strangers;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -388,5 +389,6 @@ pub fn trials() -> Vec<Test> {
     tests.extend(selectors::trials());
     tests.extend(recipes::trials());
     tests.extend(reports::trials());
+    tests.extend(strangers::trials());
     tests
 }

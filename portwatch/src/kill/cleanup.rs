@@ -12,6 +12,10 @@
 //!
 //! A port that is published for a container says when its proxy started, not when the container was made: one that was
 //! made before counts as a bystander, also when it was started anew.
+//!
+//! Where other users' processes are meant and may not be looked at, what they listen at is *hidden*: whether it is new, only
+//! the mark can tell, which has what was there, or somebody who sees more. What neither tells of is no leak, nor is the
+//! host clean.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -20,6 +24,7 @@ use std::time::{Duration, Instant};
 
 use globset::GlobMatcher;
 use jiff::Timestamp;
+use nix::unistd::Uid;
 use serde::Serialize;
 
 use super::execute::Options;
@@ -28,8 +33,9 @@ use super::job::{Choice, Job, Terms};
 use super::outcome::Outcome;
 use super::plan::{Plan, same_socket};
 use super::progress::Progress;
+use super::report::{not_permitted, sees_all};
 use crate::engine::{self, Engine, Roster};
-use crate::model::{Ancestor, BootNs, Listener, Process, Socket};
+use crate::model::{Ancestor, BootNs, Listener, Process, Socket, SocketId};
 use crate::select::{Selector, Since};
 use crate::source::{Scanner, process, stat};
 
@@ -52,6 +58,7 @@ pub struct Cleanup {
     options: Options,
     force_self: bool,
     remove_cwd: Option<GlobMatcher>,
+    before: Vec<SocketId>,
 }
 
 /// What was left behind, and what became of it.
@@ -60,6 +67,8 @@ pub struct Cleaned {
     pub leaks: Vec<Leak>,
     /// Of every pass.
     pub outcomes: Vec<Outcome>,
+    /// Those of other users that may have been left behind: nobody told since when they are there.
+    pub hidden: Vec<Socket>,
     /// Whether it was given up because more and more appeared.
     pub endless: bool,
 }
@@ -98,13 +107,24 @@ impl Cleanup {
     /// `uids` are the users whose processes are meant, all where it is empty. What is published for containers, or runs in
     /// one, is meant whoever's it is where containers are stopped.
     pub fn new(selector: Selector, uids: Vec<u32>, terms: Terms, options: Options, force_self: bool) -> Cleanup {
-        Cleanup { selector, uids, terms, options, force_self, remove_cwd: None }
+        Cleanup { selector, uids, terms, options, force_self, remove_cwd: None, before: Vec::new() }
     }
 
     /// The same, and afterwards removes the working directories of those who ended, where `glob` matches them.
     #[must_use]
     pub fn removing(self, glob: Option<GlobMatcher>) -> Cleanup {
         Cleanup { remove_cwd: glob, ..self }
+    }
+
+    /// The same, knowing that these sockets were there before, whoever holds them.
+    #[must_use]
+    pub fn knowing(self, before: Vec<SocketId>) -> Cleanup {
+        Cleanup { before, ..self }
+    }
+
+    /// Whether the processes of anybody else than `uid` are meant.
+    pub fn means_others_than(&self, uid: u32) -> bool {
+        self.uids != [uid]
     }
 
     /// What is to be ended now.
@@ -126,8 +146,12 @@ impl Cleanup {
         match containers.is_new(listener) {
             Some(false) => false,
             Some(true) if self.terms.stop_containers => true,
-            _ => self.uids.is_empty() || listener.holders.iter().any(|holder| self.is_of_them(holder.process.uid)),
+            _ => self.is_theirs(listener),
         }
+    }
+
+    fn is_theirs(&self, listener: &Listener) -> bool {
+        self.uids.is_empty() || listener.holders.iter().any(|holder| self.is_of_them(holder.process.uid))
     }
 
     fn is_of_them(&self, uid: Option<u32>) -> bool {
@@ -192,6 +216,59 @@ impl Cleanup {
         }
     }
 
+    /// What other users who are meant listen at, and who may not be looked at.
+    ///
+    /// # Errors
+    /// When the host's sockets cannot be read.
+    pub fn hidden(&self, scanner: &mut Scanner) -> anyhow::Result<Vec<Listener>> {
+        let own = Uid::effective().as_raw();
+        if !self.means_others_than(own) || sees_all() {
+            return Ok(Vec::new());
+        }
+        let mut hidden = Choice::read(scanner, &self.selector)?.left_out;
+        hidden.retain(|Listener { socket, since, holders }| {
+            let is_unknown = holders.is_empty() && since.is_none() && socket.uid != own;
+            let was_there = self.before.iter().any(|before| same_socket(*before, socket.id));
+            is_unknown && !was_there && self.is_of_them(Some(socket.uid)) && self.selector.matches_socket(socket)
+        });
+        Ok(hidden)
+    }
+
+    /// Takes hidden listeners into account. `told` is what somebody knows of them who sees more: those that are new are
+    /// leaks that only their user may end.
+    ///
+    /// # Errors
+    /// When the host cannot be scanned.
+    pub fn take_in_hidden(
+        &self,
+        hidden: Vec<Listener>,
+        told: &[Listener],
+        scanner: &mut Scanner,
+        cleaned: &mut Cleaned,
+    ) -> anyhow::Result<()> {
+        let now = process::boot_ns_now();
+        let mut left = Vec::new();
+        for listener in hidden {
+            let is_it = |told: &&Listener| same_socket(told.socket.id, listener.socket.id) && !told.is_ghost();
+            match told.iter().find(is_it) {
+                Some(told) if !(self.is_theirs(told) && self.selector.matches(told, now)) => continue,
+                Some(told) => {
+                    let leak = Leak::found(told);
+                    let note = Some(not_permitted(leak.process.as_ref().and_then(|process| process.uid)));
+                    cleaned.leaks.push(Leak { note, ..leak });
+                }
+                None => cleaned.hidden.push(listener.socket.clone()),
+            }
+            left.push(listener);
+        }
+        if !left.is_empty() {
+            let job = self.prepare(Choice::of(left, &self.selector))?;
+            // Nobody who could be signalled is in it.
+            cleaned.outcomes.extend(job.run(scanner, self.options, &mut |_| {})?);
+        }
+        Ok(())
+    }
+
     /// Whether a process that started since runs and could yet begin to listen.
     fn has_newcomers(&self, begun: BootNs) -> bool {
         let own = std::process::id();
@@ -213,7 +290,7 @@ impl Cleaned {
 
     /// Whether nothing is left.
     pub fn is_clean(&self) -> bool {
-        self.leaks.iter().all(|leak| leak.ended != Ended::Alive)
+        self.hidden.is_empty() && self.leaks.iter().all(|leak| leak.ended != Ended::Alive)
     }
 
     fn knows(&self, socket: &Socket) -> bool {

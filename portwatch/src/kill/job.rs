@@ -88,6 +88,11 @@ impl Choice {
         Ok(Choice { selected, left_out, named: selector.named_ports(), selector: selector.clone() })
     }
 
+    /// These listeners and no others.
+    pub(super) fn of(selected: Vec<Listener>, selector: &Selector) -> Choice {
+        Choice { selected, left_out: Vec::new(), named: Vec::new(), selector: selector.clone() }
+    }
+
     /// Whether there is nothing to report on.
     pub fn is_empty(&self) -> bool {
         self.selected.is_empty() && self.named.is_empty()

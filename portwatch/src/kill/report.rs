@@ -34,6 +34,12 @@ pub(crate) fn not_permitted(uid: Option<u32>) -> String {
     format!("not permitted: it runs as {owner}; try sudo")
 }
 
+/// Whether other users' processes show what they hold.
+pub(super) fn sees_all() -> bool {
+    let may_look = || capabilities(None).is_ok_and(|own| own.effective.contains(CapabilitySet::SYS_PTRACE));
+    Uid::effective().is_root() || may_look()
+}
+
 pub(super) fn planned(run: &Run) -> Vec<Outcome> {
     let each = (0..run.plan.groups.len()).map(|index| {
         let end = End::of(run, index);
@@ -178,10 +184,9 @@ impl<'a> End<'a> {
     /// The other user whose processes must hold what has no visible holder: an ordinary user does not see them. The agent
     /// does, root or not.
     fn hidden_owner(&self) -> Option<u32> {
-        let own = Uid::effective();
-        let hidden = self.old.iter().find(|l| l.is_ghost() && l.socket.uid != own.as_raw());
-        let sees_all = || capabilities(None).is_ok_and(|own| own.effective.contains(CapabilitySet::SYS_PTRACE));
-        hidden.filter(|_| !own.is_root() && !sees_all()).map(|l| l.socket.uid)
+        let own = Uid::effective().as_raw();
+        let hidden = self.old.iter().find(|l| l.is_ghost() && l.socket.uid != own);
+        hidden.filter(|_| !sees_all()).map(|l| l.socket.uid)
     }
 
     fn refused(&self, run: &Run) -> Vec<Failure> {
