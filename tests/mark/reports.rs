@@ -1,17 +1,18 @@
-//! Where the report of a clean-up goes, whatever is there already.
+//! Where the report of a clean-up goes, whatever is there already; and what it tells of directories.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
+use std::process::Stdio;
 
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 use serde_json::Value;
 
-use super::{USER, Yard};
+use super::{USER, Yard, chown};
 use crate::puppet::wait_readable;
-use crate::subject::{Run, finish};
+use crate::subject::{Run, finish, outputs, pidfd};
 use crate::{Test, test};
 
 const FREED: &str = "1 listener was left behind since before.json: none is there any more\n";
@@ -144,10 +145,52 @@ fn fifo(yard: &Yard, path: &Path) {
     assert!(fs::metadata(path).expect("the fifo").file_type().is_fifo());
 }
 
+/// The directories that went, and those that did not, are told in both.
+fn directories() {
+    let Some(yard) = Yard::new(USER, false) else { return };
+    yard.mark();
+    let servers = ["web_1", "web_2", "other"].map(|name| {
+        fs::create_dir(yard.home(name)).expect("a directory");
+        chown(yard.home(name), Some(USER), Some(USER)).expect("chown");
+        let server = yard.server(USER);
+        server.change_directory(&yard.home(name));
+        (server.serve(), server.serve());
+        server
+    });
+    // Somebody is in the second one still.
+    let mut stays = yard.command("/bin/cat");
+    let mut stays = stays.stdin(Stdio::piped()).current_dir(yard.home("web_2")).spawn().expect("cat");
+    let glob = yard.home("web_*");
+    let glob = glob.to_str().expect("a path");
+    let run =
+        yard.portwatch(&["kill", "--since", "before.json", "--yes", "--remove-cwd", glob, "--report", "leaks.json"]);
+    let run = run.expect(0);
+    for server in servers {
+        server.wait();
+    }
+    let output = outputs(&mut stays);
+    stays.stdin.take().expect("stdin").flush().expect("stdin");
+    assert!(wait_readable(pidfd(&stays)));
+    stays.wait().expect("wait");
+    output.join();
+    let (text, gone, kept) = (run.text(), yard.home("web_1"), yard.home("web_2"));
+    let removed = format!("  removed {} (0 files, 1 directory, ", gone.display());
+    assert_eq!(text.matches(&removed).count(), 1, "{text}");
+    assert_eq!(text.matches(&format!("  kept {}: ", kept.display())).count(), 1, "{text}");
+    assert!(text.ends_with(": none is there any more\n"), "{text}");
+    let report: Value = serde_json::from_slice(&fs::read(yard.home("leaks.json")).expect("a report")).expect("JSON");
+    assert_eq!(report["removed_directories"][0]["path"], gone.display().to_string(), "{report}");
+    let reasons: Vec<&Value> =
+        report["kept_directories"].as_array().expect("kept").iter().map(|it| &it["path"]).collect();
+    assert!(reasons.contains(&&Value::from(kept.display().to_string())), "{report}");
+    assert!(!gone.exists() && kept.exists() && yard.home("other").exists());
+}
+
 pub fn trials() -> Vec<Test> {
     vec![
         test("mark::what_cannot_take_a_report_is_refused_before_anybody_is_ended", refused),
         test("mark::a_report_replaces_a_file_whole_and_no_link", files),
         test("mark::a_report_leaves_devices_fifos_and_open_files_what_they_are", streams),
+        test("mark::directories_that_go_with_leaks_are_reported", directories),
     ]
 }

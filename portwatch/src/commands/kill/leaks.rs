@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::Args;
 use jiff::Timestamp;
 use nix::unistd::Uid;
-use portwatch::kill::{self, Cleaned, Cleanup, Ended, Leak, concern};
+use portwatch::kill::{self, Cleaned, Cleanup, Directories, Ended, Leak, concern, text};
 use portwatch::mark::Marked;
 use portwatch::model::{Ancestor, Listener, NetnsId, Protocol, Socket, SocketId};
 use portwatch::render::{cut, escape, json, span};
@@ -54,6 +54,8 @@ struct Report<'a> {
     leaks: Vec<Row<'a>>,
     /// Those of other users of which nobody told whether they appeared since.
     unknown: Vec<Unknown>,
+    #[serde(flatten)]
+    directories: Directories,
 }
 
 #[derive(Debug, Serialize)]
@@ -241,7 +243,7 @@ fn told(args: &KillArgs, cleaned: &Cleaned) -> String {
             users.name(*uid).map_or_else(|| format!("uid {uid}"), |name| format!("{} (uid {uid})", escape(&name)));
         lines += &format!("{port}/{proto} may have been left behind: of {user}, and since when is not yours to see\n");
     }
-    lines + &total(&since, cleaned)
+    lines + &text::swept(&Directories::of(&cleaned.outcomes)) + &total(&since, cleaned)
 }
 
 /// All of it in one line.
@@ -327,6 +329,7 @@ fn report(args: &KillArgs, cleaned: &Cleaned) -> String {
         clean: cleaned.is_clean(),
         leaks: cleaned.leaks.iter().map(row).collect(),
         unknown: cleaned.hidden.iter().map(unknown).collect(),
+        directories: Directories::of(&cleaned.outcomes),
     };
     json::line(&report) + "\n"
 }
