@@ -6,6 +6,7 @@
 mod recipes;
 mod reports;
 mod selectors;
+mod starters;
 mod strangers;
 
 use std::collections::BTreeMap;
@@ -389,6 +390,7 @@ pub fn trials() -> Vec<Test> {
     tests.extend(selectors::trials());
     tests.extend(recipes::trials());
     tests.extend(reports::trials());
+    tests.extend(starters::trials());
     tests.extend(strangers::trials());
     tests
 }

@@ -10,6 +10,9 @@
 //! not the end: whoever started meanwhile is given the time to begin to listen, or to end. Looking costs a scan; probes
 //! would tell at once, but take longer to attach than this lasts, and only root may.
 //!
+//! What started a server goes with it, and before it, where a mark tells that it came with the job ([`super::starters`]).
+//! A moment tells nothing of the kind: what an editor started ten minutes ago is no job.
+//!
 //! A port that is published for a container says when its proxy started, not when the container was made: one that was
 //! made before counts as a bystander, also when it was started anew.
 //!
@@ -31,13 +34,15 @@ use super::execute::Options;
 use super::guards::Guards;
 use super::job::{Choice, Job, Terms};
 use super::outcome::Outcome;
-use super::plan::{Plan, same_socket};
+use super::plan::{Plan, Spared, push_new, same_socket};
 use super::progress::Progress;
 use super::report::{not_permitted, sees_all};
+use super::starters::{Own, Rule};
 use crate::engine::{self, Engine, Roster};
-use crate::model::{Ancestor, BootNs, Listener, Process, Socket, SocketId};
+use crate::model::{Ancestor, BootNs, Listener, Process, Protocol, Socket, SocketId};
 use crate::select::{Selector, Since};
 use crate::source::{Scanner, process, stat};
+use crate::supervisor::Supervisor;
 
 /// How long at most those are looked out for that started during the clean-up and do not listen yet.
 const NEWCOMERS: Duration = Duration::from_secs(2);
@@ -65,12 +70,27 @@ pub struct Cleanup {
 #[derive(Clone, Debug, Default)]
 pub struct Cleaned {
     pub leaks: Vec<Leak>,
+    /// What started them, as far as it is part of the same job.
+    pub restarters: Vec<Restarter>,
     /// Of every pass.
     pub outcomes: Vec<Outcome>,
     /// Those of other users that may have been left behind: nobody told since when they are there.
     pub hidden: Vec<Socket>,
     /// Whether it was given up because more and more appeared.
     pub endless: bool,
+    /// What starts the last of these, where that can be told.
+    pub supervisor: Option<Supervisor>,
+}
+
+/// A process that may start leaks again, and is part of the same job.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Restarter {
+    pub process: Arc<Process>,
+    /// Of the leaks below it.
+    pub ports: Vec<(u16, Protocol)>,
+    pub ended: Ended,
+    /// Why it is still there, and what to do about it. Hostile text.
+    pub note: Option<String>,
 }
 
 /// A listener that was left behind.
@@ -163,7 +183,16 @@ impl Cleanup {
     /// # Errors
     /// When the processes of the host cannot be read.
     pub fn prepare(&self, choice: Choice) -> anyhow::Result<Job> {
-        Ok(Job::prepare(choice, &self.terms, Guards::current(self.force_self))?.removing(self.remove_cwd.clone()))
+        let guards = Guards::current(self.force_self);
+        let prepare = |guards| Job::prepare(choice, &self.terms, guards);
+        let job = match self.selector.filters().since {
+            Some(Since::Mark(since)) => {
+                let means = |uid| self.is_of_them(uid);
+                prepare(guards.with_mark(since))?.with_starters(&Rule { since, means: &means, own: Own::read() })
+            }
+            _ => prepare(guards)?,
+        };
+        Ok(job.removing(self.remove_cwd.clone()))
     }
 
     /// Ends it all. `agree` is asked about the first plan, and nothing is done without; `None` then. `tell_more` may know
@@ -192,6 +221,7 @@ impl Cleanup {
                 let Some(acted) = acted else { return Ok(Some(cleaned)) };
                 let quiet = acted.elapsed();
                 if quiet >= NEWCOMERS || (quiet >= self.options.settle && !self.has_newcomers(begun)) {
+                    cleaned.note_ends();
                     return Ok(Some(cleaned));
                 }
                 thread::sleep((looked.elapsed() * REST).max(LOOK_EVERY));
@@ -199,7 +229,10 @@ impl Cleanup {
             }
             if passes == MAX_PASSES {
                 cleaned.endless = true;
+                let last = choice.selected.iter().find_map(Listener::binder);
+                cleaned.supervisor = last.and_then(|last| Supervisor::of(&last.process, &|pid| stat::read(pid).ok()));
                 cleaned.leaks.extend(choice.selected.iter().map(Leak::found));
+                cleaned.note_ends();
                 return Ok(Some(cleaned));
             }
             let mut found: Vec<Leak> = choice.selected.iter().map(Leak::found).collect();
@@ -208,7 +241,9 @@ impl Cleanup {
             if passes == 0 && !agree(job.plan())? {
                 return Ok(None);
             }
+            let restarters = Restarter::all(job.plan());
             let outcomes = job.run(scanner, self.options, progress)?;
+            restarters.into_iter().for_each(|it| cleaned.add(it.judged(&outcomes)));
             cleaned.leaks.extend(found.into_iter().map(|leak| leak.judged(&outcomes)));
             cleaned.outcomes.extend(outcomes);
             acted = Some(Instant::now());
@@ -290,7 +325,23 @@ impl Cleaned {
 
     /// Whether nothing is left.
     pub fn is_clean(&self) -> bool {
-        self.hidden.is_empty() && self.leaks.iter().all(|leak| leak.ended != Ended::Alive)
+        let ends = self.leaks.iter().map(|leak| leak.ended).chain(self.restarters.iter().map(|it| it.ended));
+        self.hidden.is_empty() && ends.into_iter().all(|ended| ended != Ended::Alive)
+    }
+
+    fn add(&mut self, restarter: Restarter) {
+        match self.restarters.iter_mut().find(|known| known.process.id.is_same(restarter.process.id)) {
+            Some(known) => {
+                restarter.ports.iter().for_each(|&port| push_new(&mut known.ports, port));
+                (known.ended, known.note) = (restarter.ended, restarter.note);
+            }
+            None => self.restarters.push(restarter),
+        }
+    }
+
+    /// Who was left alone and has ended with what it started restarts nothing, and is no news.
+    fn note_ends(&mut self) {
+        self.restarters.retain(|it| it.ended != Ended::Alive || !stat::has_ended(it.process.id));
     }
 
     fn knows(&self, socket: &Socket) -> bool {
@@ -329,7 +380,8 @@ impl Leak {
         };
         let Some(outcome) = outcomes.iter().find(of_it) else { return self };
         let pid = self.process.as_ref().map_or(0, |process| process.id.pid);
-        let failure = outcome.failed.iter().find(|failure| failure.pid == pid).or(outcome.failed.first());
+        let other = outcome.failed.first().filter(|_| !outcome.is_done());
+        let failure = outcome.failed.iter().find(|failure| failure.pid == pid).or(other);
         let (ended, note) = if outcome.forced.contains(&pid) {
             (Ended::Killed, None)
         } else if outcome.killed.contains(&pid) {
@@ -353,6 +405,37 @@ impl Leak {
             _ => self.lived.map(|lived| lived + outcome.elapsed),
         };
         Leak { ended, note, lived, ..self }
+    }
+}
+
+impl Restarter {
+    fn all(plan: &Plan) -> Vec<Restarter> {
+        let new = |process: &Arc<Process>, groups: &[usize], note| {
+            let mut ports = Vec::new();
+            groups.iter().for_each(|&group| push_new(&mut ports, (plan.groups[group].port, plan.groups[group].proto)));
+            Restarter { process: Arc::clone(process), ports, ended: Ended::Alive, note }
+        };
+        let spared = plan.spared.iter().filter_map(|spared| match spared {
+            Spared::Starter { process, groups, reason } => Some(new(process, groups, Some(reason.clone()))),
+            _ => None,
+        });
+        let starters = plan.victims.iter().filter(|victim| victim.kin.is_some_and(|kin| kin.is_starter()));
+        starters.map(|victim| new(&victim.process, &victim.groups, None)).chain(spared).collect()
+    }
+
+    /// The same, with what became of it.
+    fn judged(self, outcomes: &[Outcome]) -> Restarter {
+        let pid = self.process.id.pid;
+        let is_among = |pids: &dyn Fn(&Outcome) -> bool| outcomes.iter().any(pids);
+        let ended = match () {
+            () if is_among(&|outcome| outcome.forced.contains(&pid)) => Ended::Killed,
+            () if is_among(&|outcome| outcome.killed.contains(&pid)) => Ended::Terminated,
+            () if is_among(&|outcome| outcome.gone.contains(&pid)) => Ended::Exited,
+            () => Ended::Alive,
+        };
+        let mut failed = outcomes.iter().flat_map(|outcome| &outcome.failed).filter(|failure| failure.pid == pid);
+        let note = self.note.or_else(|| failed.next().map(|failure| failure.reason.clone()));
+        Restarter { ended, note, ..self }
     }
 }
 

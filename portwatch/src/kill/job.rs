@@ -21,6 +21,7 @@ use super::kin::Reach;
 use super::outcome::{Outcome, Status};
 use super::plan::Plan;
 use super::progress::Progress;
+use super::starters::Rule;
 use super::stop::{StopError, Stopping, Whole};
 use super::{aftermath, life};
 use crate::cgroup::Manager;
@@ -135,6 +136,14 @@ impl Job {
     /// [may be](crate::sweep) removed.
     pub fn removing(self, directories: Option<GlobMatcher>) -> Job {
         Job { remove_cwd: directories, ..self }
+    }
+
+    /// Ends as well what started the holders, as far as it is part of the same job.
+    pub(super) fn with_starters(mut self, rule: &Rule<'_>) -> Job {
+        let seen = process::boot_ns_now();
+        let starters = rule.find(&self.plan.victims, &life::stat_of);
+        self.plan.take_in(starters, seen, &self.guards, &life::stat_of);
+        self
     }
 
     pub fn plan(&self) -> &Plan {

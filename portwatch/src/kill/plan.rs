@@ -8,7 +8,7 @@
 //! port no longer; only once it is gone, or the grace is over.
 //!
 //! A parent that holds nothing, though it may bring its children back, is a *supervisor*: named, and not
-//! signalled. To portwatch it looks like an editor or a terminal multiplexer that started two servers. What it brings
+//! signalled, unless a job is cleaned up that started it ([`super::starters`]). To portwatch it looks like an editor or a terminal multiplexer that started two servers. What it brings
 //! back is reported as such. Of real servers none needs more: the master of gunicorn, nginx, php-fpm, uvicorn and a
 //! node cluster holds the port as well, with SO_REUSEPORT too, and of postgres and a cluster that schedules
 //! round robin it is the only one.
@@ -24,6 +24,7 @@ use serde::{Deserialize, Serialize};
 
 use super::guards::{Guards, Verdict};
 use super::kin::{self, Kin, Reach, Relation};
+use super::starters::Starter;
 use super::stop::Whole;
 use crate::model::{BootNs, Listener, NetnsId, Process, ProcessId, Protocol, Socket, SocketId};
 use crate::source::stat::{self, Stat};
@@ -106,6 +107,12 @@ pub struct Refused {
 pub enum Spared {
     Relative {
         process: Arc<Process>,
+        reason: String,
+    },
+    /// What may start again those that are ended.
+    Starter {
+        process: Arc<Process>,
+        groups: Vec<usize>,
         reason: String,
     },
     /// The members of this process group that hold nothing: portwatch is one of them.
@@ -239,6 +246,34 @@ impl Plan {
             match guards.refuse_relative(&process, stat) {
                 Some(reason) => self.spared.push(Spared::Relative { process, reason }),
                 None => self.victims.push(relative.victim(&process, stat)),
+            }
+        }
+        self.order(stat);
+    }
+
+    /// Takes in what started those who are to be signalled, to be ended before them. `seen` is a moment before they were
+    /// found.
+    pub(super) fn take_in(
+        &mut self,
+        starters: Vec<Starter>,
+        seen: BootNs,
+        guards: &Guards,
+        stat: &dyn Fn(u32) -> Option<Stat>,
+    ) {
+        for Starter { process, above, groups, spared } in starters {
+            let is_it = |id: ProcessId| id.is_same(process.id);
+            if self.victims.iter().any(|victim| is_it(victim.process.id))
+                || self.refused.iter().any(|refused| is_it(refused.process.id))
+                || self.stops.iter().flat_map(|stop| &stop.processes).any(|process| is_it(process.id))
+            {
+                continue;
+            }
+            match spared.or_else(|| guards.refuse_relative(&process, stat)) {
+                Some(reason) => self.spared.push(Spared::Starter { process, groups, reason }),
+                None => {
+                    let kin = Some(Kin { relation: Relation::Above(above), seen });
+                    self.victims.push(Victim { groups, kin, ..Victim::new(&process, stat) });
+                }
             }
         }
         self.order(stat);

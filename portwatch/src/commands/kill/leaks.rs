@@ -1,20 +1,21 @@
 //! `kill --since`: ends what was left behind, and tells what it was, to people and in a report.
 
+mod report;
+mod text;
+
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Args;
-use jiff::Timestamp;
 use nix::unistd::Uid;
-use portwatch::kill::{self, Cleaned, Cleanup, Directories, Ended, Leak, concern, text};
+use portwatch::kill::{self, Cleaned, Cleanup, Leak, concern};
 use portwatch::mark::Marked;
-use portwatch::model::{Ancestor, Listener, NetnsId, Protocol, Socket, SocketId};
-use portwatch::render::{cut, escape, json, span};
+use portwatch::model::{Ancestor, Listener, Socket, SocketId};
+use portwatch::render::{escape, json, span};
 use portwatch::select::{Filters, Selector, Target};
 use portwatch::source::{Scanner, process, stat};
 use portwatch::wire::{Request, Response, Selection};
-use serde::Serialize;
 
 use super::destination::Destination;
 use super::way::open_scanner;
@@ -23,9 +24,6 @@ use crate::cli::{Globals, Since};
 use crate::commands::progress::Display;
 use crate::commands::{Users, block_on, mark, print, reach_agent, view};
 use crate::exit_codes::{DENIED, NO};
-
-/// Columns of a command that a line shows; the report has all of it.
-const COMMAND: usize = 120;
 
 // What goes with `--since` alone.
 #[derive(Debug, Args)]
@@ -41,51 +39,6 @@ pub(crate) struct LeakArgs {
     /// Exit with 1 if anything had to be ended
     #[arg(long, requires = "since")]
     pub(crate) fail_on_leak: bool,
-}
-
-/// The report: one JSON object. Additions do not break anybody.
-#[derive(Debug, Serialize)]
-struct Report<'a> {
-    time: String,
-    /// As it was given.
-    since: &'a str,
-    /// Whether nothing is left of what appeared since.
-    clean: bool,
-    leaks: Vec<Row<'a>>,
-    /// Those of other users of which nobody told whether they appeared since.
-    unknown: Vec<Unknown>,
-    #[serde(flatten)]
-    directories: Directories,
-}
-
-#[derive(Debug, Serialize)]
-struct Unknown {
-    port: u16,
-    proto: Protocol,
-    address: String,
-    netns: NetnsId,
-    /// Of the socket.
-    uid: u32,
-    user: Option<String>,
-}
-
-#[derive(Debug, Serialize)]
-struct Row<'a> {
-    port: u16,
-    proto: Protocol,
-    address: String,
-    netns: NetnsId,
-    pid: Option<u32>,
-    name: Option<&'a str>,
-    command: &'a [String],
-    cwd: Option<&'a str>,
-    uid: Option<u32>,
-    user: Option<String>,
-    lived_ms: Option<u64>,
-    ended: Ended,
-    /// What was stopped, or why it is still there.
-    note: Option<&'a str>,
-    ancestors: &'a [Ancestor],
 }
 
 pub(super) fn run(args: &KillArgs, selector: Selector, globals: &Globals) -> anyhow::Result<ExitCode> {
@@ -129,10 +82,10 @@ pub(super) fn run(args: &KillArgs, selector: Selector, globals: &Globals) -> any
     if args.json {
         print_done(&json::array(&cleaned.outcomes))?;
     } else if !args.quiet {
-        print_done(&told(args, &cleaned))?;
+        print_done(&text::told(&since(args), &cleaned))?;
     }
     if let Some(destination) = destination {
-        destination.write(&report(args, &cleaned))?;
+        destination.write(&report::report(&since(args), &cleaned))?;
     }
     Ok(code(args, &cleaned))
 }
@@ -231,126 +184,5 @@ fn since(args: &KillArgs) -> String {
         Some(Since::Mark(word)) => escape(word).into_owned(),
         Some(Since::Ago(ago)) => format!("{} ago", span(*ago)),
         None => String::new(),
-    }
-}
-
-fn told(args: &KillArgs, cleaned: &Cleaned) -> String {
-    let since = since(args);
-    let mut lines: String = cleaned.leaks.iter().map(line).collect();
-    let users = Users::default();
-    for Socket { port, proto, uid, .. } in &cleaned.hidden {
-        let user =
-            users.name(*uid).map_or_else(|| format!("uid {uid}"), |name| format!("{} (uid {uid})", escape(&name)));
-        lines += &format!("{port}/{proto} may have been left behind: of {user}, and since when is not yours to see\n");
-    }
-    lines + &text::swept(&Directories::of(&cleaned.outcomes)) + &total(&since, cleaned)
-}
-
-/// All of it in one line.
-fn total(since: &str, cleaned: &Cleaned) -> String {
-    let unsure = match cleaned.hidden.len() {
-        0 => String::new(),
-        count => {
-            let listeners = if count == 1 { "1 listener".to_owned() } else { format!("{count} listeners") };
-            format!(
-                "; {listeners} of others may have been: run this with sudo, or start the agent, which knows their age"
-            )
-        }
-    };
-    if cleaned.leaks.is_empty() {
-        let nothing = if unsure.is_empty() { "nothing" } else { "nothing that you may look at" };
-        return format!("{nothing} was left behind since {since}{unsure}\n");
-    }
-    let count = |alive: bool| cleaned.leaks.iter().filter(|leak| (leak.ended == Ended::Alive) == alive).count();
-    let listeners = if cleaned.leaks.len() == 1 { "listener was" } else { "listeners were" };
-    let mut total = format!("{} {listeners} left behind since {since}", cleaned.leaks.len());
-    match (count(false), count(true)) {
-        (_, 0) => total += ": none is there any more",
-        (0, 1) => total += ": it is still there",
-        (ended, alive) => total += &format!(": {ended} ended, {alive} still there"),
-    }
-    if cleaned.endless {
-        total += "; more and more appear: end what starts them";
-    }
-    total + &unsure + "\n"
-}
-
-/// `8000/tcp terminated: python3 (4811) in /tmp/x, lived 3.2s: python3 -m http.server`, and out of whom it came.
-fn line(leak: &Leak) -> String {
-    let ended = match leak.ended {
-        Ended::Terminated => "terminated",
-        Ended::Killed => "killed",
-        Ended::Stopped => "stopped",
-        Ended::Exited => "ended by itself",
-        Ended::Alive => "is still there",
-    };
-    let note = leak.note.as_ref().map(|note| format!(" ({})", escape(note))).unwrap_or_default();
-    let mut line = format!("{}/{} {ended}{note}: ", leak.socket.port, leak.socket.proto);
-    match &leak.process {
-        Some(process) => {
-            line += &format!("{} ({})", escape(&process.name), process.id.pid);
-            if let Some(lived) = leak.lived {
-                line += &format!(", lived {}", span(lived));
-            }
-            if let Some(cwd) = &process.cwd {
-                line += &format!(", in {}", escape(cwd));
-            }
-            if !process.command.is_empty() {
-                line += &format!(": {}", cut(&escape(&process.command.join(" ")), COMMAND));
-            }
-        }
-        None => line += "nobody visible",
-    }
-    line.push('\n');
-    // That everything comes from init is no news.
-    if leak.ancestors.iter().any(|ancestor| ancestor.pid != 1) {
-        let names: Vec<String> =
-            leak.ancestors.iter().rev().map(|a| format!("{} ({})", escape(&a.name), a.pid)).collect();
-        line += &format!("  from {}\n", names.join(" → "));
-    }
-    line
-}
-
-fn report(args: &KillArgs, cleaned: &Cleaned) -> String {
-    let users = Users::default();
-    let row = |leak| row(leak, &users);
-    let unknown = |socket: &Socket| Unknown {
-        port: socket.port,
-        proto: socket.proto,
-        address: socket.address.to_string(),
-        netns: socket.netns,
-        uid: socket.uid,
-        user: users.name(socket.uid),
-    };
-    let since = since(args);
-    let report = Report {
-        time: Timestamp::now().to_string(),
-        since: &since,
-        clean: cleaned.is_clean(),
-        leaks: cleaned.leaks.iter().map(row).collect(),
-        unknown: cleaned.hidden.iter().map(unknown).collect(),
-        directories: Directories::of(&cleaned.outcomes),
-    };
-    json::line(&report) + "\n"
-}
-
-fn row<'a>(leak: &'a Leak, users: &Users) -> Row<'a> {
-    let process = leak.process.as_deref();
-    let uid = process.and_then(|process| process.uid);
-    Row {
-        port: leak.socket.port,
-        proto: leak.socket.proto,
-        address: leak.socket.address.to_string(),
-        netns: leak.socket.netns,
-        pid: process.map(|process| process.id.pid),
-        name: process.map(|process| process.name.as_str()),
-        command: process.map(|process| &process.command[..]).unwrap_or_default(),
-        cwd: process.and_then(|process| process.cwd.as_deref()),
-        uid,
-        user: uid.and_then(|uid| users.name(uid)),
-        lived_ms: leak.lived.map(|lived| u64::try_from(lived.as_millis()).unwrap_or(u64::MAX)),
-        ended: leak.ended,
-        note: leak.note.as_deref(),
-        ancestors: &leak.ancestors,
     }
 }
