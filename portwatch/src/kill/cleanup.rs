@@ -155,7 +155,15 @@ impl Cleanup {
         let mut choice = Choice::read(scanner, &self.selector)?;
         // Nobody asked for a port.
         choice.named.clear();
-        let containers = Containers::of(&choice.selected, self.selector.filters().since);
+        let trusts_engine = self.terms.stop_containers && !sees_all();
+        if trusts_engine {
+            // What is published for containers may be held by somebody who is not visible: the engine tells its age.
+            let may_publish = |it: &Listener| it.is_ghost() && self.selector.matches_socket(&it.socket);
+            let (ghosts, others) = choice.left_out.into_iter().partition(may_publish);
+            choice.left_out = others;
+            choice.selected.extend::<Vec<Listener>>(ghosts);
+        }
+        let containers = Containers::of(&choice.selected, self.selector.filters().since, trusts_engine);
         let (meant, others) = choice.selected.into_iter().partition(|listener| self.means(listener, &containers));
         choice.selected = meant;
         choice.left_out.extend::<Vec<Listener>>(others);
@@ -166,6 +174,8 @@ impl Cleanup {
         match containers.is_new(listener) {
             Some(false) => false,
             Some(true) if self.terms.stop_containers => true,
+            // A ghost was taken in for the engine alone.
+            _ if listener.is_ghost() && !self.selector.matches(listener, process::boot_ns_now()) => false,
             _ => self.is_theirs(listener),
         }
     }
@@ -445,30 +455,34 @@ struct Containers {
     roster: Roster,
     /// By id.
     new: HashMap<String, bool>,
+    trusts_engine: bool,
 }
 
 impl Containers {
-    /// A plain port costs no question.
-    fn of(listeners: &[Listener], since: Option<Since>) -> Containers {
+    /// A plain port costs no question. With `trusts_engine`, one of which no holder is visible is none.
+    fn of(listeners: &[Listener], since: Option<Since>, trusts_engine: bool) -> Containers {
         let Some(Since::After(moment) | Since::Mark(moment)) = since else { return Containers::default() };
-        if !engine::is_involved_in(listeners) {
+        if !(engine::is_involved_in(listeners) || trusts_engine && listeners.iter().any(Listener::is_ghost)) {
             return Containers::default();
         }
         let (engine, roster) = engine::ask();
         let ago = Duration::from_nanos(process::boot_ns_now().saturating_sub(moment));
         let since = Timestamp::now().checked_sub(ago).unwrap_or(Timestamp::MIN);
-        let mut containers = Containers { roster, new: HashMap::new() };
+        let mut containers = Containers { roster, new: HashMap::new(), trusts_engine };
         for listener in listeners {
             for id in containers.ids(listener) {
-                // Of which the engine does not tell, the listener's own age stands.
+                // Of which the engine does not tell, the listener's own age stands; a ghost has none.
                 let created = engine.as_ref().and_then(|engine: &Engine| engine.created(&id).ok().flatten());
-                containers.new.entry(id).or_insert_with(|| created.is_none_or(|created| created >= since));
+                containers.new.entry(id).or_insert_with(|| created.map_or(!listener.is_ghost(), |it| it >= since));
             }
         }
         containers
     }
 
     fn ids(&self, Listener { socket, holders, .. }: &Listener) -> Vec<String> {
+        if holders.is_empty() && self.trusts_engine {
+            return self.roster.publisher(socket).map(|container| container.id.clone()).into_iter().collect();
+        }
         let link = |process: &Arc<Process>| self.roster.link(process, socket)?.container.map(|known| known.id.clone());
         holders.iter().filter_map(|holder| link(&holder.process)).collect()
     }

@@ -292,7 +292,7 @@ impl Run {
         self.plan.groups.iter().any(|g| !g.sockets.is_empty() && !self.sight.sees(g.netns))
     }
 
-    fn is_taken(&self, group: usize) -> bool {
+    pub(super) fn is_taken(&self, group: usize) -> bool {
         !self.plan.groups[group].sockets.is_empty() && self.freed[group].is_none()
     }
 

@@ -26,6 +26,8 @@ pub struct Guards {
     force_self: bool,
     roster: Roster,
     stop_containers: bool,
+    /// Whether what publishes ports may be hidden from us, so that the engine's word has to do.
+    trusts_engine: bool,
     units: Units,
     /// Processes that the user named, each by its PID.
     named: Vec<u32>,
@@ -139,6 +141,11 @@ impl Guards {
         Guards { roster, stop_containers: stop, ..self }
     }
 
+    /// From now on a socket of which no holder is visible is taken for a container's where the engine says so.
+    pub fn trusting_engine(self) -> Guards {
+        Guards { trusts_engine: true, ..self }
+    }
+
     /// Adds what is known of units.
     pub fn with_units(self, units: Units) -> Guards {
         Guards { units, ..self }
@@ -215,6 +222,14 @@ impl Guards {
             Role::Proxy(_) => Verdict::Refuse { reason: self.roster.refusal(&link, socket), denied: false },
             Role::Inside(_) => managing.map_or(Verdict::Signal, |it| refusal(process, it)),
         }
+    }
+
+    /// What is stopped for a socket of which no holder is visible: a docker-proxy is root's, and other users, who may well
+    /// stop the container, are not shown what it holds.
+    pub(super) fn judge_ghost(&self, socket: &Socket) -> Option<Whole> {
+        let may_stop = self.stop_containers && self.trusts_engine;
+        let container = self.roster.publisher(socket).filter(|it| may_stop && !self.roster.is_own(it))?;
+        Some(Whole::Container(container.clone()))
     }
 
     /// Of a systemd that listens itself, for a `.socket` unit.

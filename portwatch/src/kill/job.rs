@@ -21,6 +21,7 @@ use super::kin::Reach;
 use super::outcome::{Outcome, Status};
 use super::plan::Plan;
 use super::progress::Progress;
+use super::report::sees_all;
 use super::starters::Rule;
 use super::stop::{StopError, Stopping, Whole};
 use super::{aftermath, life};
@@ -118,7 +119,11 @@ impl Job {
         let mut guards = guards.with_units(units).with_named(&selector.filters().pids);
         let mut engine = None;
         // A plain port costs no question.
-        if engine::is_involved_in(&selected) {
+        let may_publish = terms.stop_containers && !sees_all() && selected.iter().any(Listener::is_ghost);
+        if may_publish {
+            guards = guards.trusting_engine();
+        }
+        if may_publish || engine::is_involved_in(&selected) {
             let roster;
             (engine, roster) = engine::ask();
             guards = guards.with_containers(roster, terms.stop_containers);

@@ -87,7 +87,8 @@ pub struct Stop {
     pub what: Whole,
     /// Indices into [`Plan::groups`].
     pub groups: Vec<usize>,
-    /// The holders that let go with it: what publishes its ports, who runs in it, the systemd that listens for it.
+    /// The holders that let go with it: what publishes its ports, who runs in it, the systemd that listens for it. None
+    /// where what publishes its ports is not visible.
     pub processes: Vec<Arc<Process>>,
 }
 
@@ -157,17 +158,17 @@ impl Plan {
         let mut stops: Vec<Stop> = Vec::new();
         for listener in &selected {
             let Some(index) = groups.iter().position(|g| g.wants(listener.socket.id)) else { continue };
+            if listener.is_ghost()
+                && let Some(what) = guards.judge_ghost(&listener.socket)
+            {
+                push_new(&mut Stop::find(&mut stops, what).groups, index);
+            }
             for holder in &listener.holders {
                 let process = &holder.process;
                 match guards.judge(process, &listener.socket, stat) {
                     Verdict::Signal => {}
                     Verdict::Stop(what) => {
-                        let known = stops.iter().position(|stop| stop.what.is_same(&what));
-                        let known = known.unwrap_or_else(|| {
-                            stops.push(Stop { what, groups: Vec::new(), processes: Vec::new() });
-                            stops.len() - 1
-                        });
-                        stops[known].add(process, index);
+                        Stop::find(&mut stops, what).add(process, index);
                         continue;
                     }
                     Verdict::Refuse { reason, denied } => {
@@ -308,6 +309,16 @@ impl Plan {
 }
 
 impl Stop {
+    /// The one that stops this, which is added where there is none.
+    fn find(stops: &mut Vec<Stop>, what: Whole) -> &mut Stop {
+        let known = stops.iter().position(|stop| stop.what.is_same(&what));
+        let index = known.unwrap_or_else(|| {
+            stops.push(Stop { what, groups: Vec::new(), processes: Vec::new() });
+            stops.len() - 1
+        });
+        &mut stops[index]
+    }
+
     /// Adds a holder that goes with it.
     pub(super) fn add(&mut self, process: &Arc<Process>, group: usize) {
         push_new(&mut self.groups, group);

@@ -62,7 +62,10 @@ pub fn stops(plan: &Plan) -> String {
     for stop in &plan.stops {
         let processes: Vec<String> =
             stop.processes.iter().map(|p| format!("{} ({})", escape(&p.name), p.id.pid)).collect();
-        let _ = writeln!(out, "to stop: {}, in place of {}", stop.what, processes.join(", "));
+        let _ = match processes.len() {
+            0 => writeln!(out, "to stop: {}, of which no visible process holds the port", stop.what),
+            _ => writeln!(out, "to stop: {}, in place of {}", stop.what, processes.join(", ")),
+        };
     }
     out
 }

@@ -138,6 +138,23 @@ fn a_container_is_stopped_once_for_all_its_ports_and_its_processes_are_not_signa
 }
 
 #[test]
+fn a_container_is_stopped_for_a_holder_that_is_hidden_where_the_engine_has_to_do() {
+    let stat = host();
+    let plan = |stop, trusts, own: Option<&str>| {
+        let roster = Roster::new("/run/docker.sock".to_owned(), vec![web().0], own.map(str::to_owned));
+        let guards = Guards::new(OWN, false, &stat).with_containers(roster, stop);
+        let guards = if trusts { guards.trusting_engine() } else { guards };
+        // Of the other one nobody publishes the port.
+        Plan::new(vec![listener(8123, 1, &[]), listener(8124, 2, &[])], &[], &[], &guards, &stat)
+    };
+    let stops = plan(true, true, None).stops;
+    assert_eq!((stops.len(), &stops[0].groups[..], stops[0].processes.len()), (1, &[0][..], 0));
+    for (stop, trusts, own) in [(false, true, None), (true, false, None), (true, true, Some("5eed5eed5eed"))] {
+        assert!(plan(stop, trusts, own).stops.is_empty(), "{stop} {trusts} {own:?}");
+    }
+}
+
+#[test]
 fn a_container_that_cannot_be_stopped_keeps_its_processes() {
     let error = EngineError { message: "not permitted".to_owned(), denied: true };
     let plan = plan_with(Roster::unreachable(error), true);
