@@ -9,6 +9,7 @@ use std::ffi::CStr;
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpListener};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -201,12 +202,23 @@ impl Dockerd {
 
     /// portwatch, as it would run in the daemon's network namespace.
     pub fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = subject::command(arguments);
+        self.enter(subject::command(arguments))
+    }
+
+    /// Whatever it is, in the daemon's network namespace and as its client.
+    pub fn enter(&self, mut command: Command) -> Command {
         command.env("DOCKER_HOST", self.host());
         let netns = self.netns.try_clone().expect("dup");
         // SAFETY: setns is a system call without memory.
         unsafe { command.pre_exec(move || setns(&netns, CloneFlags::CLONE_NEWNET).map_err(io::Error::from)) };
         command
+    }
+
+    /// Lets everybody on the host ask it, as a group `docker` may.
+    pub fn open_to_all(&self) {
+        let open = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("chmod");
+        open(self.directory.path(), 0o711);
+        open(&self.directory.path().join("socket"), 0o666);
     }
 
     pub fn portwatch(&self, arguments: &[&str]) -> Run {

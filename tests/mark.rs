@@ -4,7 +4,10 @@
 //! host meanwhile.
 
 mod recipes;
+mod reports;
 mod selectors;
+mod starters;
+mod strangers;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -23,7 +26,7 @@ use serde_json::Value;
 use crate::agent::Agent;
 use crate::dockerd::{self, Container};
 use crate::puppet::{Puppet, Stage, sys, wait_readable};
-use crate::subject::{Run, binary, finish, skip};
+use crate::subject::{Run, binary, finish, plain_command, skip};
 use crate::{Test, test};
 
 /// Ordinary users of nobody else's.
@@ -352,25 +355,41 @@ fn lineage() {
     server.wait();
 }
 
-/// A container that was made since goes with --stop-container; one from before stays, also when it was started anew.
-fn containers() {
+/// A container that was made since goes with --stop-container; one from before stays, also when it was started anew. What
+/// publishes their ports is root's, and hidden from other users, who may stop containers all the same.
+fn containers(uid: u32, with_agent: bool) {
     let Some(daemon) = dockerd::shared() else { return };
+    daemon.open_to_all();
+    let stage = Stage::new();
+    fs::copy(binary(), stage.path("portwatch")).expect("copying the binary");
+    let agent = with_agent.then(|| Agent::start(&stage));
+    let portwatch = |arguments: &[&str]| {
+        let mut command = daemon.enter(plain_command(stage.path("portwatch"), arguments));
+        command.env("PORTWATCH_SOCKET", agent.as_ref().map_or(Path::new("/nonexistent"), |agent| agent.socket()));
+        // SAFETY: system calls alone.
+        unsafe { command.pre_exec(move || if uid == 0 { Ok(()) } else { sys::become_user(uid) }) };
+        finish(command.spawn().expect("cannot run portwatch"))
+    };
     let old = Container::serving(&daemon, &["-p", "127.0.0.1:8131:80"], 80);
-    let directory = tempfile::tempdir().expect("a directory");
-    let mark = directory.path().join("mark");
-    fs::write(&mark, daemon.portwatch(&["mark"]).expect(0).stdout).expect("a mark");
+    let mark = stage.path("mark");
+    fs::write(&mark, portwatch(&["mark"]).expect(0).stdout).expect("a mark");
+    chown(&mark, Some(uid), Some(uid)).expect("chown");
     let mark = mark.to_str().expect("a path");
     daemon.docker(&["restart", "-t", "0", old.short_id()]);
     let new = Container::serving(&daemon, &["-p", "127.0.0.1:8132:80"], 80);
-    let run = daemon.portwatch(&["kill", "--since", mark, "--yes"]).expect(1);
-    assert!(run.text().contains("8132/tcp is still there (publishes port 80 of container"), "{}", run.text());
+    let run = portwatch(&["kill", "--since", mark, "--yes"]).expect(if uid == 0 { 1 } else { 0 });
+    let is_told = run.text().contains("8132/tcp is still there (publishes port 80 of container");
+    assert_eq!(is_told, uid == 0, "{}", run.text());
     assert!(new.is_running() && old.is_running());
-    let run = daemon.portwatch(&["kill", "--since", mark, "--yes", "--stop-container"]).expect(0);
+    let run = portwatch(&["kill", "--since", mark, "--yes", "--stop-container"]).expect(0);
     let (first, name) = (run.text().lines().next().unwrap_or_default().to_owned(), &new.name);
     assert!(first.starts_with(&format!("8132/tcp stopped (container {name}): ")), "{}", run.text());
     assert!(!run.text().contains("8131"), "{}", run.text());
     assert!(!new.is_running() && old.is_running());
     daemon.bind("127.0.0.1:8132").expect("the port is free");
+    let run = portwatch(&["kill", "--since", mark, "--yes", "--stop-container", "--fail-on-leak"]).expect(0);
+    assert!(run.text().starts_with("nothing was left behind"), "{}", run.text());
+    assert!(old.is_running());
 }
 
 pub fn trials() -> Vec<Test> {
@@ -382,9 +401,15 @@ pub fn trials() -> Vec<Test> {
         test("mark::a_mark_that_is_not_to_be_trusted_ends_nobody", bad_marks),
         test("mark::the_agent_keeps_marks_for_each_user", names),
         test("mark::the_agent_remembers_out_of_whom_a_leak_came", lineage),
-        test("mark::containers_made_since_are_stopped_and_older_ones_stay", containers),
+        test("mark::containers_made_since_are_stopped_and_older_ones_stay", || containers(0, false)),
+        test("mark::containers_made_since_are_stopped_and_older_ones_stay [agent]", || containers(0, true)),
+        test("mark::containers_made_since_are_stopped_and_older_ones_stay [user]", || containers(USER, false)),
+        test("mark::containers_made_since_are_stopped_and_older_ones_stay [user, agent]", || containers(USER, true)),
     ];
     tests.extend(selectors::trials());
     tests.extend(recipes::trials());
+    tests.extend(reports::trials());
+    tests.extend(starters::trials());
+    tests.extend(strangers::trials());
     tests
 }

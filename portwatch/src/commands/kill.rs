@@ -1,5 +1,6 @@
 //! `portwatch kill`: frees ports by ending the processes that hold them.
 
+mod destination;
 pub(crate) mod leaks;
 mod pick;
 mod way;
@@ -46,6 +47,10 @@ Examples:
 the selectors leave out keeps a named port from being free: exit code 1.
 
 With --since, all of it is ended that appeared since and is the caller's own, again and again until nothing more appears.
+With a mark, so is what it came from and would start it again, if that started after the mark too:
+a loop, a script, a supervisor. Never a shell that somebody types into, what portwatch came from, or
+what ran before; other programs that have a terminal, or a unit of their own on a desktop, are named
+and left alone, and the exit code is 1.
 Containers that were made since go with --stop-container, whoever started them; those made before are left alone.
 
 {TARGETS}"))]

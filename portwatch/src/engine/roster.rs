@@ -168,6 +168,14 @@ impl Roster {
         })
     }
 
+    /// The container for which somebody holds this socket who is not visible, by the engine's word alone.
+    pub fn publisher(&self, socket: &Socket) -> Option<&Container> {
+        let publishes = |container: &&Container| {
+            container.publishes(socket.proto, socket.port).any(|port| port.reaches(socket.address))
+        };
+        self.containers().iter().find(publishes)
+    }
+
     /// How the holder of a socket has to do with a container.
     pub fn link(&self, process: &Process, socket: &Socket) -> Option<Link<'_>> {
         // Who runs in a container is of that container, also a docker-proxy: that of an engine in there, of whose

@@ -73,6 +73,8 @@ pub enum Concern {
     OthersProcesses { uid: u32, count: usize },
     /// A system service, by its program's name, which is hostile text.
     Service(String),
+    /// So many processes that hold nothing, for they started those who do.
+    Starters(usize),
     /// A container that would be stopped, with everything in it, by its name.
     Container(String),
     /// A unit of systemd that would be stopped, with everything in it, by its name, which is hostile text.
@@ -86,6 +88,10 @@ pub fn concerns(plan: &Plan, own_uid: u32, chosen: bool, stat: &dyn Fn(u32) -> O
     let families = families(&plan.victims, stat);
     if families > 1 && !chosen {
         concerns.push(Concern::Unrelated(families));
+    }
+    let starters = plan.victims.iter().filter(|victim| victim.kin.is_some_and(|kin| kin.is_starter())).count();
+    if starters > 0 {
+        concerns.push(Concern::Starters(starters));
     }
     // Of an unknown user: gone already.
     let uids = || plan.victims.iter().filter_map(|victim| victim.process.uid).filter(|&uid| uid != own_uid);
@@ -110,6 +116,7 @@ fn families(victims: &[Victim], stat: &dyn Fn(u32) -> Option<Stat>) -> usize {
     for (index, victim) in victims.iter().enumerate() {
         let anchor = victim.kin.map(|kin| match kin.relation {
             Relation::Tree(root) => root.pid,
+            Relation::Above(holder) => holder.pid,
             Relation::Group { anchor, .. } => anchor.pid,
         });
         let ancestors = stat::ancestors(victim.process.id.pid, stat);

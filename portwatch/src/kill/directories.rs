@@ -23,6 +23,19 @@ pub struct Directories {
     pub planned: Vec<String>,
 }
 
+impl Directories {
+    /// What became of all of them, each told once: several ports may have been held from one.
+    pub fn of(outcomes: &[Outcome]) -> Directories {
+        let mut all = Directories::default();
+        for Directories { removed, kept, planned } in outcomes.iter().map(|outcome| &outcome.directories) {
+            removed.iter().for_each(|removed| push_new(&mut all.removed, removed.clone()));
+            kept.iter().for_each(|kept| push_new(&mut all.kept, kept.clone()));
+            planned.iter().for_each(|planned| push_new(&mut all.planned, planned.clone()));
+        }
+        all
+    }
+}
+
 /// The directories of the victims of a plan, each once.
 #[derive(Debug, Default)]
 pub(super) struct Held {

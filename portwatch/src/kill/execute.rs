@@ -46,6 +46,10 @@ pub(super) const SCAN_EVERY: Duration = Duration::from_millis(100);
 /// on what others of the victims' sockets leave behind.
 const AFTERMATH: Duration = Duration::from_millis(250);
 
+/// How long a server waits for what started it to end. A shell acts on a signal for which it has a trap once the command
+/// that it waits for is over, and that may be the server.
+const PATIENCE: Duration = Duration::from_millis(500);
+
 /// How long those are waited for that let go of the port and did not end yet, so as to report most of them as ended.
 const LINGER: Duration = Duration::from_millis(5);
 
@@ -302,7 +306,7 @@ impl Run {
         self.plan.groups.iter().any(|g| !g.sockets.is_empty() && !self.sight.sees(g.netns))
     }
 
-    fn is_taken(&self, group: usize) -> bool {
+    pub(super) fn is_taken(&self, group: usize) -> bool {
         !self.plan.groups[group].sockets.is_empty() && self.freed[group].is_none()
     }
 
@@ -315,7 +319,8 @@ impl Run {
     /// on its way out, or about to be, waits for that; but nobody can bring anything back after SIGKILL.
     fn due(&self, stage: Stage) -> Vec<usize> {
         let is_able = |l: &Life| l.is_held() && l.failure.is_none();
-        let is_leading = |l: &Life| is_able(l) && (l.stage == stage || self.is_meant(l));
+        let is_leading =
+            |l: &Life| is_able(l) && (l.stage == stage || self.is_meant(l)) && !l.is_slow_starter(PATIENCE);
         let waits = |life: &Life| self.leaders_of(life).any(is_leading);
         let is_due = |life: &Life| {
             life.stage < stage && is_able(life) && self.is_meant(life) && (stage == Stage::Forced || !waits(life))

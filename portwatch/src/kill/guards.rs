@@ -10,8 +10,9 @@ use crate::cgroup::{Manager, Unit};
 use crate::engine::Roster;
 use crate::engine::proxy::is_proxy;
 use crate::engine::roster::Role;
-use crate::model::{Listener, Process, Socket, SocketId};
+use crate::model::{BootNs, Listener, Process, Socket, SocketId};
 use crate::render::escape;
+use crate::select::started_after;
 use crate::source::stat::{self, Stat};
 use crate::supervisor::{self, Managing, Supervisor, is_manager, systemd, systemd_of};
 
@@ -25,9 +26,13 @@ pub struct Guards {
     force_self: bool,
     roster: Roster,
     stop_containers: bool,
+    /// Whether what publishes ports may be hidden from us, so that the engine's word has to do.
+    trusts_engine: bool,
     units: Units,
     /// Processes that the user named, each by its PID.
     named: Vec<u32>,
+    /// Who started after this moment is part of a job, also where it runs others.
+    since: Option<BootNs>,
     /// Nobody is signalled, so nobody has to be spared.
     is_open: bool,
     /// `None`: who asks is who signals, and the kernel decides.
@@ -136,6 +141,11 @@ impl Guards {
         Guards { roster, stop_containers: stop, ..self }
     }
 
+    /// From now on a socket of which no holder is visible is taken for a container's where the engine says so.
+    pub fn trusting_engine(self) -> Guards {
+        Guards { trusts_engine: true, ..self }
+    }
+
     /// Adds what is known of units.
     pub fn with_units(self, units: Units) -> Guards {
         Guards { units, ..self }
@@ -151,10 +161,23 @@ impl Guards {
         Guards { named: pids.to_vec(), ..self }
     }
 
+    /// Gives up the protection of those who run things for others and started after this moment, as far as they run but
+    /// what they were started for.
+    pub fn with_mark(self, since: BootNs) -> Guards {
+        Guards { since: Some(since), ..self }
+    }
+
+    /// Why a process that runs others is spared, if so.
+    fn managing(&self, process: &Process) -> Option<Managing> {
+        let is_of_job =
+            |it: &Managing| it.is_of_starter && self.since.is_some_and(|since| started_after(process.id, since));
+        is_manager(process).filter(|it| !self.named.contains(&process.id.pid) && !is_of_job(it))
+    }
+
     /// Why a relative of a holder must not be signalled, if so: what runs things for others is nobody's mere relative.
     pub(super) fn refuse_relative(&self, process: &Process, stat: &dyn Fn(u32) -> Option<Stat>) -> Option<String> {
         let works_for_others = || {
-            let managing = is_manager(process).map(|managing| managing.reason.to_owned());
+            let managing = self.managing(process).map(|managing| managing.reason.to_owned());
             managing.or_else(|| is_proxy(process).then(|| "it holds ports for containers".to_owned()))
         };
         let is_named = self.named.contains(&process.id.pid);
@@ -177,7 +200,7 @@ impl Guards {
         if self.is_open {
             return Verdict::Signal;
         }
-        let managing = is_manager(process).filter(|_| !self.named.contains(&process.id.pid));
+        let managing = self.managing(process);
         if let (Some(managing), Some(manager)) = (managing, systemd_of(process)) {
             return self.judge_systemd(socket, manager, managing);
         }
@@ -201,9 +224,17 @@ impl Guards {
         }
     }
 
+    /// What is stopped for a socket of which no holder is visible: a docker-proxy is root's, and other users, who may well
+    /// stop the container, are not shown what it holds.
+    pub(super) fn judge_ghost(&self, socket: &Socket) -> Option<Whole> {
+        let may_stop = self.stop_containers && self.trusts_engine;
+        let container = self.roster.publisher(socket).filter(|it| may_stop && !self.roster.is_own(it))?;
+        Some(Whole::Container(container.clone()))
+    }
+
     /// Of a systemd that listens itself, for a `.socket` unit.
     fn judge_systemd(&self, socket: &Socket, manager: Manager, managing: Managing) -> Verdict {
-        let Managing { reason, instead } = managing;
+        let Managing { reason, instead, .. } = managing;
         match (self.units.socket_unit(socket), self.units.stop) {
             (Some(Ok(Some(name))), true) => Verdict::Stop(Whole::Unit { name: name.clone(), manager }),
             (Some(Ok(Some(name))), false) => {
@@ -268,7 +299,7 @@ impl Guards {
 }
 
 /// Of a process that runs others, of which to end one would be enough.
-fn refusal(process: &Process, Managing { reason, instead }: Managing) -> Verdict {
+fn refusal(process: &Process, Managing { reason, instead, .. }: Managing) -> Verdict {
     let reason = format!("{reason}; see: {instead}; or, to end it all the same: --pid {}", process.id.pid);
     Verdict::Refuse { reason, denied: false }
 }

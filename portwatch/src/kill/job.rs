@@ -21,6 +21,8 @@ use super::kin::Reach;
 use super::outcome::{Outcome, Status};
 use super::plan::{Plan, same_socket};
 use super::progress::Progress;
+use super::report::sees_all;
+use super::starters::Rule;
 use super::stop::{StopError, Stopping, Whole};
 use super::{aftermath, life, report};
 use crate::cgroup::Manager;
@@ -89,6 +91,11 @@ impl Choice {
         Ok(Choice { selected, left_out, named: selector.named_ports(), selector: selector.clone() })
     }
 
+    /// These listeners and no others.
+    pub(super) fn of(selected: Vec<Listener>, selector: &Selector) -> Choice {
+        Choice { selected, left_out: Vec::new(), named: Vec::new(), selector: selector.clone() }
+    }
+
     /// Whether there is nothing to report on.
     pub fn is_empty(&self) -> bool {
         self.selected.is_empty() && self.named.is_empty()
@@ -113,7 +120,11 @@ impl Job {
         let mut guards = guards.with_units(units).with_named(&selector.filters().pids);
         let mut engine = None;
         // A plain port costs no question.
-        if engine::is_involved_in(&selected) {
+        let may_publish = terms.stop_containers && !sees_all() && selected.iter().any(Listener::is_ghost);
+        if may_publish {
+            guards = guards.trusting_engine();
+        }
+        if may_publish || engine::is_involved_in(&selected) {
             let roster;
             (engine, roster) = engine::ask();
             guards = guards.with_containers(roster, terms.stop_containers);
@@ -131,6 +142,14 @@ impl Job {
     /// [may be](crate::sweep) removed.
     pub fn removing(self, directories: Option<GlobMatcher>) -> Job {
         Job { remove_cwd: directories, ..self }
+    }
+
+    /// Ends as well what started the holders, as far as it is part of the same job.
+    pub(super) fn with_starters(mut self, rule: &Rule<'_>) -> Job {
+        let seen = process::boot_ns_now();
+        let starters = rule.find(&self.plan.victims, &life::stat_of);
+        self.plan.take_in(starters, seen, &self.guards, &life::stat_of);
+        self
     }
 
     pub fn plan(&self) -> &Plan {

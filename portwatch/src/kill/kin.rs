@@ -1,5 +1,5 @@
 //! Processes that hold nothing and are meant all the same: the descendants of a holder (`--tree`), the members of its
-//! process group (`--group`). This module says who they are and what must be proved of each before it is signalled. It
+//! process group (`--group`), what started it with a job (`--since`). This module says who they are and what must be proved of each before it is signalled. It
 //! reads nothing itself: it asks for a process's `stat` again and again, because each reading is of one moment.
 //!
 //! Why no bystander can be hit:
@@ -47,6 +47,8 @@ pub enum Relation {
     Tree(ProcessId),
     /// It is in this process group, in which the anchor was seen before.
     Group { group: u32, anchor: ProcessId },
+    /// This process, a holder, descends from it.
+    Above(ProcessId),
 }
 
 /// Why a process that holds nothing is meant.
@@ -78,10 +80,16 @@ impl Kin {
         let certain = certain || self.identifies(id);
         match self.relation {
             Relation::Tree(root) => certain || descends(id, root, stat),
+            Relation::Above(holder) => certain || descends(holder, id, stat),
             Relation::Group { group, anchor } => {
                 now.process_group == group && (certain || is_in_group(anchor, group, stat))
             }
         }
+    }
+
+    /// Whether it is meant for what it started.
+    pub fn is_starter(&self) -> bool {
+        matches!(self.relation, Relation::Above(_))
     }
 
     /// Whether pid and start as `/proc` shows it can be of no process but the one that was seen.
@@ -122,6 +130,7 @@ pub fn relatives(
         let kin = Kin { relation, seen };
         let is_kin = match relation {
             Relation::Tree(root) => descends(id, root, stat),
+            Relation::Above(holder) => descends(holder, id, stat),
             Relation::Group { group, anchor } => is_in_group(id, group, stat) && is_in_group(anchor, group, stat),
         };
         is_kin.then(|| (process.clone(), anchor, kin))

@@ -181,6 +181,11 @@ impl Life {
         self.victim.kin.is_some() && !self.ended && !self.gone && (self.is_held() || self.failure.is_some())
     }
 
+    /// Whether it started others, and is not gone so long after its first signal.
+    pub(super) fn is_slow_starter(&self, patience: Duration) -> bool {
+        self.victim.kin.is_some_and(|kin| kin.is_starter()) && self.signalled.is_some_and(|at| at.elapsed() >= patience)
+    }
+
     /// Whether it got the signal of this stage and may still act on it.
     pub(super) fn is_awaited(&self, stage: Stage) -> bool {
         self.stage == stage && self.is_held() && self.failure.is_none()

@@ -5,7 +5,7 @@
 //!              (each: open a pidfd, verify, signal)          (SIGKILL)
 //! ```
 //!
-//! This module owns who is signalled ([`plan`], [`kin`]) and who never ([`guards`]), what a person should know before
+//! This module owns who is signalled ([`plan`], [`kin`], [`starters`]) and who never ([`guards`]), what a person should know before
 //! ([`preview`], [`concern`]), how it is made sure that nobody else is hit ([`target`]), the containers and units that are
 //! stopped instead ([`stop`]), the sockets that are closed without their holders ([`close`]), the directories that are removed
 //! after them ([`directories`]), the waiting ([`execute`]) and what is said of it ([`outcome`], [`text`]). None of these scans:
@@ -40,6 +40,7 @@ mod report;
 mod sight;
 #[doc(hidden)]
 pub mod signal;
+mod starters;
 mod stop;
 #[doc(hidden)]
 pub mod target;
@@ -47,7 +48,7 @@ pub mod target;
 pub mod text;
 mod why;
 
-pub use cleanup::{Cleaned, Cleanup, Ended, Leak};
+pub use cleanup::{Cleaned, Cleanup, Ended, Leak, Restarter};
 pub use concern::Concern;
 pub use directories::Directories;
 pub use execute::{Options, World, execute};

@@ -8,7 +8,7 @@
 //! port no longer; only once it is gone, or the grace is over.
 //!
 //! A parent that holds nothing, though it may bring its children back, is a *supervisor*: named, and not
-//! signalled. To portwatch it looks like an editor or a terminal multiplexer that started two servers. What it brings
+//! signalled, unless a job is cleaned up that started it ([`super::starters`]). To portwatch it looks like an editor or a terminal multiplexer that started two servers. What it brings
 //! back is reported as such. Of real servers none needs more: the master of gunicorn, nginx, php-fpm, uvicorn and a
 //! node cluster holds the port as well, with SO_REUSEPORT too, and of postgres and a cluster that schedules
 //! round robin it is the only one.
@@ -24,6 +24,7 @@ use serde::{Deserialize, Serialize};
 
 use super::guards::{Guards, Verdict};
 use super::kin::{self, Kin, Reach, Relation};
+use super::starters::Starter;
 use super::stop::Whole;
 use crate::model::{BootNs, Listener, NetnsId, Process, ProcessId, Protocol, Socket, SocketId};
 use crate::source::stat::{self, Stat};
@@ -86,7 +87,8 @@ pub struct Stop {
     pub what: Whole,
     /// Indices into [`Plan::groups`].
     pub groups: Vec<usize>,
-    /// The holders that let go with it: what publishes its ports, who runs in it, the systemd that listens for it.
+    /// The holders that let go with it: what publishes its ports, who runs in it, the systemd that listens for it. None
+    /// where what publishes its ports is not visible.
     pub processes: Vec<Arc<Process>>,
 }
 
@@ -106,6 +108,12 @@ pub struct Refused {
 pub enum Spared {
     Relative {
         process: Arc<Process>,
+        reason: String,
+    },
+    /// What may start again those that are ended.
+    Starter {
+        process: Arc<Process>,
+        groups: Vec<usize>,
         reason: String,
     },
     /// The members of this process group that hold nothing: portwatch is one of them.
@@ -150,17 +158,17 @@ impl Plan {
         let mut stops: Vec<Stop> = Vec::new();
         for listener in &selected {
             let Some(index) = groups.iter().position(|g| g.wants(listener.socket.id)) else { continue };
+            if listener.is_ghost()
+                && let Some(what) = guards.judge_ghost(&listener.socket)
+            {
+                push_new(&mut Stop::find(&mut stops, what).groups, index);
+            }
             for holder in &listener.holders {
                 let process = &holder.process;
                 match guards.judge(process, &listener.socket, stat) {
                     Verdict::Signal => {}
                     Verdict::Stop(what) => {
-                        let known = stops.iter().position(|stop| stop.what.is_same(&what));
-                        let known = known.unwrap_or_else(|| {
-                            stops.push(Stop { what, groups: Vec::new(), processes: Vec::new() });
-                            stops.len() - 1
-                        });
-                        stops[known].add(process, index);
+                        Stop::find(&mut stops, what).add(process, index);
                         continue;
                     }
                     Verdict::Refuse { reason, denied } => {
@@ -244,6 +252,34 @@ impl Plan {
         self.order(stat);
     }
 
+    /// Takes in what started those who are to be signalled, to be ended before them. `seen` is a moment before they were
+    /// found.
+    pub(super) fn take_in(
+        &mut self,
+        starters: Vec<Starter>,
+        seen: BootNs,
+        guards: &Guards,
+        stat: &dyn Fn(u32) -> Option<Stat>,
+    ) {
+        for Starter { process, above, groups, spared } in starters {
+            let is_it = |id: ProcessId| id.is_same(process.id);
+            if self.victims.iter().any(|victim| is_it(victim.process.id))
+                || self.refused.iter().any(|refused| is_it(refused.process.id))
+                || self.stops.iter().flat_map(|stop| &stop.processes).any(|process| is_it(process.id))
+            {
+                continue;
+            }
+            match spared.or_else(|| guards.refuse_relative(&process, stat)) {
+                Some(reason) => self.spared.push(Spared::Starter { process, groups, reason }),
+                None => {
+                    let kin = Some(Kin { relation: Relation::Above(above), seen });
+                    self.victims.push(Victim { groups, kin, ..Victim::new(&process, stat) });
+                }
+            }
+        }
+        self.order(stat);
+    }
+
     /// Masters first.
     fn order(&mut self, stat: &dyn Fn(u32) -> Option<Stat>) {
         let leaders: Vec<Vec<ProcessId>> =
@@ -273,6 +309,16 @@ impl Plan {
 }
 
 impl Stop {
+    /// The one that stops this, which is added where there is none.
+    fn find(stops: &mut Vec<Stop>, what: Whole) -> &mut Stop {
+        let known = stops.iter().position(|stop| stop.what.is_same(&what));
+        let index = known.unwrap_or_else(|| {
+            stops.push(Stop { what, groups: Vec::new(), processes: Vec::new() });
+            stops.len() - 1
+        });
+        &mut stops[index]
+    }
+
     /// Adds a holder that goes with it.
     pub(super) fn add(&mut self, process: &Arc<Process>, group: usize) {
         push_new(&mut self.groups, group);

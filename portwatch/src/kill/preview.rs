@@ -49,6 +49,7 @@ fn addresses(plan: &Plan, victim: &Victim) -> String {
     match (addresses.len(), victim.kin.map(|kin| kin.relation)) {
         (0, Some(Relation::Tree(root))) => format!("(below {})", root.pid),
         (0, Some(Relation::Group { group, .. })) => format!("(group {group})"),
+        (0, Some(Relation::Above(holder))) => format!("(above {})", holder.pid),
         (0, None) => "-".to_owned(),
         (1..=ADDRESSES, _) => named.join(","),
         (all, _) => format!("{} +{}", named.join(","), all - ADDRESSES),
@@ -61,7 +62,10 @@ pub fn stops(plan: &Plan) -> String {
     for stop in &plan.stops {
         let processes: Vec<String> =
             stop.processes.iter().map(|p| format!("{} ({})", escape(&p.name), p.id.pid)).collect();
-        let _ = writeln!(out, "to stop: {}, in place of {}", stop.what, processes.join(", "));
+        let _ = match processes.len() {
+            0 => writeln!(out, "to stop: {}, of which no visible process holds the port", stop.what),
+            _ => writeln!(out, "to stop: {}, in place of {}", stop.what, processes.join(", ")),
+        };
     }
     out
 }
@@ -104,7 +108,7 @@ pub fn inside(plan: &Plan) -> String {
 pub fn refusals(plan: &Plan) -> String {
     let refused = plan.refused.iter().map(|refused| (&refused.process, &refused.reason));
     let relatives = plan.spared.iter().filter_map(|spared| match spared {
-        Spared::Relative { process, reason } => Some((process, reason)),
+        Spared::Relative { process, reason } | Spared::Starter { process, reason, .. } => Some((process, reason)),
         Spared::OwnGroup(_) => None,
     });
     let mut out = String::new();
@@ -127,6 +131,8 @@ pub fn question(plan: &Plan, concerns: &[Concern], view: &View<'_>) -> String {
             Concern::Unrelated(count) => format!("{count} unrelated processes"),
             Concern::OthersProcesses { uid, count: 1 } => format!("a process of {}", view.user(*uid)),
             Concern::OthersProcesses { uid, count } => format!("{count} processes of {}", view.user(*uid)),
+            Concern::Starters(1) => "a process that started others".to_owned(),
+            Concern::Starters(count) => format!("{count} processes that started others"),
             Concern::Service(name) => format!("{}, a system service", escape(name)),
             Concern::Container(name) => format!("container {}", escape(name)),
             Concern::Unit(name) => format!("unit {}, with everything in it", escape(name)),

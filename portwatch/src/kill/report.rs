@@ -242,6 +242,12 @@ impl<'a> End<'a> {
         })
     }
 
+    /// Why a container is still there for which nobody visible holds the port.
+    fn unstopped_ghosts(&self, run: &Run) -> Option<String> {
+        let mut failed = self.stops(run).filter(|(stop, _)| stop.processes.is_empty());
+        failed.find_map(|(_, result)| Some(result?.as_ref().err()?.message.clone()))
+    }
+
     /// What starts again what was stopped.
     fn triggers<'b>(&self, run: &'b Run) -> impl Iterator<Item = String> + use<'b> {
         let stopped: Vec<(&Stop, &Vec<String>)> =
@@ -300,6 +306,9 @@ impl<'a> End<'a> {
             Status::Cleaned if run.plan.closes && self.holders(run).next().is_some() => {
                 let names: Vec<String> = self.holders(run).map(named).collect();
                 format!("bind() may need SO_REUSEADDR as long as {} keeps its descriptor", names.join(", "))
+            }
+            Status::Denied | Status::Ghost if self.unstopped_ghosts(run).is_some() => {
+                self.unstopped_ghosts(run).unwrap_or_default()
             }
             Status::Denied => match self.hidden_owner() {
                 Some(uid) => hidden(uid),

@@ -119,9 +119,12 @@ impl Run {
         }
     }
 
-    /// Whether a port is still taken by a process of what was stopped.
+    /// Whether a port is still taken by a process of what was stopped, or by one of its that is not visible.
     fn is_awaiting_ports(&self) -> bool {
-        let stopped = self.plan.stops.iter().zip(&self.stopped).filter(|(_, result)| result.is_ok());
-        stopped.flat_map(|(stop, _)| &stop.processes).any(|process| self.current.iter().any(|l| l.holds(process.id)))
+        let mut stopped = self.plan.stops.iter().zip(&self.stopped).filter(|(_, result)| result.is_ok());
+        stopped.any(|(stop, _)| match stop.processes.is_empty() {
+            true => stop.groups.iter().any(|&group| self.is_taken(group)),
+            false => stop.processes.iter().any(|process| self.current.iter().any(|l| l.holds(process.id))),
+        })
     }
 }

@@ -116,9 +116,13 @@ pub fn findings(outcome: &Outcome) -> String {
     out
 }
 
-/// The directories that were removed, or not: indented lines, each with its end.
+/// The directories that were removed with a port's holders, or not: indented lines, each with its end.
 pub fn directories(outcome: &Outcome) -> String {
-    let Directories { removed, kept, planned } = &outcome.directories;
+    swept(&outcome.directories)
+}
+
+/// The same of directories, whoever's they were.
+pub fn swept(Directories { removed, kept, planned }: &Directories) -> String {
     let mut out = String::new();
     for Removed { path, amount } in removed {
         out += &format!("  removed {} ({})\n", escape(path), amounts(amount));

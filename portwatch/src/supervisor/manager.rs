@@ -11,6 +11,9 @@ pub struct Managing {
     pub reason: &'static str,
     /// A command, or several with words between.
     pub instead: &'static str,
+    /// Whether all that it runs is what it was started to run: one that a job started is the job's own. In the others live
+    /// the containers and sessions of anybody.
+    pub is_of_starter: bool,
 }
 
 const MANAGERS: &[(&[&str], Managing)] = &[
@@ -20,6 +23,7 @@ const MANAGERS: &[(&[&str], Managing)] = &[
         Managing {
             reason: "pm2's daemon holds it for one of its apps (cluster mode), and ending it ends them all",
             instead: "pm2 list, then pm2 stop NAME",
+            is_of_starter: true,
         },
     ),
     (
@@ -27,6 +31,7 @@ const MANAGERS: &[(&[&str], Managing)] = &[
         Managing {
             reason: "supervisord runs other services, and ending it ends them all",
             instead: "supervisorctl status, then supervisorctl stop NAME; or supervisorctl shutdown",
+            is_of_starter: true,
         },
     ),
     (
@@ -34,6 +39,7 @@ const MANAGERS: &[(&[&str], Managing)] = &[
         Managing {
             reason: "inetd holds it for one of its services, and ending it ends them all",
             instead: "remove the service from its configuration, then send it SIGHUP",
+            is_of_starter: true,
         },
     ),
     (
@@ -41,6 +47,7 @@ const MANAGERS: &[(&[&str], Managing)] = &[
         Managing {
             reason: "it runs containers, and ending it touches them all",
             instead: "docker ps, then docker stop NAME",
+            is_of_starter: false,
         },
     ),
     (
@@ -48,6 +55,7 @@ const MANAGERS: &[(&[&str], Managing)] = &[
         Managing {
             reason: "it is part of Kubernetes on this node",
             instead: "kubectl get services --all-namespaces, then kubectl delete service NAME",
+            is_of_starter: false,
         },
     ),
     (
@@ -55,6 +63,7 @@ const MANAGERS: &[(&[&str], Managing)] = &[
         Managing {
             reason: "terminal sessions live in it, and ending it ends them all",
             instead: "end the program inside the session",
+            is_of_starter: false,
         },
     ),
 ];
@@ -62,11 +71,13 @@ const MANAGERS: &[(&[&str], Managing)] = &[
 const SYSTEM_SOCKET: Managing = Managing {
     reason: "systemd holds it for a .socket unit",
     instead: "systemctl list-sockets, then systemctl stop NAME.socket",
+    is_of_starter: false,
 };
 
 const USER_SOCKET: Managing = Managing {
     reason: "the user's systemd holds it for a .socket unit",
     instead: "systemctl --user list-sockets, then systemctl --user stop NAME.socket",
+    is_of_starter: false,
 };
 
 /// Whose systemd this process is, if it is one that has socket units: the system's or a user's.

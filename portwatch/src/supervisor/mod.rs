@@ -101,15 +101,7 @@ impl Supervisor {
     /// Who may start this process again. What `stat` does not tell is read from `/proc`, of the very process that
     /// `stat` described.
     pub fn of(process: &Process, stat: &dyn Fn(u32) -> Option<Stat>) -> Option<Supervisor> {
-        let sight = Sight {
-            stat,
-            command: &|id| process::command(id).unwrap_or_default(),
-            cwd: &|id| process::read_exact(id).and_then(|process| process.cwd),
-            variable: &process::variable,
-            user: &user_name,
-            euid: Uid::effective().as_raw(),
-        };
-        Supervisor::find(process, &sight)
+        on_this_host(stat, |sight| Supervisor::find(process, sight))
     }
 
     /// As [`Supervisor::of`], of a host that is handed in. Pure.
@@ -226,6 +218,32 @@ impl Supervisor {
     pub fn may_restart(&self) -> bool {
         self.restarts != Some(false)
     }
+}
+
+/// An ancestor of a process, from below where people work and services live.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Starter {
+    pub stat: Stat,
+    /// Whether it is a shell that was given what to run.
+    pub is_script: bool,
+}
+
+/// Who may have started this process, the nearest first: its ancestors below a shell that somebody types into, or a
+/// program in which sessions, services or containers live.
+pub fn starters(process: &Process, stat: &dyn Fn(u32) -> Option<Stat>) -> Vec<Starter> {
+    on_this_host(stat, |sight| parent::Line::of(process, sight).starters())
+}
+
+/// What `stat` does not tell is read from `/proc`.
+fn on_this_host<T>(stat: &dyn Fn(u32) -> Option<Stat>, ask: impl FnOnce(&Sight<'_>) -> T) -> T {
+    ask(&Sight {
+        stat,
+        command: &|id| process::command(id).unwrap_or_default(),
+        cwd: &|id| process::read_exact(id).and_then(|process| process.cwd),
+        variable: &process::variable,
+        user: &user_name,
+        euid: Uid::effective().as_raw(),
+    })
 }
 
 /// The beginning of a command for that manager.

@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 
-use super::{Kind, Sight, Supervisor, command_line, operand, quote};
+use super::{Kind, Sight, Starter, Supervisor, command_line, operand, quote};
 use crate::model::{Process, ProcessId};
 use crate::source::stat::{self, Stat};
 
@@ -258,6 +258,14 @@ impl Line {
             }
         }
         line
+    }
+
+    pub(super) fn starters(self) -> Vec<Starter> {
+        let starter = |Ancestor { stat, command, .. }: Ancestor| {
+            let is_script = is_shell(&stat, &command) && !matches!(script(&command), Script::None);
+            Starter { stat, is_script }
+        };
+        self.ancestors.into_iter().map(starter).collect()
     }
 
     /// The nearest supervisor that can be told to stop a process for good.

@@ -52,6 +52,14 @@ fn processes_are_unrelated_unless_one_descends_from_the_other() {
 }
 
 #[test]
+fn what_started_a_holder_is_related_to_it_and_a_concern() {
+    let mut starter = victim(&(9, 1, "sh", OWN));
+    starter.kin = Some(Kin { relation: Relation::Above(ProcessId { pid: 10, start: 0 }), seen: 0 });
+    let plan = Plan { victims: vec![victim(&(10, 9, "server", OWN)), starter], ..Plan::default() };
+    assert_eq!(concerns(&plan, OWN, false, &family(&[])), [Concern::Starters(1)]);
+}
+
+#[test]
 fn who_is_taken_in_for_the_sake_of_another_is_related() {
     let mut mate = victim(&(11, 1, "tee", OWN));
     let relation = Relation::Group { group: 10, anchor: ProcessId { pid: 10, start: 0 } };

@@ -123,4 +123,16 @@ fn who_is_proved() {
     ] {
         assert_eq!(kin.is_proved(id(12, 102), certain, &family(now)), expected, "{what}");
     }
+    // What started a holder: old enough, by its start; else as long as the holder is below it.
+    let above = |seen| Kin { relation: Relation::Above(id(12, 102)), seen: seen * TICK };
+    let alone = stats(&[(10, 1, 10, 100)]);
+    for (kin, now, certain, expected) in [
+        (above(100), &all, false, true),
+        (above(100), &alone, false, false),
+        (above(100), &alone, true, true),
+        (above(101), &alone, false, true),
+        (above(101), &stats(&[(10, 1, 10, 150)]), true, false),
+    ] {
+        assert_eq!(kin.is_proved(id(10, 100), certain, &family(now)), expected, "{kin:?} {now:?}");
+    }
 }

@@ -138,6 +138,23 @@ fn a_container_is_stopped_once_for_all_its_ports_and_its_processes_are_not_signa
 }
 
 #[test]
+fn a_container_is_stopped_for_a_holder_that_is_hidden_where_the_engine_has_to_do() {
+    let stat = host();
+    let plan = |stop, trusts, own: Option<&str>| {
+        let roster = Roster::new("/run/docker.sock".to_owned(), vec![web().0], own.map(str::to_owned));
+        let guards = Guards::new(OWN, false, &stat).with_containers(roster, stop);
+        let guards = if trusts { guards.trusting_engine() } else { guards };
+        // Of the other one nobody publishes the port.
+        Plan::new(vec![listener(8123, 1, &[]), listener(8124, 2, &[])], &[], &[], &guards, &stat)
+    };
+    let stops = plan(true, true, None).stops;
+    assert_eq!((stops.len(), &stops[0].groups[..], stops[0].processes.len()), (1, &[0][..], 0));
+    for (stop, trusts, own) in [(false, true, None), (true, false, None), (true, true, Some("5eed5eed5eed"))] {
+        assert!(plan(stop, trusts, own).stops.is_empty(), "{stop} {trusts} {own:?}");
+    }
+}
+
+#[test]
 fn a_container_that_cannot_be_stopped_keeps_its_processes() {
     let error = EngineError { message: "not permitted".to_owned(), denied: true };
     let plan = plan_with(Roster::unreachable(error), true);
@@ -170,6 +187,14 @@ fn who_runs_things_for_others_is_spared_unless_named_by_pid() {
     assert_eq!((spared.refused[0].reason.as_str(), spared.refused[0].denied, spared.victims.len()), (reason, false, 0));
     assert_eq!(victims(&plan(named("supervisord", 300), &[300])), [(300, true)]);
     assert!(plan(named("supervisord", 300), &[301]).victims.is_empty());
+    let marked = |name, since| {
+        let guards = Guards::new(OWN, false, &stat).with_mark(since);
+        Plan::new(vec![named(name, 300)], &[], &[], &guards, &stat)
+    };
+    // What came with a job is the job's own, unless anybody's sessions or containers live in it.
+    assert_eq!(victims(&marked("supervisord", 0)), [(300, true)]);
+    assert!(marked("supervisord", ProcessId::TICK_NS).victims.is_empty());
+    assert!(marked("tmux", 0).victims.is_empty() && marked("dockerd", 0).victims.is_empty());
     // Which nothing overrides.
     assert_eq!(plan(named("systemd", 1), &[1]).refused[0].reason, "init is never signalled");
     let reason = "systemd holds it for a .socket unit; see: systemctl list-sockets, then systemctl stop NAME.socket";
@@ -238,6 +263,36 @@ fn workers_whose_parent_holds_nothing_have_a_supervisor_and_no_leader() {
     let twins = plan(vec![listener(80, 5, &[11]), listener(80, 6, &[401])], false);
     assert_eq!(led(&twins), [(11, vec![]), (401, vec![])]);
     assert_eq!(twins.victims[0].supervisor.as_ref().and_then(|s| s.pid), Some(10));
+}
+
+#[test]
+fn what_started_holders_is_ended_before_them_unless_it_is_spared() {
+    let stat = host();
+    let starter = |pid, groups: &[usize], spared: Option<&str>| {
+        let now = stat(pid).unwrap();
+        Starter {
+            process: Arc::new(Process { ppid: now.ppid, ..Process::bare(now.id(), now.name) }),
+            above: stat(12).unwrap().id(),
+            groups: groups.to_vec(),
+            spared: spared.map(str::to_owned),
+        }
+    };
+    let mut plan = plan(vec![listener(80, 5, &[12]), listener(81, 6, &[401])], false);
+    let starters = vec![
+        starter(10, &[0], None),
+        starter(300, &[0], Some("a terminal")),
+        starter(400, &[1], None),
+        starter(401, &[1], None),
+    ];
+    plan.take_in(starters, 0, &Guards::new(OWN, false, &stat), &stat);
+    assert_eq!(led(&plan), [(10, vec![]), (401, vec![]), (12, vec![10])]);
+    let reason = |spared: &Spared| match spared {
+        Spared::Starter { process, reason, .. } => (process.id.pid, reason.clone()),
+        other => panic!("{other:?}"),
+    };
+    let reasons: Vec<(u32, String)> = plan.spared.iter().map(reason).collect();
+    let own = "portwatch was started by it; --force-self signals it all the same".to_owned();
+    assert_eq!(reasons, [(300, "a terminal".to_owned()), (400, own)]);
 }
 
 /// A plan for port 80, held by these, with their relatives as the host has them.

@@ -33,12 +33,13 @@ fn listener(address: &str, port: u16, inode: u64) -> Listener {
     Listener { socket, since: None, holders: Vec::new() }
 }
 
-/// A server with one address, one with four, a child and a mate without any.
+/// A server with one address, one with four; a child, a mate and a starter without any.
 fn plan() -> Plan {
     let relation = |relation| Some(Kin { relation, seen: 0 });
     let root = ProcessId { pid: 7, start: 0 };
     let child = Victim { kin: relation(Relation::Tree(root)), ..victim(process(8, "esbuild", 4321, &[]), &[]) };
     let group = Relation::Group { group: 7, anchor: root };
+    let starter = Victim { kin: relation(Relation::Above(root)), ..victim(process(6, "sh", 1000, &[]), &[]) };
     let mate = Victim { kin: relation(group), ..victim(process(9, "tee", 1000, &["tee", "log"]), &[]) };
     Plan {
         listeners: vec![
@@ -52,6 +53,7 @@ fn plan() -> Plan {
             victim(process(4000, "e\u{1b}[31mvil", 0, &["x\u{1b}]0;\u{7}\n"]), &[1, 2, 3, 4]),
             child,
             mate,
+            starter,
         ],
         ..Plan::default()
     }
@@ -65,6 +67,7 @@ fn the_plan_is_a_table_of_processes() {
 4000  e\\x1b[31mvil  0     0.0.0.0:80/tcp,10.0.0.1:81/tcp +2   1h  x\\x1b]0;\\x07\\n
    8  esbuild       4321  (below 7)                         8s  [esbuild]
    9  tee           al    (group 7)                         9s  tee log
+   6  sh            al    (above 7)                         6s  [sh]
 ";
     // Columns are as wide as their widest cell.
     let text = victims(&plan(), &view(None));
@@ -105,12 +108,14 @@ fn who_is_spared_is_told_with_the_reason() {
         spared: vec![
             Spared::OwnGroup(77),
             Spared::Relative { process: process(5, "ba\u{7}sh", 0, &[]), reason: "its reason".into() },
+            Spared::Starter { process: process(6, "ide", 0, &[]), groups: vec![0], reason: "a terminal".into() },
         ],
         ..Plan::default()
     };
     let expected = "\
 not signalling init (1): no
 not signalling ba\\x07sh (5): its reason
+not signalling ide (6): a terminal
 not signalling process group 77 but for the holders: portwatch is in it
 ";
     assert_eq!(refusals(&plan), expected);
@@ -136,6 +141,8 @@ to close: the socket [::1]:80/tcp of e\\x07vil (5), e\\x07vil (6), which live on
 fn the_question_names_every_reason() {
     for (concerns, expected) in [
         (vec![Concern::Unrelated(2)], "this would end 2 unrelated processes; go on?"),
+        (vec![Concern::Starters(1)], "this would end a process that started others; go on?"),
+        (vec![Concern::Starters(2)], "this would end 2 processes that started others; go on?"),
         (vec![Concern::OthersProcesses { uid: 1000, count: 1 }], "this would end a process of al; go on?"),
         (
             vec![
