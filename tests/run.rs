@@ -2,6 +2,7 @@
 
 pub mod actor;
 mod ends;
+mod host;
 mod scene;
 mod servers;
 
@@ -282,13 +283,39 @@ fn both_killed() {
     let scene = Scene::new();
     let port = scene.port();
     let running = scene.start(&["--port", &port.to_string()], &["serve", "ignore-term", "wait"]);
+    let (keeper, watcher) = (running.keeper(), running.watcher());
+    // The keeper first, stopped, so that it does nothing meanwhile.
+    let stopped = rustix::process::Pid::from_raw(keeper as i32).expect("a pid");
+    rustix::process::kill_process(stopped, Signal::STOP).expect("signal");
+    kill(watcher);
+    kill(keeper);
+    let run = running.finish().expect(4);
+    assert!(run.errors().contains("both supervisors were killed, and the command with them"), "{}", run.errors());
+    scene.expect_nothing_left(port);
+}
+
+/// SIGKILL for portwatch and its watcher at once: all that came of the command is ended by the third.
+fn front_and_watcher_killed() {
+    let scene = Scene::new();
+    let port = scene.port();
+    let running = scene.start(&["--port", &port.to_string()], &["child=daemon+ignore-term+serve+wait", "wait"]);
     let watcher = running.watcher();
-    // The front first, stopped, so that it does nothing meanwhile.
     running.signal(Signal::STOP);
     kill(watcher);
     running.signal(Signal::KILL);
     assert_eq!(running.finish().code, None);
     scene.expect_nothing_left(port);
+}
+
+/// Who waits for the end of portwatch finds nothing of it any more.
+fn no_supervisor_outlives_the_front() {
+    let scene = Scene::new();
+    for _ in 0..20 {
+        scene.run(&[], &["child=daemon+wait", "exit=0"]).expect(0);
+        assert_eq!(scene.child(), None);
+    }
+    scene.portwatch(&["run", "--", "/nonexistent/x"]).expect(127);
+    assert_eq!(scene.child(), None);
 }
 
 /// Orphans are reaped as they end, not at the end.
@@ -342,7 +369,7 @@ fn children_from_before() {
     let front = running.child.id();
     let children = fs::read_to_string(format!("/proc/{front}/task/{front}/children")).expect("children");
     let mut children = children.split_whitespace().map(|pid| pid.parse().expect("a pid"));
-    kill(children.find(|pid| *pid != helper).expect("the supervisor"));
+    kill(scene::only_child(children.find(|pid| *pid != helper).expect("the keeper")));
     running.finish().expect(137);
     // It is ours now, and nothing has ended it.
     assert!(scene::children().contains(&helper));
@@ -427,6 +454,8 @@ pub fn trials() -> Vec<Test> {
         test("run::ready_is_who_answers_2xx", healthy),
         test("run::signals_are_passed_on", signals_are_passed_on),
         test("run::the_command_dies_with_both_supervisors", both_killed),
+        test("run::the_keeper_ends_what_portwatch_and_the_watcher_leave", front_and_watcher_killed),
+        test("run::no_supervisor_outlives_portwatch", no_supervisor_outlives_the_front),
         test("run::orphans_are_reaped", zombies),
         test("run::nobody_else_is_hit", bystanders),
         test("run::children_from_before_go_on", children_from_before),
@@ -434,6 +463,7 @@ pub fn trials() -> Vec<Test> {
         test("run::ctrl_z_stops_it_and_fg_brings_it_back", stopped_at_a_terminal),
     ];
     tests.extend(servers::trials());
+    tests.extend(host::trials());
     tests.extend(ends::trials());
     tests
 }

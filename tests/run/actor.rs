@@ -62,6 +62,7 @@ fn act(words: &[&str]) -> ! {
                 handle(libc::SIGUSR1, leave);
             }
             "note" => note(value),
+            "host" => super::host::play(value),
             "grow" => {
                 let (seed, path) = value.split_once(':').expect("grow=SEED:PATH");
                 grow(&mut Dice(number(seed) as u64 * 2 + 1), 0, path);

@@ -201,6 +201,38 @@ fn not_ready_in_the_background() {
     assert!(!path.exists());
 }
 
+/// There is no moment at which its end is nobody's: either it is told, or the server was there.
+fn over_at_once() {
+    let scene = Scene::new();
+    let mut ended = 0;
+    for (script, code, told) in [
+        ("echo oh; exit 3", 3, "ended with exit code 3 before it was in the background\nportwatch: | oh\n"),
+        // There is no server, so that is no success either.
+        ("exit 0", 1, "ended with exit code 0 before it was in the background\n"),
+        (
+            "sleep 60 & exit 0",
+            1,
+            "went to the background by itself; start it in the foreground\n\
+             portwatch: ended 1 process that sh left behind\n",
+        ),
+    ] {
+        for _ in 0..10 {
+            let run = scene.portwatch(&["run", "--background", "--name", "bx", "--json", "--", "sh", "-c", script]);
+            if run.code == Some(code) {
+                assert_eq!((run.text(), run.errors()), (String::new(), format!("portwatch: error: sh {told}")));
+                assert!(!scene.stage.path("runtime/portwatch/servers/bx.json").exists());
+                ended += 1;
+            } else {
+                // On a machine this busy it did not end at once.
+                assert_eq!(run.expect(0).json()["name"], "bx");
+                scene.portwatch(&["stop", "--all"]).expect(0);
+            }
+        }
+    }
+    assert!(ended > 0, "none was seen to end");
+    assert_eq!(scene.portwatch(&["ps", "--json"]).expect(0).json(), json!([]));
+}
+
 fn its_lifetime() {
     let scene = Scene::new();
     let port = scene.port();
@@ -284,6 +316,7 @@ pub fn trials() -> Vec<Test> {
         test("run::names_are_unique_and_servers_counted", names_and_limits),
         test("run::hostile_names_are_refused", hostile_names),
         test("run::a_server_that_is_not_ready_is_ended_with_its_last_words", not_ready_in_the_background),
+        test("run::a_server_that_ends_at_once_is_told", over_at_once),
         test("run::the_lifetime_counts_in_the_background", its_lifetime),
         test("run::logs_are_followed_to_the_end", followed),
         test("run::logs_are_bounded_and_harmless", bounded_log),

@@ -34,6 +34,10 @@ use crate::exit_codes::{FAILED, NO, Usage};
 const CANNOT_RUN: u8 = 126;
 const NOT_FOUND: u8 = 127;
 
+/// A command without a port is in the background once it has gone on for so long. There is nothing that it does by which to
+/// tell that it is well; that it is not, its end tells.
+const AT_ONCE: Duration = Duration::from_millis(100);
+
 /// Lines of its log that are shown of a server in the background that did not come up.
 const LAST_WORDS: usize = 10;
 
@@ -51,8 +55,8 @@ too, and also where portwatch itself is killed. Signals to portwatch are passed 
 SIGTERM ends everything.
 
 Exit codes: the command's own; 128+N where signal N ended it; 124 where the lifetime was over;
-126 and 127 where it cannot be run; 1 where the port is taken or it is not ready in time;
-2, 3, 4 as for all verbs")]
+126 and 127 where it cannot be run; 1 where the port is taken, or it is not ready in time or ends
+well before it is; 2, 3, 4 as for all verbs")]
 pub(crate) struct RunArgs {
     /// Port to run it on, as $PORT and in place of {port} in its arguments; of a range, the first that is free
     #[arg(long, value_name = "P|P-Q")]
@@ -231,6 +235,7 @@ impl Session<'_> {
             Ok(process) => process,
             Err(error) => {
                 note(&format!("error: cannot run {}: {error}", self.program));
+                self.supervised.over().await?;
                 let is_missing = error.kind() == io::ErrorKind::NotFound;
                 return Ok(ExitCode::from(if is_missing { NOT_FOUND } else { CANNOT_RUN }));
             }
@@ -273,7 +278,7 @@ impl Session<'_> {
         let mut claim = claim;
         // What its health was asked for last.
         let answered = RefCell::new(None);
-        let mut is_ready = port.is_none();
+        let mut is_ready = false;
         let mut was_late = false;
         {
             let mut over = pin!(self.supervised.over());
@@ -285,18 +290,22 @@ impl Session<'_> {
                 }
                 tokio::select! {
                     biased;
-                    over = &mut over => return self.finish(&over?, port.filter(|_| !is_ready), was_late, server.as_ref()),
+                    over = &mut over => {
+                        let awaited = if is_ready { None } else { self.awaited(port) };
+                        return self.finish(&over?, awaited, was_late, server.as_ref());
+                    }
                     told = self.signals.next() => self.pass_on(told.context("cannot read signals")?),
                     found = &mut ready, if !is_ready && !was_late => {
-                        let listener = found?;
+                        is_ready = true;
                         // It listens: nobody else will take the port for a free one.
                         claim = None;
-                        is_ready = true;
-                        if let Some(server) = &mut server {
-                            server.record.address = Some(health::reachable(&listener.socket));
-                            server.register.write(&server.record)?;
-                        } else {
-                            note(&format!("ready: {}", ready::url(&listener)));
+                        match (found?, &mut server) {
+                            (Some(listener), Some(server)) => {
+                                server.record.address = Some(health::reachable(&listener.socket));
+                                server.register.write(&server.record)?;
+                            }
+                            (Some(listener), None) => note(&format!("ready: {}", ready::url(&listener))),
+                            (None, _) => {}
                         }
                     }
                     () = &mut late, if !is_ready && !was_late => {
@@ -309,20 +318,36 @@ impl Session<'_> {
         }
         drop(claim);
         match server {
-            Some(server) => self.leave(&server),
+            Some(server) => self.leave(&server).await,
             None => Ok(ExitCode::SUCCESS),
         }
     }
 
-    async fn ready(&self, port: Option<u16>, answered: &RefCell<Option<(String, String)>>) -> anyhow::Result<Listener> {
-        let Some(port) = port else { return std::future::pending().await };
+    /// What it has to come to before it may end.
+    fn awaited(&self, port: Option<u16>) -> Option<String> {
+        match port {
+            Some(port) => Some(format!("it was ready on {port}")),
+            None => self.args.background.then(|| "it was in the background".to_owned()),
+        }
+    }
+
+    /// Where it listens, once it is ready. `None`: it has no port to listen on, and has not ended at once.
+    async fn ready(
+        &self,
+        port: Option<u16>,
+        answered: &RefCell<Option<(String, String)>>,
+    ) -> anyhow::Result<Option<Listener>> {
+        let Some(port) = port else {
+            tokio::time::sleep(AT_ONCE).await;
+            return Ok(None);
+        };
         let wanted = self.args.health.as_ref().map(|_| Protocol::Tcp);
         let listener = ready::bound(port, wanted, self.supervised.watcher().pid, self.globals).await?;
         if let Some(path) = &self.args.health {
             let url = format!("{}{path}", ready::url(&listener));
             ready::well(&listener, path, &|answer| *answered.borrow_mut() = Some((url.clone(), answer))).await;
         }
-        Ok(listener)
+        Ok(Some(listener))
     }
 
     fn why_late(&self, port: u16, answered: Option<(String, String)>) -> String {
@@ -350,8 +375,22 @@ impl Session<'_> {
         }
     }
 
-    /// It is ready, and goes on without us.
-    fn leave(self, server: &Server) -> anyhow::Result<ExitCode> {
+    /// It is ready, and goes on without us, unless it has ended meanwhile.
+    async fn leave(self, server: &Server) -> anyhow::Result<ExitCode> {
+        let is_gone = {
+            let mut detached = pin!(self.supervised.detach());
+            loop {
+                tokio::select! {
+                    biased;
+                    detached = &mut detached => break !detached?,
+                    told = self.signals.next() => self.pass_on(told.context("cannot read signals")?),
+                }
+            }
+        };
+        if is_gone {
+            let over = self.supervised.over().await?;
+            return self.finish(&over, Some("it was in the background".to_owned()), false, Some(server));
+        }
         let Record { name, process, port, .. } = &server.record;
         let text = if self.args.json {
             let users = Users::default();
@@ -362,33 +401,32 @@ impl Session<'_> {
             let port = port.map(|port| format!(" port {port}")).unwrap_or_default();
             format!("{name} pid {}{port}\n", process.pid)
         };
-        self.supervised.detach()?;
         print(&text)?;
         Ok(ExitCode::SUCCESS)
     }
 
-    /// `waited_for`: the port that it did not come to listen on.
+    /// `awaited`: what it did not come to.
     fn finish(
         &self,
         over: &Over,
-        waited_for: Option<u16>,
+        awaited: Option<String>,
         was_late: bool,
         server: Option<&Server>,
     ) -> anyhow::Result<ExitCode> {
         let program = &self.program;
         let mut code = over.code();
-        match (over.cause, waited_for) {
+        match (over.cause, awaited) {
             _ if was_late => code = NO,
-            (Cause::Ended, Some(port)) => {
+            (Cause::Ended, Some(awaited)) => {
                 let how = match over.status {
                     Some(Status::Exited(0)) if over.leftovers > 0 => {
                         "went to the background by itself; start it in the foreground".to_owned()
                     }
-                    Some(Status::Exited(code)) => format!("ended with exit code {code}"),
-                    Some(Status::Signalled(signal)) => format!("was ended by signal {signal}"),
-                    None => "ended".to_owned(),
+                    Some(Status::Exited(code)) => format!("ended with exit code {code} before {awaited}"),
+                    Some(Status::Signalled(signal)) => format!("was ended by signal {signal} before {awaited}"),
+                    None => format!("ended before {awaited}"),
                 };
-                note(&format!("error: {program} {how} before it was ready on {port}"));
+                note(&format!("error: {program} {how}"));
                 code = if code == 0 { NO } else { code };
             }
             (Cause::Abandoned, _) => note("error: the supervisor was killed; everything that it left was ended"),
@@ -406,6 +444,8 @@ impl Session<'_> {
         }
         if let Some(Server { register, record }) = server {
             last_words(&register.log_path(&record.name));
+            // Who ended fast may have had it removed before it was written.
+            let _ = register.find(&record.name);
         }
         if !over.unended.is_empty() {
             let named: Vec<String> =

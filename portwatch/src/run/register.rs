@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use nix::libc;
 use rustix::fs::{FlockOperation, flock};
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{Signal, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
 use super::tree;
@@ -86,13 +86,7 @@ impl Record {
 
     /// The two supervisors, as far as they live: pidfds that are readable once they are gone. `None` for one that is.
     pub fn supervisors(&self) -> [Option<OwnedFd>; 2] {
-        [self.watcher, self.keeper].map(|id| {
-            let pid = i32::try_from(id.pid).ok().and_then(Pid::from_raw)?;
-            let pidfd = pidfd_open(pid, PidfdFlags::empty()).ok()?;
-            // Read after it was opened, and believed if it is alive after that: the number was this process.
-            let is_same = stat::read(id.pid).is_ok_and(|stat| stat.id().is_same(id));
-            (is_same && process::is_alive(&pidfd)).then_some(pidfd)
-        })
+        [self.watcher, self.keeper].map(tree::open)
     }
 
     /// Ends the server and waits until nothing of it is left, at most `patience` longer than its own graces take. Whether

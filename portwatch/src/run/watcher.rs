@@ -66,6 +66,8 @@ struct Watcher<'a> {
     order: &'a Order,
     /// `None`: it goes on without the front.
     control: Option<Control>,
+    /// The front wants to leave.
+    is_dismissed: bool,
     /// A pidfd.
     keeper: OwnedFd,
     signals: SignalFd,
@@ -89,7 +91,7 @@ impl<'a> Watcher<'a> {
         // Nothing stops it but SIGKILL: signals of the terminal and of the group stay pending for ever.
         all.thread_block().context("cannot block signals")?;
         let read = [nix::sys::signal::Signal::SIGCHLD, nix::sys::signal::Signal::SIGTERM].into_iter().collect();
-        let (signals, _) = signals::block(&read)?;
+        let signals = signals::block(&read)?;
         signals::expect_children();
         rustix::process::set_child_subreaper(Pid::from_raw(1)).context("cannot become a subreaper")?;
         let parent = i32::try_from(keeper.pid).ok().and_then(Pid::from_raw).context("a parent has a PID")?;
@@ -100,6 +102,7 @@ impl<'a> Watcher<'a> {
         Ok(Watcher {
             order,
             control: Some(control),
+            is_dismissed: false,
             keeper: keeper_fd,
             signals,
             own: watcher,
@@ -144,7 +147,15 @@ impl<'a> Watcher<'a> {
             (Stage::Idle, Some(cause)) => {
                 return Turn::Over(Over { status: None, cause, leftovers: 0, unended: Vec::new() });
             }
-            (Stage::Running, None) if is_running => return Turn::Wait(self.lifetime_over),
+            (Stage::Running, None) if is_running => {
+                // Here, where it is known that the command has not ended: else the front is told how it did.
+                if self.is_dismissed
+                    && let Some(control) = self.control.take()
+                {
+                    let _ = control.send(&FromWatcher::Detached);
+                }
+                return Turn::Wait(self.lifetime_over);
+            }
             (Stage::Running, Some(_)) if is_running => {
                 self.signal_command(Signal::TERM);
                 // One that is stopped cannot end.
@@ -157,7 +168,7 @@ impl<'a> Watcher<'a> {
             (Stage::Running | Stage::Asked { .. }, _) => {
                 self.cause.get_or_insert(Cause::Ended);
                 self.signal_command(Signal::KILL);
-                self.stage = Stage::Clearing(Clearing::begin(self.order.grace, Vec::new()));
+                self.stage = Stage::Clearing(Clearing::begin(self.order.grace));
             }
             (Stage::Clearing(_), _) => {}
         }
@@ -228,7 +239,7 @@ impl<'a> Watcher<'a> {
                 }
             }
             Ok(Some(ToWatcher::End)) => drop(self.cause.get_or_insert(Cause::Asked)),
-            Ok(Some(ToWatcher::Detach)) => self.control = None,
+            Ok(Some(ToWatcher::Detach)) => self.is_dismissed = true,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Ok(None) | Err(_) => {
                 self.control = None;
