@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::builder::{NonEmptyStringValueParser, TypedValueParser};
 use clap::{Args, Command, CommandFactory as _, Parser, Subcommand, ValueHint};
 use globset::GlobMatcher;
-use portwatch::agent::SOCKET;
+use portwatch::client::SOCKET;
 use portwatch::model::NetnsId;
 use portwatch::select::{Variable, cgroup_path, glob, unit_glob};
 use portwatch::source::Probe;
