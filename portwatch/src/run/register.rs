@@ -1,7 +1,7 @@
 //! The servers of a user in the background: one file each, by name, in a directory that is the user's alone.
 //!
 //! ```text
-//!  $XDG_RUNTIME_DIR, /run/user/UID, for root /run, else ~/.local/state
+//!  crate::place
 //!    └ portwatch/servers/NAME.json   who it is, by PID, start and boot; gone when it is over
 //!      portwatch/servers/NAME.log    what it said, kept until the next one of that name
 //!      portwatch/ports/PORT          locked while a run has chosen the port and does not listen yet
@@ -288,22 +288,9 @@ fn place(part: &str) -> anyhow::Result<PathBuf> {
 }
 
 fn place_in(variable: &dyn Fn(&str) -> Option<OsString>, uid: u32, part: &str) -> anyhow::Result<PathBuf> {
-    let absolute = |name| variable(name).map(PathBuf::from).filter(|path| path.is_absolute());
-    let is_own = |path: &PathBuf| fs::symlink_metadata(path).is_ok_and(|found| found.is_dir() && found.uid() == uid);
-    let runtime = absolute("XDG_RUNTIME_DIR").filter(is_own);
-    let runtime = runtime.or_else(|| Some(PathBuf::from(format!("/run/user/{uid}"))).filter(is_own));
-    let runtime = runtime.or_else(|| (uid == 0).then(|| PathBuf::from("/run")));
-    let base = match runtime {
-        Some(runtime) => runtime.join("portwatch"),
-        None => {
-            let home = absolute("HOME").filter(is_own).context(
-                "there is no place to remember servers: set XDG_RUNTIME_DIR to a directory of yours, or HOME",
-            )?;
-            let state = absolute("XDG_STATE_HOME").unwrap_or_else(|| home.join(".local/state"));
-            fs::create_dir_all(&state).with_context(|| format!("cannot make {}", shown(&state)))?;
-            state.join("portwatch")
-        }
-    };
+    let base = crate::place::of_user(variable, uid)?
+        .context("there is no place to remember servers: set XDG_RUNTIME_DIR to a directory of yours, or HOME")?
+        .join("portwatch");
     // The agent's directory is open to all; what is in here is not.
     make(&base, uid, 0o022)?;
     let directory = base.join(part);
@@ -426,13 +413,7 @@ mod tests {
         fs::remove_dir(&place).unwrap();
         symlink("/tmp", &place).unwrap();
         assert!(place_in(&variable, uid, "servers").is_err());
-        // Somebody else's runtime directory is not used: sudo may leave it in the environment.
-        let other = |name: &str| match name {
-            "XDG_RUNTIME_DIR" => Some(OsString::from("/proc/1")),
-            "HOME" => Some(own.clone().into_os_string()),
-            _ => None,
-        };
-        let stranger = place_in(&other, 4_000_000, "servers");
+        let stranger = place_in(&variable, 4_000_000, "servers");
         assert!(stranger.is_err_and(|error| error.to_string().contains("no place to remember servers")));
     }
 }
