@@ -63,12 +63,12 @@ pub(crate) struct Globals {
     /// How to learn of listeners: auto, fexit, kprobe, tracepoint or poll
     #[arg(long, global = true, default_value = "auto", value_name = "TIER", help_heading = "Global options")]
     pub(crate) probe: Probe,
-    /// Where the agent listens
+    /// Where the agent listens [default: $PORTWATCH_SOCKET, else /run/portwatch/agent.sock]
     #[arg(
         long,
         global = true,
-        env = "PORTWATCH_SOCKET",
-        default_value = SOCKET,
+        default_value_os_t = socket(),
+        hide_default_value = true,
         value_name = "PATH",
         help_heading = "Global options"
     )]
@@ -82,6 +82,12 @@ pub(crate) struct Globals {
     /// Say on stderr what was tried and refused, and what the kernel programs log
     #[arg(short, long, global = true, help_heading = "Global options")]
     pub(crate) verbose: bool,
+}
+
+/// As the environment has it, else the usual one. A default, and not what clap calls `env`: that it takes for an option which
+/// was typed, and shows in the usage as if it were required.
+fn socket() -> PathBuf {
+    std::env::var_os("PORTWATCH_SOCKET").filter(|path| !path.is_empty()).unwrap_or_else(|| SOCKET.into()).into()
 }
 
 // Deferred, for the arguments of all verbs take longer to make than the agent takes to answer: see command().

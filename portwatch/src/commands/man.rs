@@ -189,5 +189,6 @@ fn files_and_environment(roff: &mut Roff) {
     );
     roff.control("SH", ["ENVIRONMENT"]);
     tagged(roff, "PORTWATCH_CONFIG", "The one configuration file to read instead of these.");
+    tagged(roff, "PORTWATCH_SOCKET", "Where the agent listens, unless --socket says otherwise.");
     tagged(roff, "NO_COLOR", "No colours.");
 }
