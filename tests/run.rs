@@ -29,8 +29,8 @@ fn exit_codes() {
         assert_eq!(run.errors(), "");
     }
     for (program, code, reason) in [
-        ("/nonexistent/x\u{1b}[2J", 127, "cannot run x\\x1b[2J: No such file or directory (os error 2)"),
-        ("/proc/self/status", 126, "cannot run status: Permission denied (os error 13)"),
+        ("/nonexistent/x\u{1b}[2J", 127, "cannot run /nonexistent/x\\x1b[2J: No such file or directory (os error 2)"),
+        ("/proc/self/status", 126, "cannot run /proc/self/status: Permission denied (os error 13)"),
     ] {
         let run = scene.portwatch(&["run", "--", program]).expect(code);
         assert_eq!(run.errors(), format!("portwatch: error: {reason}\n"));
@@ -46,16 +46,22 @@ fn usage() {
     for (arguments, want) in [
         (&["--"][..], "<CMD>"),
         (&["--", ""], "the command is empty"),
-        (&["--port", "0", "--", "true"], "use a port such as 8000, or a range such as 8000-8010"),
+        (&["--port", "0", "--", "true"], "use a port such as 8000 or 5353/udp, or a range such as 8000-8010"),
+        (&["--port", "8000/sctp", "--", "true"], "use a port such as 8000"),
         (&["--port", "9-8", "--", "true"], "use a port such as 8000"),
-        (&["--replace", "--", "true"], "--port <P|P-Q>"),
+        (&["--replace", "--", "true"], "--port <P[-Q][/udp]>"),
         (&["--port", "8000", "--replace", "--fallback", "--", "true"], "cannot be used with"),
         (&["--port", "8000", "--health", "up", "--", "true"], "use a path such as /healthz"),
+        (&["--port", "8000/udp", "--health", "/", "--", "true"], "--health asks by HTTP, and not by UDP"),
+        (&["--port", "8000", "--wait-bound", "0", "--", "true"], "use a duration longer than 0"),
+        (&["--lifetime", "0s", "--", "true"], "use a duration longer than 0"),
         (&["--name", "x", "--", "true"], "--background"),
         (&["--background", "--name", "a/b", "--", "true"], "a name is made of A-Z"),
     ] {
         let run = scene.portwatch(&[&["run"], arguments].concat()).expect(2);
         assert!(run.errors().contains(want), "{arguments:?}: {}", run.errors());
+        // That the environment names a socket makes it no part of what is to be typed.
+        assert!(!run.errors().contains("--socket"), "{arguments:?}: {}", run.errors());
     }
 }
 
@@ -78,6 +84,18 @@ fn the_port_is_given() {
     scene.expect_nothing_left(port);
     // Without a port, the braces are the command's own.
     assert_eq!(scene.run(&[], &["say={port}"]).expect(0).text(), "{port}\n");
+    // The program may be one of several, by port.
+    let actor = std::env::current_exe().expect("this program");
+    std::os::unix::fs::symlink(actor, scene.stage.path(&format!("web-{port}"))).expect("a link");
+    let program = scene.stage.path("web-{port}");
+    let program = program.to_str().expect("UTF-8");
+    let told = scene.portwatch(&["run", "--port", &word, "--", program, "say=here", "exit=4"]).expect(4);
+    assert_eq!(told.text(), "here\n");
+    let missing = scene.portwatch(&["run", "--port", &word, "--", "/nonexistent/web-{port}"]).expect(127);
+    assert_eq!(
+        missing.errors(),
+        format!("portwatch: error: cannot run /nonexistent/web-{port}: No such file or directory (os error 2)\n")
+    );
 }
 
 fn a_descendant_may_listen() {
@@ -191,6 +209,70 @@ fn replace() {
     running.finish().expect(0);
 }
 
+/// What `kill` may not do, `run --replace` may not do either, and says so in the same way.
+fn replace_without_permission() {
+    if !rustix::process::geteuid().is_root() {
+        skip("root", "somebody has to be another user");
+        return;
+    }
+    let scene = Scene::of(Some(scene::NOBODY));
+    let holder = scene.bystander();
+    let word = holder.serve().port().to_string();
+    scene.portwatch(&["kill", "-y", &word]).expect(3);
+    let run = scene.run(&["--port", &word, "--replace", "-y"], &["say=started"]).expect(3);
+    assert_eq!(run.text(), "");
+    assert!(run.errors().ends_with(&format!("error: {word} is not free; nothing was started\n")), "{}", run.errors());
+    assert!(holder.is_alive());
+}
+
+/// A server of UDP: its port is free, freed and waited for by UDP, where that is said.
+fn udp() {
+    let scene = Scene::new();
+    let holder = scene.bystander();
+    let port = scene.port();
+    holder.udp(&format!("127.0.0.1:{port}"), "");
+    let (plain, udp) = (port.to_string(), format!("{port}/udp"));
+    let serve = ["port", "serve-udp", "exit-on-usr1=0", "wait"];
+
+    let taken = scene.run(&["--port", &udp], &["say=started"]).expect(1).errors();
+    assert!(taken.starts_with(&format!("portwatch: error: {udp} is taken by ")), "{taken}");
+    let next = scene.start(&["--port", &udp, "--fallback"], &serve);
+    assert!(next.said.starts_with("portwatch: ready: udp 127.0.0.1:"), "{}", next.said);
+    next.signal(Signal::USR1);
+    assert!(next.finish().expect(0).text().trim().parse::<u16>().expect("a port") > port);
+
+    // To a web server, that is no matter.
+    for more in [&[][..], &["--replace", "-y"], &["--fallback"]] {
+        let web = scene.start(&[&["--port", &plain], more].concat(), &["serve", "exit-on-usr1=0", "wait"]);
+        assert_eq!(web.said, format!("portwatch: ready: http://127.0.0.1:{port}\n"));
+        web.signal(Signal::USR1);
+        web.finish().expect(0);
+        assert!(holder.is_alive());
+    }
+    // Who meant UDP and did not say so is told.
+    let unsaid = scene.run(&["--port", &plain], &["serve-udp", "wait"]).expect(1).errors();
+    assert!(unsaid.contains(&format!("; if that is where it listens, say --port {udp}\n")), "{unsaid}");
+
+    let running = scene.start(&["--port", &udp, "--replace", "-y"], &serve);
+    assert!(!holder.is_alive());
+    assert!(running.said.contains(&format!("portwatch: {udp} freed: terminated ")), "{}", running.said);
+    assert!(running.said.ends_with(&format!("portwatch: ready: udp 127.0.0.1:{port}\n")), "{}", running.said);
+    running.signal(Signal::USR1);
+    running.finish().expect(0);
+
+    // What listens by the other one is not ready; without a word about it, it is.
+    for (proto, words, instead) in [("udp", ["serve", "wait"], "tcp"), ("tcp", ["serve-udp", "wait"], "udp")] {
+        let place = format!("{port}/{proto}");
+        let late = scene.run(&["--port", &place, "--wait-bound", "1s"], &words).expect(1).errors();
+        let want = format!("does not listen on {place} after 1s: it listens on 127.0.0.1:{port}/{instead} instead\n");
+        assert!(late.ends_with(&want), "{late}");
+    }
+    let running = scene.start(&["--port", &plain], &serve);
+    running.signal(Signal::USR1);
+    running.finish().expect(0);
+    scene.expect_nothing_left(port);
+}
+
 /// Where an agent answers, it tells when the command listens.
 fn told_by_the_agent() {
     let scene = Scene::new();
@@ -258,6 +340,11 @@ fn healthy() {
     running.finish().expect(143);
     let run = scene.run(&["--port", &word, "--health", "/up", "--wait-bound", "1s"], &["http=503"]).expect(1);
     let want = format!("is not well after 1s: GET http://127.0.0.1:{port}/up: 503\n");
+    assert!(run.errors().ends_with(&want), "{}", run.errors());
+    scene.expect_nothing_left(port);
+    // It listens, so it is not looked for elsewhere; but it does not answer.
+    let run = scene.run(&["--port", &word, "--health", "/up", "--wait-bound", "1s"], &["serve", "wait"]).expect(1);
+    let want = format!("listens on {port}, and has not answered GET http://127.0.0.1:{port}/up within 1s\n");
     assert!(run.errors().ends_with(&want), "{}", run.errors());
     scene.expect_nothing_left(port);
 }
@@ -449,6 +536,8 @@ pub fn trials() -> Vec<Test> {
         test("run::fallback_takes_the_next_free_port", fallback),
         test("run::runs_at_once_choose_different_ports", fallback_race),
         test("run::replace_frees_the_port_first", replace),
+        test("run::replace_is_denied_as_kill_is", replace_without_permission),
+        test("run::a_server_of_udp_has_a_port_of_udp", udp),
         test("run::the_agent_tells_when_it_is_ready", told_by_the_agent),
         test("run::who_is_not_ready_in_time_is_ended", not_ready),
         test("run::ready_is_who_answers_2xx", healthy),

@@ -286,6 +286,13 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     portwatch::config::duration(text)
 }
 
+/// The same, but for none at all.
+pub(crate) fn some_duration(text: &str) -> Result<Duration, String> {
+    let duration = duration(text)?;
+    let is_some = !duration.is_zero();
+    is_some.then_some(duration).ok_or_else(|| "use a duration longer than 0, such as 250ms, 90s or 24h".to_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

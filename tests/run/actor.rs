@@ -4,7 +4,7 @@
 use std::env;
 use std::fs::OpenOptions;
 use std::io::{self, Read, Write};
-use std::net::TcpListener;
+use std::net::{TcpListener, UdpSocket};
 use std::os::unix::fs::OpenOptionsExt;
 use std::process::exit;
 use std::sync::atomic::{AtomicI32, Ordering};
@@ -32,10 +32,15 @@ fn act(words: &[&str]) -> ! {
     unsafe { libc::alarm(LIFETIME) };
     // As long as the process lives.
     let mut kept: Vec<TcpListener> = Vec::new();
+    let mut kept_udp: Vec<UdpSocket> = Vec::new();
     for word in words {
         let (verb, value) = word.split_once('=').unwrap_or((word, ""));
         match verb {
             "serve" => kept.push(listen(if value.is_empty() { port() } else { number(value) as u16 })),
+            "serve-udp" => kept_udp.push(UdpSocket::bind(("127.0.0.1", port())).unwrap_or_else(|error| {
+                eprintln!("{error}");
+                exit(1)
+            })),
             "http" => answer(&listen(port()), value),
             "say" => say(&format!("{value}\n")),
             "complain" => eprintln!("{value}"),

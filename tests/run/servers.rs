@@ -139,6 +139,8 @@ fn names_and_limits() {
         "portwatch: error: 2 servers run in the background already, and --max-servers is 2; end the oldest: \
          portwatch stop web\n"
     );
+    let none = scene.run(&["--background", "--max-servers", "0", "--port", &word], &["say=started"]).expect(1);
+    assert_eq!(none.errors(), "portwatch: error: --max-servers is 0; nothing was started\n");
     // One that is over counts no more.
     scene.portwatch(&["stop", "web"]).expect(0);
     background(&scene, "more", three, &["--max-servers", "2"], &["serve", "wait"]);
@@ -308,9 +310,28 @@ fn lets_go_of_its_caller() {
     scene.expect_nothing_left(port);
 }
 
+fn of_udp() {
+    let scene = Scene::new();
+    let port = scene.port();
+    let word = format!("{port}/udp");
+    scene.run(&["--background", "--name", "dns", "--port", &word], &["serve-udp", "wait"]).expect(0);
+    let servers = scene.portwatch(&["ps", "--json"]).expect(0).json();
+    let server = &servers[0];
+    assert_eq!(
+        (&server["port"], &server["proto"], &server["health"]),
+        (&json!(port), &json!("udp"), &json!({"state": "ok"})),
+        "{server}"
+    );
+    let table = scene.portwatch(&["ps"]).expect(0).text();
+    assert!(table.contains(&format!("dns   {word}  ")), "{table}");
+    scene.portwatch(&["stop", "dns"]).expect(0);
+    scene.expect_nothing_left(port);
+}
+
 pub fn trials() -> Vec<Test> {
     vec![
         test("run::a_server_in_the_background_is_seen_heard_and_stopped", whole_life),
+        test("run::a_server_of_udp_is_shown_as_one", of_udp),
         test("run::a_killed_supervisor_takes_the_server_along", either_supervisor_killed),
         test("run::a_record_is_believed_by_identity_only", forged_record),
         test("run::names_are_unique_and_servers_counted", names_and_limits),

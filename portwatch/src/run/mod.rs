@@ -39,7 +39,8 @@ mod signals;
 mod tree;
 mod watcher;
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -70,8 +71,8 @@ pub fn supervise(order: &Order) -> anyhow::Result<Over> {
 /// What is to be run.
 #[derive(Clone, Debug)]
 pub struct Order {
+    /// `{port}` in it and in its arguments becomes the port, where there is one.
     pub program: OsString,
-    /// `{port}` in them becomes the port, where there is one.
     pub arguments: Vec<OsString>,
     /// How long the command, and after it everything that it left behind, may take to end after SIGTERM.
     pub grace: Duration,
@@ -79,4 +80,37 @@ pub struct Order {
     pub lifetime: Option<Duration>,
     /// Whether it goes on without the front, with its output in a log.
     pub background: bool,
+}
+
+/// A word of a command, with the port in place of `{port}`, where there is one.
+pub fn with_port(text: &OsStr, port: Option<u16>) -> OsString {
+    const MARK: &[u8] = b"{port}";
+    let Some(port) = port.map(|port| port.to_string()) else { return text.to_owned() };
+    let mut left = text.as_bytes();
+    let mut made = Vec::with_capacity(left.len());
+    while let Some(at) = left.windows(MARK.len()).position(|window| window == MARK) {
+        made.extend_from_slice(&left[..at]);
+        made.extend_from_slice(port.as_bytes());
+        left = &left[at + MARK.len()..];
+    }
+    made.extend_from_slice(left);
+    OsString::from_vec(made)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_port_is_put_into_arguments() {
+        for (text, port, want) in [
+            ("--port={port}", Some(8000), "--port=8000"),
+            ("{port}:{port}", Some(1), "1:1"),
+            ("{port}", None, "{port}"),
+            ("{ports}{por", Some(1), "{ports}{por"),
+            ("", Some(1), ""),
+        ] {
+            assert_eq!(with_port(OsStr::new(text), port), want, "{text}");
+        }
+    }
 }

@@ -4,7 +4,7 @@
 //!  crate::place
 //!    └ portwatch/servers/NAME.json   who it is, by PID, start and boot; gone when it is over
 //!      portwatch/servers/NAME.log    what it said, kept until the next one of that name
-//!      portwatch/ports/PORT          locked while a run has chosen the port and does not listen yet
+//!      portwatch/ports/PORT[.udp]    locked while a run has chosen the port and does not listen yet
 //! ```
 //! A record is written whole or not at all, and believed only while its processes live: after a crash, a boot, or where
 //! both supervisors were killed, it is stale, and removed by whoever meets it.
@@ -25,7 +25,7 @@ use rustix::process::{Signal, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
 use super::tree;
-use crate::model::{BootNs, ProcessId};
+use crate::model::{BootNs, ProcessId, Protocol};
 use crate::render::escape;
 use crate::source::{process, stat};
 
@@ -43,6 +43,9 @@ const OLD_LOGS: usize = 20;
 pub struct Record {
     pub name: String,
     pub port: Option<u16>,
+    /// By which it listens there, where that was said.
+    #[serde(default)]
+    pub proto: Option<Protocol>,
     /// Where it was first seen to listen, as a client of this host reaches it.
     pub address: Option<SocketAddr>,
     /// The path of its health.
@@ -336,6 +339,7 @@ mod tests {
         Record {
             name: name.to_owned(),
             port: Some(8000),
+            proto: None,
             address: None,
             health: None,
             command: vec!["web".to_owned()],

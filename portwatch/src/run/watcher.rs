@@ -1,10 +1,8 @@
 //! The watcher: starts the command, is told to pass on signals, and ends everything. One thread, one loop: reap, decide,
 //! wait. States are drawn at the module [`super`].
 
-use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::process::CommandExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
@@ -24,7 +22,7 @@ use super::control::{Cause, Control, FromWatcher, Over, Start, Status, ToWatcher
 use super::enclosure::Enclosure;
 use super::log::Log;
 use super::tree::{self, Clearing, Next, input};
-use super::{Order, signals};
+use super::{Order, signals, with_port};
 use crate::model::ProcessId;
 use crate::source::stat;
 
@@ -268,7 +266,7 @@ impl<'a> Watcher<'a> {
         let entry = enclosure.as_ref().and_then(Enclosure::make);
         // Kept before anything can fail, to be removed at the end.
         self.enclosure = enclosure.filter(|_| entry.is_some());
-        let mut command = Command::new(&self.order.program);
+        let mut command = Command::new(with_port(&self.order.program, start.port));
         command.args(self.order.arguments.iter().map(|argument| with_port(argument, start.port)));
         if let Some(port) = start.port {
             command.env("PORT", port.to_string());
@@ -354,21 +352,6 @@ fn status_of(how: WaitStatus) -> Option<Status> {
     how.exit_status().map(Status::Exited).or_else(|| how.terminating_signal().map(Status::Signalled))
 }
 
-/// `{port}` replaced.
-fn with_port(text: &OsStr, port: Option<u16>) -> OsString {
-    const MARK: &[u8] = b"{port}";
-    let Some(port) = port.map(|port| port.to_string()) else { return text.to_owned() };
-    let mut left = text.as_bytes();
-    let mut made = Vec::with_capacity(left.len());
-    while let Some(at) = left.windows(MARK.len()).position(|window| window == MARK) {
-        made.extend_from_slice(&left[..at]);
-        made.extend_from_slice(port.as_bytes());
-        left = &left[at + MARK.len()..];
-    }
-    made.extend_from_slice(left);
-    OsString::from_vec(made)
-}
-
 /// Whoever reads from a pipe that the front was given waits for the front and the command, and not for us.
 pub(super) fn let_go_of_streams() -> io::Result<()> {
     let null = std::fs::File::options().read(true).write(true).open("/dev/null")?;
@@ -376,22 +359,4 @@ pub(super) fn let_go_of_streams() -> io::Result<()> {
     rustix::stdio::dup2_stdout(&null)?;
     rustix::stdio::dup2_stderr(&null)?;
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_port_is_put_into_arguments() {
-        for (text, port, want) in [
-            ("--port={port}", Some(8000), "--port=8000"),
-            ("{port}:{port}", Some(1), "1:1"),
-            ("{port}", None, "{port}"),
-            ("{ports}{por", Some(1), "{ports}{por"),
-            ("", Some(1), ""),
-        ] {
-            assert_eq!(with_port(OsStr::new(text), port), want, "{text}");
-        }
-    }
 }
