@@ -501,7 +501,7 @@ fn stopped_at_a_terminal() {
     let scene = Scene::new();
     let port = scene.port();
     let mut terminal = Terminal::new(200);
-    let run = scene.run_command(&["--port", &port.to_string()], &["serve", "wait"]);
+    let run = scene.run_command(&["--port", &port.to_string()], &["tell-cont", "serve", "wait"]);
     let words: Vec<String> = std::iter::once(run.get_program())
         .chain(run.get_args())
         .map(|word| format!("'{}'", word.to_str().expect("UTF-8")))
@@ -517,7 +517,8 @@ fn stopped_at_a_terminal() {
     terminal.type_keys("\u{1a}");
     terminal.until("Stopped");
     terminal.answer("$ ", "fg\n");
-    terminal.until("run");
+    // The shell has given it the terminal by then.
+    terminal.until("CONT\n");
     terminal.type_keys("\u{3}");
     terminal.answer("$ ", "echo code=$?; exit\n");
     terminal.until("code=130");

@@ -62,6 +62,7 @@ fn act(words: &[&str]) -> ! {
                     handle(signal, tell);
                 }
             }
+            "tell-cont" => handle(libc::SIGCONT, tell_cont),
             "exit-on-usr1" => {
                 CODE.store(number(value), Ordering::Relaxed);
                 handle(libc::SIGUSR1, leave);
@@ -170,6 +171,11 @@ extern "C" fn tell(signal: libc::c_int) {
         // SAFETY: the pointer and the length are those of a constant.
         unsafe { libc::write(1, name.as_ptr().cast(), name.len()) };
     }
+}
+
+extern "C" fn tell_cont(_: libc::c_int) {
+    // SAFETY: as above.
+    unsafe { libc::write(1, b"CONT\n".as_ptr().cast(), 5) };
 }
 
 extern "C" fn leave(_: libc::c_int) {
