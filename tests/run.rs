@@ -2,6 +2,7 @@
 
 pub mod actor;
 mod ends;
+mod host;
 mod scene;
 mod servers;
 
@@ -28,8 +29,8 @@ fn exit_codes() {
         assert_eq!(run.errors(), "");
     }
     for (program, code, reason) in [
-        ("/nonexistent/x\u{1b}[2J", 127, "cannot run x\\x1b[2J: No such file or directory (os error 2)"),
-        ("/proc/self/status", 126, "cannot run status: Permission denied (os error 13)"),
+        ("/nonexistent/x\u{1b}[2J", 127, "cannot run /nonexistent/x\\x1b[2J: No such file or directory (os error 2)"),
+        ("/proc/self/status", 126, "cannot run /proc/self/status: Permission denied (os error 13)"),
     ] {
         let run = scene.portwatch(&["run", "--", program]).expect(code);
         assert_eq!(run.errors(), format!("portwatch: error: {reason}\n"));
@@ -45,16 +46,22 @@ fn usage() {
     for (arguments, want) in [
         (&["--"][..], "<CMD>"),
         (&["--", ""], "the command is empty"),
-        (&["--port", "0", "--", "true"], "use a port such as 8000, or a range such as 8000-8010"),
+        (&["--port", "0", "--", "true"], "use a port such as 8000 or 5353/udp, or a range such as 8000-8010"),
+        (&["--port", "8000/sctp", "--", "true"], "use a port such as 8000"),
         (&["--port", "9-8", "--", "true"], "use a port such as 8000"),
-        (&["--replace", "--", "true"], "--port <P|P-Q>"),
+        (&["--replace", "--", "true"], "--port <P[-Q][/udp]>"),
         (&["--port", "8000", "--replace", "--fallback", "--", "true"], "cannot be used with"),
         (&["--port", "8000", "--health", "up", "--", "true"], "use a path such as /healthz"),
+        (&["--port", "8000/udp", "--health", "/", "--", "true"], "--health asks by HTTP, and not by UDP"),
+        (&["--port", "8000", "--wait-bound", "0", "--", "true"], "use a duration longer than 0"),
+        (&["--lifetime", "0s", "--", "true"], "use a duration longer than 0"),
         (&["--name", "x", "--", "true"], "--background"),
         (&["--background", "--name", "a/b", "--", "true"], "a name is made of A-Z"),
     ] {
         let run = scene.portwatch(&[&["run"], arguments].concat()).expect(2);
         assert!(run.errors().contains(want), "{arguments:?}: {}", run.errors());
+        // That the environment names a socket makes it no part of what is to be typed.
+        assert!(!run.errors().contains("--socket"), "{arguments:?}: {}", run.errors());
     }
 }
 
@@ -77,6 +84,18 @@ fn the_port_is_given() {
     scene.expect_nothing_left(port);
     // Without a port, the braces are the command's own.
     assert_eq!(scene.run(&[], &["say={port}"]).expect(0).text(), "{port}\n");
+    // The program may be one of several, by port.
+    let actor = std::env::current_exe().expect("this program");
+    std::os::unix::fs::symlink(actor, scene.stage.path(&format!("web-{port}"))).expect("a link");
+    let program = scene.stage.path("web-{port}");
+    let program = program.to_str().expect("UTF-8");
+    let told = scene.portwatch(&["run", "--port", &word, "--", program, "say=here", "exit=4"]).expect(4);
+    assert_eq!(told.text(), "here\n");
+    let missing = scene.portwatch(&["run", "--port", &word, "--", "/nonexistent/web-{port}"]).expect(127);
+    assert_eq!(
+        missing.errors(),
+        format!("portwatch: error: cannot run /nonexistent/web-{port}: No such file or directory (os error 2)\n")
+    );
 }
 
 fn a_descendant_may_listen() {
@@ -190,6 +209,70 @@ fn replace() {
     running.finish().expect(0);
 }
 
+/// What `kill` may not do, `run --replace` may not do either, and says so in the same way.
+fn replace_without_permission() {
+    if !rustix::process::geteuid().is_root() {
+        skip("root", "somebody has to be another user");
+        return;
+    }
+    let scene = Scene::of(Some(scene::NOBODY));
+    let holder = scene.bystander();
+    let word = holder.serve().port().to_string();
+    scene.portwatch(&["kill", "-y", &word]).expect(3);
+    let run = scene.run(&["--port", &word, "--replace", "-y"], &["say=started"]).expect(3);
+    assert_eq!(run.text(), "");
+    assert!(run.errors().ends_with(&format!("error: {word} is not free; nothing was started\n")), "{}", run.errors());
+    assert!(holder.is_alive());
+}
+
+/// A server of UDP: its port is free, freed and waited for by UDP, where that is said.
+fn udp() {
+    let scene = Scene::new();
+    let holder = scene.bystander();
+    let port = scene.port();
+    holder.udp(&format!("127.0.0.1:{port}"), "");
+    let (plain, udp) = (port.to_string(), format!("{port}/udp"));
+    let serve = ["port", "serve-udp", "exit-on-usr1=0", "wait"];
+
+    let taken = scene.run(&["--port", &udp], &["say=started"]).expect(1).errors();
+    assert!(taken.starts_with(&format!("portwatch: error: {udp} is taken by ")), "{taken}");
+    let next = scene.start(&["--port", &udp, "--fallback"], &serve);
+    assert!(next.said.starts_with("portwatch: ready: udp 127.0.0.1:"), "{}", next.said);
+    next.signal(Signal::USR1);
+    assert!(next.finish().expect(0).text().trim().parse::<u16>().expect("a port") > port);
+
+    // To a web server, that is no matter.
+    for more in [&[][..], &["--replace", "-y"], &["--fallback"]] {
+        let web = scene.start(&[&["--port", &plain], more].concat(), &["serve", "exit-on-usr1=0", "wait"]);
+        assert_eq!(web.said, format!("portwatch: ready: http://127.0.0.1:{port}\n"));
+        web.signal(Signal::USR1);
+        web.finish().expect(0);
+        assert!(holder.is_alive());
+    }
+    // Who meant UDP and did not say so is told.
+    let unsaid = scene.run(&["--port", &plain], &["serve-udp", "wait"]).expect(1).errors();
+    assert!(unsaid.contains(&format!("; if that is where it listens, say --port {udp}\n")), "{unsaid}");
+
+    let running = scene.start(&["--port", &udp, "--replace", "-y"], &serve);
+    assert!(!holder.is_alive());
+    assert!(running.said.contains(&format!("portwatch: {udp} freed: terminated ")), "{}", running.said);
+    assert!(running.said.ends_with(&format!("portwatch: ready: udp 127.0.0.1:{port}\n")), "{}", running.said);
+    running.signal(Signal::USR1);
+    running.finish().expect(0);
+
+    // What listens by the other one is not ready; without a word about it, it is.
+    for (proto, words, instead) in [("udp", ["serve", "wait"], "tcp"), ("tcp", ["serve-udp", "wait"], "udp")] {
+        let place = format!("{port}/{proto}");
+        let late = scene.run(&["--port", &place, "--wait-bound", "1s"], &words).expect(1).errors();
+        let want = format!("does not listen on {place} after 1s: it listens on 127.0.0.1:{port}/{instead} instead\n");
+        assert!(late.ends_with(&want), "{late}");
+    }
+    let running = scene.start(&["--port", &plain], &serve);
+    running.signal(Signal::USR1);
+    running.finish().expect(0);
+    scene.expect_nothing_left(port);
+}
+
 /// Where an agent answers, it tells when the command listens.
 fn told_by_the_agent() {
     let scene = Scene::new();
@@ -259,6 +342,11 @@ fn healthy() {
     let want = format!("is not well after 1s: GET http://127.0.0.1:{port}/up: 503\n");
     assert!(run.errors().ends_with(&want), "{}", run.errors());
     scene.expect_nothing_left(port);
+    // It listens, so it is not looked for elsewhere; but it does not answer.
+    let run = scene.run(&["--port", &word, "--health", "/up", "--wait-bound", "1s"], &["serve", "wait"]).expect(1);
+    let want = format!("listens on {port}, and has not answered GET http://127.0.0.1:{port}/up within 1s\n");
+    assert!(run.errors().ends_with(&want), "{}", run.errors());
+    scene.expect_nothing_left(port);
 }
 
 fn signals_are_passed_on() {
@@ -282,13 +370,39 @@ fn both_killed() {
     let scene = Scene::new();
     let port = scene.port();
     let running = scene.start(&["--port", &port.to_string()], &["serve", "ignore-term", "wait"]);
+    let (keeper, watcher) = (running.keeper(), running.watcher());
+    // The keeper first, stopped, so that it does nothing meanwhile.
+    let stopped = rustix::process::Pid::from_raw(keeper as i32).expect("a pid");
+    rustix::process::kill_process(stopped, Signal::STOP).expect("signal");
+    kill(watcher);
+    kill(keeper);
+    let run = running.finish().expect(4);
+    assert!(run.errors().contains("both supervisors were killed, and the command with them"), "{}", run.errors());
+    scene.expect_nothing_left(port);
+}
+
+/// SIGKILL for portwatch and its watcher at once: all that came of the command is ended by the third.
+fn front_and_watcher_killed() {
+    let scene = Scene::new();
+    let port = scene.port();
+    let running = scene.start(&["--port", &port.to_string()], &["child=daemon+ignore-term+serve+wait", "wait"]);
     let watcher = running.watcher();
-    // The front first, stopped, so that it does nothing meanwhile.
     running.signal(Signal::STOP);
     kill(watcher);
     running.signal(Signal::KILL);
     assert_eq!(running.finish().code, None);
     scene.expect_nothing_left(port);
+}
+
+/// Who waits for the end of portwatch finds nothing of it any more.
+fn no_supervisor_outlives_the_front() {
+    let scene = Scene::new();
+    for _ in 0..20 {
+        scene.run(&[], &["child=daemon+wait", "exit=0"]).expect(0);
+        assert_eq!(scene.child(), None);
+    }
+    scene.portwatch(&["run", "--", "/nonexistent/x"]).expect(127);
+    assert_eq!(scene.child(), None);
 }
 
 /// Orphans are reaped as they end, not at the end.
@@ -342,7 +456,7 @@ fn children_from_before() {
     let front = running.child.id();
     let children = fs::read_to_string(format!("/proc/{front}/task/{front}/children")).expect("children");
     let mut children = children.split_whitespace().map(|pid| pid.parse().expect("a pid"));
-    kill(children.find(|pid| *pid != helper).expect("the supervisor"));
+    kill(scene::only_child(children.find(|pid| *pid != helper).expect("the keeper")));
     running.finish().expect(137);
     // It is ours now, and nothing has ended it.
     assert!(scene::children().contains(&helper));
@@ -387,7 +501,7 @@ fn stopped_at_a_terminal() {
     let scene = Scene::new();
     let port = scene.port();
     let mut terminal = Terminal::new(200);
-    let run = scene.run_command(&["--port", &port.to_string()], &["serve", "wait"]);
+    let run = scene.run_command(&["--port", &port.to_string()], &["tell-cont", "serve", "wait"]);
     let words: Vec<String> = std::iter::once(run.get_program())
         .chain(run.get_args())
         .map(|word| format!("'{}'", word.to_str().expect("UTF-8")))
@@ -403,7 +517,8 @@ fn stopped_at_a_terminal() {
     terminal.type_keys("\u{1a}");
     terminal.until("Stopped");
     terminal.answer("$ ", "fg\n");
-    terminal.until("run");
+    // The shell has given it the terminal by then.
+    terminal.until("CONT\n");
     terminal.type_keys("\u{3}");
     terminal.answer("$ ", "echo code=$?; exit\n");
     terminal.until("code=130");
@@ -422,11 +537,15 @@ pub fn trials() -> Vec<Test> {
         test("run::fallback_takes_the_next_free_port", fallback),
         test("run::runs_at_once_choose_different_ports", fallback_race),
         test("run::replace_frees_the_port_first", replace),
+        test("run::replace_is_denied_as_kill_is", replace_without_permission),
+        test("run::a_server_of_udp_has_a_port_of_udp", udp),
         test("run::the_agent_tells_when_it_is_ready", told_by_the_agent),
         test("run::who_is_not_ready_in_time_is_ended", not_ready),
         test("run::ready_is_who_answers_2xx", healthy),
         test("run::signals_are_passed_on", signals_are_passed_on),
         test("run::the_command_dies_with_both_supervisors", both_killed),
+        test("run::the_keeper_ends_what_portwatch_and_the_watcher_leave", front_and_watcher_killed),
+        test("run::no_supervisor_outlives_portwatch", no_supervisor_outlives_the_front),
         test("run::orphans_are_reaped", zombies),
         test("run::nobody_else_is_hit", bystanders),
         test("run::children_from_before_go_on", children_from_before),
@@ -434,6 +553,7 @@ pub fn trials() -> Vec<Test> {
         test("run::ctrl_z_stops_it_and_fg_brings_it_back", stopped_at_a_terminal),
     ];
     tests.extend(servers::trials());
+    tests.extend(host::trials());
     tests.extend(ends::trials());
     tests
 }

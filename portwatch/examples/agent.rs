@@ -2,12 +2,12 @@
 
 use std::path::PathBuf;
 
-use portwatch::client::Client;
+use portwatch::client::{Client, SOCKET};
 use portwatch::wire::{Request, Response, Selection};
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> anyhow::Result<()> {
-    let socket = std::env::var_os("PORTWATCH_SOCKET").unwrap_or_else(|| "/run/portwatch/agent.sock".into());
+    let socket = std::env::var_os("PORTWATCH_SOCKET").unwrap_or_else(|| SOCKET.into());
     let targets: Vec<String> = std::env::args().skip(1).collect();
     let Some(mut client) = Client::connect(&PathBuf::from(socket)).await? else {
         anyhow::bail!("no agent answers; start one: portwatch agent");

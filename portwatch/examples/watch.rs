@@ -1,13 +1,16 @@
 //! Tells of the next three ports that open or close. `cargo run --example watch`
 
+use std::path::PathBuf;
+
 use futures_util::StreamExt as _;
+use portwatch::client::SOCKET;
 use portwatch::model::Change;
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> anyhow::Result<()> {
-    let agent = std::env::var_os("PORTWATCH_SOCKET").map(std::path::PathBuf::from);
+    let agent = PathBuf::from(std::env::var_os("PORTWATCH_SOCKET").unwrap_or_else(|| SOCKET.into()));
     let everything = portwatch::selector::<&str>(&[])?;
-    let mut changes = portwatch::changes(everything, agent.as_deref()).await?;
+    let mut changes = portwatch::changes(everything, Some(&agent)).await?;
     eprintln!("watching");
     let mut left = 3;
     while left > 0 {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::builder::{NonEmptyStringValueParser, TypedValueParser};
 use clap::{Args, Command, CommandFactory as _, Parser, Subcommand, ValueHint};
 use globset::GlobMatcher;
-use portwatch::agent::SOCKET;
+use portwatch::client::SOCKET;
 use portwatch::model::NetnsId;
 use portwatch::select::{Variable, cgroup_path, glob, unit_glob};
 use portwatch::source::Probe;
@@ -68,12 +68,12 @@ pub(crate) struct Globals {
     /// iterator where it serves, whichever tier is named. Any but auto does without the agent.
     #[arg(long, global = true, default_value = "auto", value_name = "TIER", help_heading = "Global options")]
     pub(crate) probe: Probe,
-    /// Where the agent listens
+    /// Where the agent listens [default: $PORTWATCH_SOCKET, else /run/portwatch/agent.sock]
     #[arg(
         long,
         global = true,
-        env = "PORTWATCH_SOCKET",
-        default_value = SOCKET,
+        default_value_os_t = socket(),
+        hide_default_value = true,
         value_name = "PATH",
         help_heading = "Global options"
     )]
@@ -87,6 +87,12 @@ pub(crate) struct Globals {
     /// Say on stderr what was tried and refused, and what the kernel programs log
     #[arg(short, long, global = true, help_heading = "Global options")]
     pub(crate) verbose: bool,
+}
+
+/// As the environment has it, else the usual one. A default, and not what clap calls `env`: that it takes for an option which
+/// was typed, and shows in the usage as if it were required.
+fn socket() -> PathBuf {
+    std::env::var_os("PORTWATCH_SOCKET").filter(|path| !path.is_empty()).unwrap_or_else(|| SOCKET.into()).into()
 }
 
 // Deferred, for the arguments of all verbs take longer to make than the agent takes to answer: see command().
@@ -293,6 +299,13 @@ pub(crate) fn netns(text: &str) -> Result<Netns, String> {
 /// Anything that people write for a length of time: `90s`, `24h`, `1h 30m`, `2 days` (of 24 hours).
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     portwatch::config::duration(text)
+}
+
+/// The same, but for none at all.
+pub(crate) fn some_duration(text: &str) -> Result<Duration, String> {
+    let duration = duration(text)?;
+    let is_some = !duration.is_zero();
+    is_some.then_some(duration).ok_or_else(|| "use a duration longer than 0, such as 250ms, 90s or 24h".to_owned())
 }
 
 #[cfg(test)]

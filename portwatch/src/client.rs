@@ -19,6 +19,9 @@ use crate::model::{BootNs, Change, Listener, Process, ProcessId, SocketId};
 use crate::source::netns::Unknown;
 use crate::wire::{ErrorKind, Kill, Request, Response, Selection, VERSION};
 
+/// Where the agent listens unless told otherwise.
+pub const SOCKET: &str = "/run/portwatch/agent.sock";
+
 /// How long the agent may take to greet. One that takes longer hangs.
 const PATIENCE: Duration = Duration::from_secs(2);
 

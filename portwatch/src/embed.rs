@@ -38,7 +38,7 @@ pub fn snapshot(selector: &Selector) -> anyhow::Result<Vec<Listener>> {
     Ok(listeners)
 }
 
-/// Changes to what the selector picks, from now on: told by the agent at `agent` ([`crate::agent::SOCKET`], as a rule) where
+/// Changes to what the selector picks, from now on: told by the agent at `agent` ([`crate::client::SOCKET`], as a rule) where
 /// one answers, else by probes of our own, which need root to be more than polling. Every listener that opens after this
 /// function has returned is told. Where something was lost, a [`Change::Resync`] says so, and what became of each listener
 /// meanwhile follows. To be polled in a tokio runtime with IO and time.

@@ -50,6 +50,8 @@ pub mod mark;
 pub mod metrics;
 pub mod model;
 #[doc(hidden)]
+pub mod place;
+#[doc(hidden)]
 pub mod render;
 #[doc(hidden)]
 pub mod rules;

@@ -4,7 +4,7 @@
 use std::env;
 use std::fs::OpenOptions;
 use std::io::{self, Read, Write};
-use std::net::TcpListener;
+use std::net::{TcpListener, UdpSocket};
 use std::os::unix::fs::OpenOptionsExt;
 use std::process::exit;
 use std::sync::atomic::{AtomicI32, Ordering};
@@ -32,10 +32,15 @@ fn act(words: &[&str]) -> ! {
     unsafe { libc::alarm(LIFETIME) };
     // As long as the process lives.
     let mut kept: Vec<TcpListener> = Vec::new();
+    let mut kept_udp: Vec<UdpSocket> = Vec::new();
     for word in words {
         let (verb, value) = word.split_once('=').unwrap_or((word, ""));
         match verb {
             "serve" => kept.push(listen(if value.is_empty() { port() } else { number(value) as u16 })),
+            "serve-udp" => kept_udp.push(UdpSocket::bind(("127.0.0.1", port())).unwrap_or_else(|error| {
+                eprintln!("{error}");
+                exit(1)
+            })),
             "http" => answer(&listen(port()), value),
             "say" => say(&format!("{value}\n")),
             "complain" => eprintln!("{value}"),
@@ -57,11 +62,13 @@ fn act(words: &[&str]) -> ! {
                     handle(signal, tell);
                 }
             }
+            "tell-cont" => handle(libc::SIGCONT, tell_cont),
             "exit-on-usr1" => {
                 CODE.store(number(value), Ordering::Relaxed);
                 handle(libc::SIGUSR1, leave);
             }
             "note" => note(value),
+            "host" => super::host::play(value),
             "grow" => {
                 let (seed, path) = value.split_once(':').expect("grow=SEED:PATH");
                 grow(&mut Dice(number(seed) as u64 * 2 + 1), 0, path);
@@ -164,6 +171,11 @@ extern "C" fn tell(signal: libc::c_int) {
         // SAFETY: the pointer and the length are those of a constant.
         unsafe { libc::write(1, name.as_ptr().cast(), name.len()) };
     }
+}
+
+extern "C" fn tell_cont(_: libc::c_int) {
+    // SAFETY: as above.
+    unsafe { libc::write(1, b"CONT\n".as_ptr().cast(), 5) };
 }
 
 extern "C" fn leave(_: libc::c_int) {

@@ -24,12 +24,15 @@ enum End {
     Kill,
     /// SIGKILL to the supervisor.
     KillWatcher,
+    /// SIGKILL to its parent.
+    KillKeeper,
     /// SIGKILL to the process group of portwatch and the command.
     KillGroup,
     Lifetime,
 }
 
-const ENDS: [End; 6] = [End::Exit, End::Term, End::Kill, End::KillWatcher, End::KillGroup, End::Lifetime];
+const ENDS: [End; 7] =
+    [End::Exit, End::Term, End::Kill, End::KillWatcher, End::KillKeeper, End::KillGroup, End::Lifetime];
 
 fn randomized_ends() {
     let count: Option<usize> = std::env::var(COUNT_VARIABLE).ok().map(|count| count.parse().expect(COUNT_VARIABLE));
@@ -116,6 +119,10 @@ fn bring_about(end: End, running: Running) -> (Option<i32>, Run) {
         End::KillWatcher => {
             kill(running.watcher());
             Some(137)
+        }
+        End::KillKeeper => {
+            kill(running.keeper());
+            None
         }
         End::KillGroup => {
             let group = Pid::from_raw(running.child.id() as i32).expect("a pid");

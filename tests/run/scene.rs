@@ -69,7 +69,7 @@ impl Scene {
     }
 
     /// A child that portwatch left, or that is on its way.
-    fn child(&self) -> Option<Pid> {
+    pub fn child(&self) -> Option<Pid> {
         let found = children().difference(&self.others.borrow()).next().copied()?;
         Pid::from_raw(found as i32)
     }
@@ -100,6 +100,11 @@ impl Scene {
 
     pub fn run(&self, arguments: &[&str], words: &[&str]) -> Run {
         finish(self.run_command(arguments, words).spawn().expect("portwatch"))
+    }
+
+    /// The actor alone.
+    pub fn act(&self, words: &[&str]) -> Run {
+        finish(plain_command(&self.actor, words).env(actor::VARIABLE, "1").spawn().expect("an actor"))
     }
 
     /// Starts it in a process group of its own; returns once it says that it is ready.
@@ -184,9 +189,14 @@ impl Running {
         pidfd_send_signal(pidfd(&self.child), signal).expect("pidfd_send_signal");
     }
 
-    /// The process that supervises: the child of the front.
-    pub fn watcher(&self) -> u32 {
+    /// The process that ends it all where the watcher is killed: the child of the front.
+    pub fn keeper(&self) -> u32 {
         only_child(self.child.id())
+    }
+
+    /// The process that supervises.
+    pub fn watcher(&self) -> u32 {
+        only_child(self.keeper())
     }
 
     /// The command itself.
@@ -210,7 +220,7 @@ impl Running {
     }
 }
 
-fn only_child(pid: u32) -> u32 {
+pub fn only_child(pid: u32) -> u32 {
     let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("tasks").flatten();
     let lists = tasks.filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
     let found: Vec<u32> =

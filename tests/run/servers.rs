@@ -139,6 +139,8 @@ fn names_and_limits() {
         "portwatch: error: 2 servers run in the background already, and --max-servers is 2; end the oldest: \
          portwatch stop web\n"
     );
+    let none = scene.run(&["--background", "--max-servers", "0", "--port", &word], &["say=started"]).expect(1);
+    assert_eq!(none.errors(), "portwatch: error: --max-servers is 0; nothing was started\n");
     // One that is over counts no more.
     scene.portwatch(&["stop", "web"]).expect(0);
     background(&scene, "more", three, &["--max-servers", "2"], &["serve", "wait"]);
@@ -199,6 +201,38 @@ fn not_ready_in_the_background() {
     finish(child).expect(143);
     scene.expect_nothing_left(port);
     assert!(!path.exists());
+}
+
+/// There is no moment at which its end is nobody's: either it is told, or the server was there.
+fn over_at_once() {
+    let scene = Scene::new();
+    let mut ended = 0;
+    for (script, code, told) in [
+        ("echo oh; exit 3", 3, "ended with exit code 3 before it was in the background\nportwatch: | oh\n"),
+        // There is no server, so that is no success either.
+        ("exit 0", 1, "ended with exit code 0 before it was in the background\n"),
+        (
+            "sleep 60 & exit 0",
+            1,
+            "went to the background by itself; start it in the foreground\n\
+             portwatch: ended 1 process that sh left behind\n",
+        ),
+    ] {
+        for _ in 0..10 {
+            let run = scene.portwatch(&["run", "--background", "--name", "bx", "--json", "--", "sh", "-c", script]);
+            if run.code == Some(code) {
+                assert_eq!((run.text(), run.errors()), (String::new(), format!("portwatch: error: sh {told}")));
+                assert!(!scene.stage.path("runtime/portwatch/servers/bx.json").exists());
+                ended += 1;
+            } else {
+                // On a machine this busy it did not end at once.
+                assert_eq!(run.expect(0).json()["name"], "bx");
+                scene.portwatch(&["stop", "--all"]).expect(0);
+            }
+        }
+    }
+    assert!(ended > 0, "none was seen to end");
+    assert_eq!(scene.portwatch(&["ps", "--json"]).expect(0).json(), json!([]));
 }
 
 fn its_lifetime() {
@@ -280,14 +314,34 @@ fn lets_go_of_its_caller() {
     scene.expect_nothing_left(port);
 }
 
+fn of_udp() {
+    let scene = Scene::new();
+    let port = scene.port();
+    let word = format!("{port}/udp");
+    scene.run(&["--background", "--name", "dns", "--port", &word], &["serve-udp", "wait"]).expect(0);
+    let servers = scene.portwatch(&["ps", "--json"]).expect(0).json();
+    let server = &servers[0];
+    assert_eq!(
+        (&server["port"], &server["proto"], &server["health"]),
+        (&json!(port), &json!("udp"), &json!({"state": "ok"})),
+        "{server}"
+    );
+    let table = scene.portwatch(&["ps"]).expect(0).text();
+    assert!(table.contains(&format!("dns   {word}  ")), "{table}");
+    scene.portwatch(&["stop", "dns"]).expect(0);
+    scene.expect_nothing_left(port);
+}
+
 pub fn trials() -> Vec<Test> {
     vec![
         test("run::a_server_in_the_background_is_seen_heard_and_stopped", whole_life),
+        test("run::a_server_of_udp_is_shown_as_one", of_udp),
         test("run::a_killed_supervisor_takes_the_server_along", either_supervisor_killed),
         test("run::a_record_is_believed_by_identity_only", forged_record),
         test("run::names_are_unique_and_servers_counted", names_and_limits),
         test("run::hostile_names_are_refused", hostile_names),
         test("run::a_server_that_is_not_ready_is_ended_with_its_last_words", not_ready_in_the_background),
+        test("run::a_server_that_ends_at_once_is_told", over_at_once),
         test("run::the_lifetime_counts_in_the_background", its_lifetime),
         test("run::logs_are_followed_to_the_end", followed),
         test("run::logs_are_bounded_and_harmless", bounded_log),

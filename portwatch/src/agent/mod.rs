@@ -55,9 +55,6 @@ use crate::service;
 use crate::source::{Probe, process};
 use crate::tracker::Tracker;
 
-/// Where the agent listens unless told otherwise.
-pub const SOCKET: &str = "/run/portwatch/agent.sock";
-
 /// Questions that may wait for the task that owns the table.
 const ASKS: usize = 64;
 

@@ -179,10 +179,10 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
     report(args, &outcomes)
 }
 
-/// Frees a TCP port for a server that is to start there, as `portwatch kill PORT` does, and tells of it on stderr alone.
-/// Whether it is free.
-pub(crate) fn free(port: u16, yes: bool, grace: Duration, globals: &Globals) -> anyhow::Result<bool> {
-    let target = Target { ports: port..=port, proto: Some(Protocol::Tcp), address: None };
+/// Frees a port for a server that is to start there, as `portwatch kill PORT/PROTO` does, and tells of it on stderr alone.
+/// The exit code that it would have: 0 where the port is free.
+pub(crate) fn free(port: u16, proto: Protocol, yes: bool, grace: Duration, globals: &Globals) -> anyhow::Result<u8> {
+    let target = Target { ports: port..=port, proto: Some(proto), address: None };
     let own = Some(netns::own()?);
     let selector = Selector::new(vec![target], Filters { netns: own, ..Filters::default() });
     let mut scanner = Scanner::open(globals.probe);
@@ -193,7 +193,7 @@ pub(crate) fn free(port: u16, yes: bool, grace: Duration, globals: &Globals) -> 
     preview(way.plan()).or_else(|error| if concerns.is_empty() { Ok(()) } else { Err(error) })?;
     if !agreed(way.plan(), &concerns)? {
         note("nothing was signalled");
-        return Ok(false);
+        return Ok(NO);
     }
     let mut display = Display::new(false);
     let outcomes = way.run(Options { grace, ..Options::default() }, &mut |progress| display.show(progress))?;
@@ -201,7 +201,7 @@ pub(crate) fn free(port: u16, yes: bool, grace: Duration, globals: &Globals) -> 
     for outcome in &outcomes {
         note(&text::outcome(outcome));
     }
-    Ok(kill::exit_code(&outcomes) == 0)
+    Ok(kill::exit_code(&outcomes))
 }
 
 impl KillArgs {

@@ -150,7 +150,8 @@ fn exit_codes(verb: &str) -> Vec<(&'static str, &'static str)> {
         "history" => ("There is a history, also where nothing in it is meant.", "There is none."),
         "run" => (
             "The command's own, as any other code of it. In the background: it is ready.",
-            "The port is taken, it was not ready in time, or there is no room for one more. Nothing is left running.",
+            "The port is taken, it was not ready in time or ended well before, or there is no room for one more. Nothing \
+             is left running.",
         ),
         "ps" => ("Done, also where there are none.", "Not used."),
         "stop" => ("Nothing of them is left.", "There is none by that name, or something of it does not end."),
@@ -188,5 +189,6 @@ fn files_and_environment(roff: &mut Roff) {
     );
     roff.control("SH", ["ENVIRONMENT"]);
     tagged(roff, "PORTWATCH_CONFIG", "The one configuration file to read instead of these.");
+    tagged(roff, "PORTWATCH_SOCKET", "Where the agent listens, unless --socket says otherwise.");
     tagged(roff, "NO_COLOR", "No colours.");
 }

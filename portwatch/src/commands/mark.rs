@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  mark          ─► a line of JSON on standard output
-//!  mark --name N ─► the agent, where one answers; else a file below $XDG_RUNTIME_DIR
+//!  mark --name N ─► the agent, where one answers; else a file of the user's own
 //!  --since WORD  ─► with a slash: a file. Else the agent, one's own directory, a file of this directory: the first
 //!                   that has it
 //! ```
@@ -17,9 +17,10 @@ use anyhow::{Context as _, bail};
 use clap::Args;
 use jiff::tz::TimeZone;
 use nix::unistd::{Gid, Uid};
-use portwatch::mark::store::{Store, own_base};
+use portwatch::mark::store::Store;
 use portwatch::mark::{Mark, file, is_name};
 use portwatch::model::{BootNs, ProcessId};
+use portwatch::place;
 use portwatch::render::escape;
 use portwatch::source::{Scanner, process};
 use portwatch::wire::{Request, Response};
@@ -36,7 +37,8 @@ Examples:
 
 --since MARK means listeners that are held by nobody who ran when the mark was made: a server from
 before is not meant, also when it listens anew. A mark is good until the host is booted again.
-A name is kept by the agent, also when that is restarted; without an agent below $XDG_RUNTIME_DIR.
+A name is kept by the agent, also when that is restarted; without an agent below $XDG_RUNTIME_DIR,
+for root below /run, or in ~/.local/state.
 Each user has 16: the oldest goes when one more is kept.
 Exit codes: 0 done, 2 usage, 3 not permitted, 4 portwatch itself failed")]
 pub(crate) struct MarkArgs {
@@ -101,7 +103,10 @@ fn keep(name: &str, globals: &Globals) -> anyhow::Result<(Mark, String)> {
     let line = mark.line().map_err(|flaw| anyhow::anyhow!("the mark {flaw}"))?;
     let euid = Uid::effective().as_raw();
     let Some(store) = own_store()? else {
-        bail!("no agent answers and XDG_RUNTIME_DIR is not set; keep the mark in a file: portwatch mark > FILE");
+        bail!(
+            "no agent answers, and neither XDG_RUNTIME_DIR nor HOME is a directory of yours; keep the mark in a file: \
+             portwatch mark > FILE"
+        );
     };
     let shown = escape(&store.path().to_string_lossy()).into_owned();
     store.keep(euid, name, &line).with_context(|| format!("cannot keep the mark in {shown}"))?;
@@ -157,7 +162,7 @@ fn mark_of(responses: Vec<Response>) -> anyhow::Result<Option<Mark>> {
 /// `None`: there is no place for it.
 fn own_store() -> anyhow::Result<Option<Store>> {
     let euid = Uid::effective().as_raw();
-    let Some(base) = own_base(&|name| std::env::var_os(name), euid) else { return Ok(None) };
+    let Some(base) = place::of_user(&|name| std::env::var_os(name), euid)? else { return Ok(None) };
     let store = Store::open(&base, &["portwatch", "marks"], euid);
     let shown = || format!("cannot keep marks in {}", escape(&base.join("portwatch/marks").to_string_lossy()));
     store.map(Some).with_context(shown)

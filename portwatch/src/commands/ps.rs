@@ -62,7 +62,8 @@ pub(crate) fn run(args: &PsArgs, globals: &Globals) -> anyhow::Result<ExitCode> 
 
 async fn health_of(record: Record) -> anyhow::Result<Health> {
     let Some(port) = record.port else { return Ok(Health::None) };
-    let listeners = listening(record.watcher.pid, Some(port))?;
+    let mut listeners = listening(record.watcher.pid, Some(port))?;
+    listeners.retain(|listener| record.proto.is_none_or(|proto| proto == listener.socket.proto));
     let Some(listener) = listeners.first() else { return Ok(Health::NotListening) };
     let Some(path) = record.health else { return Ok(Health::Ok) };
     let of_tcp = listeners.iter().find(|listener| listener.socket.proto == Protocol::Tcp).unwrap_or(listener);

@@ -1,10 +1,9 @@
 //! Marks kept by name, each a file of a directory that nobody else may look into: the agent's, one for all users, or a
-//! user's own below `$XDG_RUNTIME_DIR`.
+//! user's own ([`crate::place`]).
 //!
 //! Every step is taken from the directory's descriptor and follows no symbolic link, so whoever could swap one in gets
 //! nothing written or read elsewhere. A mark is complete or not there: it is written beside and renamed.
 
-use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Write as _};
 use std::os::fd::{AsFd, OwnedFd};
@@ -29,13 +28,6 @@ const SUFFIX: &str = ".json";
 pub struct Store {
     directory: OwnedFd,
     path: PathBuf,
-}
-
-/// Where a user keeps marks without an agent: `$XDG_RUNTIME_DIR`, else what systemd makes for a user. `None`: neither is
-/// there.
-pub fn own_base(variable: &dyn Fn(&str) -> Option<OsString>, euid: u32) -> Option<PathBuf> {
-    let named = variable("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|path| path.is_absolute());
-    named.or_else(|| Some(PathBuf::from(format!("/run/user/{euid}"))).filter(|path| path.is_dir()))
 }
 
 impl Store {

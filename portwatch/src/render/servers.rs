@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::table::{lay_out, left, right};
 use super::{View, age, escape};
+use crate::model::Protocol;
 use crate::run::register::Record;
 
 /// What is found of a server now.
@@ -31,6 +32,9 @@ pub struct Server<'a> {
     /// Of the command itself.
     pub pid: u32,
     pub port: Option<u16>,
+    /// Where it was said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub proto: Option<Protocol>,
     pub address: Option<SocketAddr>,
     pub since: String,
     pub command: &'a [String],
@@ -47,6 +51,7 @@ pub fn json<'a>(record: &'a Record, log: String, health: Option<&'a Health>, vie
         name: &record.name,
         pid: record.process.pid,
         port: record.port,
+        proto: record.proto,
         address: record.address,
         since: view.clock.utc(record.began),
         command: &record.command,
@@ -63,7 +68,8 @@ pub fn table(servers: &[(Record, Health)], view: &View<'_>) -> String {
     let rows: Vec<(bool, Vec<String>)> = servers
         .iter()
         .map(|(record, health)| {
-            let port = record.port.map_or_else(|| "-".to_owned(), |port| port.to_string());
+            let proto = record.proto.map(|proto| format!("/{proto}")).unwrap_or_default();
+            let port = record.port.map_or_else(|| "-".to_owned(), |port| format!("{port}{proto}"));
             let row = vec![
                 record.name.clone(),
                 port,

@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, anyhow};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair};
 use serde::de::DeserializeOwned;
@@ -30,7 +30,7 @@ pub(super) enum ToWatcher {
     Signal(i32),
     /// End the command and all that came of it.
     End,
-    /// Go on without the front.
+    /// Go on without the front, if the command runs.
     Detach,
 }
 
@@ -43,6 +43,8 @@ pub(super) enum FromWatcher {
     Started(ProcessId),
     /// The command cannot be run: errno.
     Refused(i32),
+    /// It goes on without the front, which hears no more of it.
+    Detached,
     Over(Over),
 }
 
@@ -107,7 +109,9 @@ impl Control {
     /// Where the other side is gone.
     pub(super) fn send(&self, message: &impl Serialize) -> anyhow::Result<()> {
         let bytes = serde_json::to_vec(message)?;
-        send(&self.0, &bytes, SendFlags::NOSIGNAL).map(drop).context("the other side of portwatch run is gone")
+        let sent = send(&self.0, &bytes, SendFlags::NOSIGNAL);
+        // Its text alone: to those above, a broken pipe is that of standard output.
+        sent.map(drop).map_err(|error| anyhow!("the other side of portwatch run is gone: {error}"))
     }
 
     /// The next message; `None`: the other side is gone. Without `wait`, `WouldBlock` where there is none.
@@ -116,9 +120,10 @@ impl Control {
         let flags = if wait { RecvFlags::empty() } else { RecvFlags::DONTWAIT };
         loop {
             match recv(&self.0, &mut bytes[..], flags) {
-                Ok((0, _)) | Err(Errno::CONNRESET) => return Ok(None),
+                Ok((0, _)) => return Ok(None),
                 Ok((length, _)) => return Ok(Some(serde_json::from_slice(&bytes[..length])?)),
-                Err(Errno::INTR) => {}
+                // It did not read all that it was told. What it said before is still there, after this one error.
+                Err(Errno::INTR | Errno::CONNRESET) => {}
                 Err(error) => return Err(error.into()),
             }
         }
@@ -161,6 +166,18 @@ mod tests {
         drop(one);
         assert!(matches!(other.receive(true).unwrap(), Some(ToWatcher::End)));
         assert!(other.receive::<ToWatcher>(true).unwrap().is_none());
-        assert!(other.send(&ToWatcher::End).is_err());
+        let error = other.send(&ToWatcher::End).unwrap_err();
+        // The verb would end as if nobody read its output: well.
+        assert!(!error.chain().any(|cause| cause.is::<Errno>() || cause.is::<std::io::Error>()), "{error:#}");
+    }
+
+    #[test]
+    fn the_last_word_is_heard_of_one_that_did_not_listen() {
+        let (one, other) = Control::pair().unwrap();
+        other.send(&ToWatcher::Detach).unwrap();
+        one.send(&ToWatcher::End).unwrap();
+        drop(one);
+        assert!(matches!(other.receive(false).unwrap(), Some(ToWatcher::End)));
+        assert!(other.receive::<ToWatcher>(false).unwrap().is_none());
     }
 }

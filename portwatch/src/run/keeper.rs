@@ -1,6 +1,7 @@
 //! The front's hold of a supervised command, and the keeper: who ends the tree where the watcher is killed.
 
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -8,7 +9,9 @@ use nix::libc;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::SignalFd;
 use nix::unistd::{ForkResult, fork, setsid};
-use rustix::process::{Pid, set_child_subreaper};
+use rustix::process::{
+    Pid, PidfdFlags, WaitId, WaitIdOptions, WaitOptions, pidfd_open, set_child_subreaper, waitid, waitpid,
+};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -16,33 +19,28 @@ use super::control::{Cause, Control, FromWatcher, Over, Start, Status, ToWatcher
 use super::enclosure::Enclosure;
 use super::tree::{self, Clearing, Next, input};
 use super::{Order, signals, watcher};
-use crate::model::ProcessId;
+use crate::model::{Ancestor, ProcessId};
 use crate::source::stat;
 
 /// A command that is about to run, or runs, under supervision. Dropped, or at the end of this process however it comes,
 /// everything is ended; in the background, until [`Supervised::detach`].
+///
+/// This process has one child of it, the keeper, and stays otherwise as it was: no signal is blocked or handled, and
+/// orphans do not come to it. [`Supervised::over`] reaps the keeper; after a drop or a detach it is this process's to reap.
 #[derive(Debug)]
 pub struct Supervised {
     control: Control,
     watcher: ProcessId,
     keeper: ProcessId,
-    /// Where the front is the keeper.
-    own: Option<Keeper>,
-}
-
-/// Who ends what the watcher left, because somebody killed it.
-#[derive(Debug)]
-struct Keeper {
-    watcher: ProcessId,
-    /// SIGCHLD.
-    signals: SignalFd,
-    grace: Duration,
-    /// Children from before: a script that ends in `exec portwatch run` may have started some, which are none of ours.
-    others: Vec<ProcessId>,
+    /// Pidfds of both, the keeper's last; `None`: it was gone by then.
+    supervisors: [Option<OwnedFd>; 2],
+    /// What was told already.
+    over: OnceLock<Over>,
 }
 
 impl Supervised {
-    /// Forks the watcher, which waits for [`Supervised::start`]. Must be called before this process starts threads.
+    /// Forks the keeper and the watcher, which waits for [`Supervised::start`]. Must be called before this process starts
+    /// threads.
     ///
     /// # Errors
     /// With several threads, and when the kernel refuses a process or a descriptor.
@@ -50,37 +48,25 @@ impl Supervised {
         let threads = std::fs::read_dir("/proc/self/task").context("cannot read /proc/self/task")?.count();
         anyhow::ensure!(threads == 1, "a supervisor is forked before threads are started, and there are {threads}");
         let (control, theirs) = Control::pair()?;
-        signals::expect_children();
-        let (signals, inherited) = signals::block(&SigSet::from(Signal::SIGCHLD))?;
-        let others = tree::children();
-        let front = stat::read(std::process::id()).context("cannot read /proc/self/stat")?.id();
-        let own = if order.background {
-            // SAFETY: there is one thread, so the child may do whatever this process may.
-            match unsafe { fork() }.context("cannot fork")? {
-                ForkResult::Child => {
-                    drop((control, signals));
-                    keep(order, theirs, inherited)
-                }
-                ForkResult::Parent { .. } => None,
+        // SAFETY: there is one thread, so the child may do whatever this process may.
+        let child = match unsafe { fork() }.context("cannot fork")? {
+            ForkResult::Child => {
+                drop(control);
+                keep(order, theirs)
             }
-        } else {
-            set_child_subreaper(Pid::from_raw(1)).context("cannot become a subreaper")?;
-            // SAFETY: as above.
-            match unsafe { fork() }.context("cannot fork")? {
-                ForkResult::Child => {
-                    drop((control, signals));
-                    watcher::watch(order, theirs, front, inherited)
-                }
-                ForkResult::Parent { .. } => Some(signals),
-            }
+            ForkResult::Parent { child } => Pid::from_raw(child.as_raw()).context("a child has a PID")?,
         };
         drop(theirs);
         match control.receive(true).context("the supervisor says nonsense")? {
             Some(FromWatcher::Hello { watcher, keeper }) => {
-                let own = own.map(|signals| Keeper { watcher, signals, grace: order.grace, others });
-                Ok(Supervised { control, watcher, keeper, own })
+                let keeper_fd = pidfd_open(child, PidfdFlags::empty()).context("cannot watch the supervisor")?;
+                let supervisors = [tree::open(watcher), Some(keeper_fd)];
+                Ok(Supervised { control, watcher, keeper, supervisors, over: OnceLock::new() })
             }
-            _ => anyhow::bail!("the supervisor did not start"),
+            _ => {
+                let _ = waitpid(Some(child), WaitOptions::empty());
+                anyhow::bail!("the supervisor did not start")
+            }
         }
     }
 
@@ -89,7 +75,7 @@ impl Supervised {
         self.watcher
     }
 
-    /// The parent of the watcher: this process, but in the background.
+    /// The parent of the watcher.
     pub fn keeper(&self) -> ProcessId {
         self.keeper
     }
@@ -118,80 +104,78 @@ impl Supervised {
         let _ = self.control.send(&ToWatcher::End);
     }
 
-    /// Lets it go on without this process. For one in the background.
-    ///
-    /// # Errors
-    /// Where it is gone already.
-    pub fn detach(self) -> anyhow::Result<()> {
-        self.control.send(&ToWatcher::Detach)
-    }
-
-    /// Waits until nothing is left. Where the watcher was killed, ends what it left. Cancel safe.
+    /// Lets it go on without this process. For one in the background. No: the command has ended, or is being ended;
+    /// [`Supervised::over`] tells how.
     ///
     /// # Errors
     /// When nothing can be waited for.
-    pub async fn over(&self) -> anyhow::Result<Over> {
-        // SAFETY: the descriptor is borrowed from what outlives this.
-        let ready = unsafe { AsyncFd::register_with_interest(self.control.as_fd(), Interest::READABLE) };
-        let ready = ready.map_err(std::io::Error::from).context("cannot wait for the supervisor")?;
+    pub async fn detach(&self) -> anyhow::Result<bool> {
+        // Where the watcher is gone, its last word is there to be read.
+        let _ = self.control.send(&ToWatcher::Detach);
+        let ready = polled(self.control.as_fd())?;
         loop {
             let mut guard = ready.readable().await.context("cannot wait for the supervisor")?;
             match self.control.receive(false) {
-                Ok(Some(FromWatcher::Over(over))) => return Ok(over),
+                Ok(Some(FromWatcher::Detached)) => return Ok(true),
+                Ok(Some(FromWatcher::Over(over))) => {
+                    let _ = self.over.set(over);
+                    return Ok(false);
+                }
                 Ok(Some(_)) => {}
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => guard.clear_ready(),
-                Ok(None) | Err(_) => break,
+                Ok(None) | Err(_) => return Ok(false),
             }
         }
-        let (leftovers, unended) = self.own.as_ref().map(Keeper::clear).unwrap_or_default();
-        // The kernel killed the command as its parent died.
-        let status = Some(Status::Signalled(libc::SIGKILL));
-        Ok(Over { status, cause: Cause::Abandoned, leftovers, unended })
+    }
+
+    /// Waits until nothing is left, the supervisors included. Cancel safe.
+    ///
+    /// # Errors
+    /// When nothing can be waited for; and when both supervisors were killed, so that nobody knows what is left.
+    pub async fn over(&self) -> anyhow::Result<Over> {
+        for supervisor in self.supervisors.iter().flatten() {
+            let ended = polled(supervisor.as_fd())?;
+            let _ = ended.readable().await.context("cannot wait for the supervisor")?;
+            // Where it is no child, or this process has the kernel reap them, there is nothing to reap.
+            let _ = waitid(WaitId::PidFd(supervisor.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG);
+        }
+        while let Ok(Some(told)) = self.control.receive(false) {
+            if let FromWatcher::Over(over) = told {
+                // The keeper speaks where the watcher was killed, which may have been after its last word.
+                let _ = self.over.set(over);
+            }
+        }
+        let over = self.over.get().cloned();
+        over.context("both supervisors were killed, and the command with them; what it had started may still run")
     }
 }
 
-impl Keeper {
-    /// Ends whatever descends from this process, but for children from before.
-    fn clear(&self) -> (usize, Vec<crate::model::Ancestor>) {
-        let enclosure = Enclosure::of(self.watcher);
-        let mut clearing = Clearing::begin(self.grace, self.others.clone());
-        let mut some_ended = false;
-        let unended = loop {
-            if !tree::reap(&mut |_, _| some_ended = true) || clearing.is_over() {
-                break Vec::new();
-            }
-            match clearing.step(std::mem::take(&mut some_ended), enclosure.as_ref()) {
-                Next::At(time) => tree::wait_for(&mut [input(&signals::readable(&self.signals))], Some(time)),
-                Next::GaveUp(unended) => break unended,
-            }
-            signals::drain(&self.signals);
-        };
-        if let Some(enclosure) = enclosure {
-            enclosure.remove();
-        }
-        (clearing.asked(), unended)
-    }
+fn polled(fd: BorrowedFd<'_>) -> anyhow::Result<AsyncFd<BorrowedFd<'_>>> {
+    // SAFETY: a borrowed descriptor stays open, and the same.
+    let watched = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) };
+    watched.map_err(std::io::Error::from).context("cannot wait for the supervisor")
 }
 
-/// Runs as the keeper in the background: a session of its own, and nothing to do while the watcher lives.
-fn keep(order: &Order, control: Control, inherited: SigSet) -> ! {
+/// Runs as the keeper: a session of its own, and nothing to do while the watcher lives.
+fn keep(order: &Order, control: Control) -> ! {
     let run = || -> anyhow::Result<()> {
-        setsid().context("cannot lead a session")?;
-        set_child_subreaper(Pid::from_raw(1)).context("cannot become a subreaper")?;
-        watcher::let_go_of_streams().context("cannot open /dev/null")?;
+        let inherited = SigSet::thread_get_mask().context("cannot read the signal mask")?;
         // Nothing ends it but SIGKILL.
         SigSet::all().thread_block().context("cannot block signals")?;
-        let (signals, _) = signals::block(&SigSet::from(Signal::SIGCHLD))?;
+        let signals = signals::block(&SigSet::from(Signal::SIGCHLD))?;
+        signals::expect_children();
+        set_child_subreaper(Pid::from_raw(1)).context("cannot become a subreaper")?;
         let own = stat::read(std::process::id()).context("cannot read /proc/self/stat")?.id();
         // SAFETY: there is one thread, so the child may do whatever this process may.
         let watcher = match unsafe { fork() }.context("cannot fork")? {
             ForkResult::Child => watcher::watch(order, control, own, inherited),
             ForkResult::Parent { child } => child.as_raw().cast_unsigned(),
         };
-        drop(control);
+        // The watcher has the session and the streams of the front until the command has them.
+        setsid().context("cannot lead a session")?;
+        watcher::let_go_of_streams().context("cannot open /dev/null")?;
         // It is not reaped yet, whatever became of it.
         let id = stat::read(watcher).context("cannot read the watcher's stat")?.id();
-        let keeper = Keeper { watcher: id, signals, grace: order.grace, others: Vec::new() };
         let mut is_over = None;
         while is_over.is_none() {
             let some_left = tree::reap(&mut |pid, how| {
@@ -201,12 +185,16 @@ fn keep(order: &Order, control: Control, inherited: SigSet) -> ! {
             });
             if is_over.is_none() {
                 anyhow::ensure!(some_left, "the watcher is nobody's child");
-                tree::wait_for(&mut [input(&signals::readable(&keeper.signals))], None);
-                signals::drain(&keeper.signals);
+                tree::wait_for(&mut [input(&signals::readable(&signals))], None);
+                signals::drain(&signals);
             }
         }
         if is_over == Some(false) {
-            keeper.clear();
+            let (leftovers, unended) = clear(id, order.grace, &signals);
+            // The kernel killed the command as its parent died.
+            let status = Some(Status::Signalled(libc::SIGKILL));
+            // Where the front is gone, nobody asks.
+            let _ = control.send(&FromWatcher::Over(Over { status, cause: Cause::Abandoned, leftovers, unended }));
         }
         Ok(())
     };
@@ -214,4 +202,26 @@ fn keep(order: &Order, control: Control, inherited: SigSet) -> ! {
     let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run));
     // SAFETY: takes an integer. Nothing that was forked along is to be flushed or dropped.
     unsafe { libc::_exit(0) }
+}
+
+/// Ends whatever the watcher left, all of which descends from this process now; `signals` tells of SIGCHLD. How many there
+/// were, and those that do not end.
+fn clear(watcher: ProcessId, grace: Duration, signals: &SignalFd) -> (usize, Vec<Ancestor>) {
+    let enclosure = Enclosure::of(watcher);
+    let mut clearing = Clearing::begin(grace);
+    let mut some_ended = false;
+    let unended = loop {
+        if !tree::reap(&mut |_, _| some_ended = true) {
+            break Vec::new();
+        }
+        match clearing.step(std::mem::take(&mut some_ended), enclosure.as_ref()) {
+            Next::At(time) => tree::wait_for(&mut [input(&signals::readable(signals))], Some(time)),
+            Next::GaveUp(unended) => break unended,
+        }
+        signals::drain(signals);
+    };
+    if let Some(enclosure) = enclosure {
+        enclosure.remove();
+    }
+    (clearing.asked(), unended)
 }

@@ -1,10 +1,10 @@
 //! The servers of a user in the background: one file each, by name, in a directory that is the user's alone.
 //!
 //! ```text
-//!  $XDG_RUNTIME_DIR, /run/user/UID, for root /run, else ~/.local/state
+//!  crate::place
 //!    └ portwatch/servers/NAME.json   who it is, by PID, start and boot; gone when it is over
 //!      portwatch/servers/NAME.log    what it said, kept until the next one of that name
-//!      portwatch/ports/PORT          locked while a run has chosen the port and does not listen yet
+//!      portwatch/ports/PORT[.udp]    locked while a run has chosen the port and does not listen yet
 //! ```
 //! A record is written whole or not at all, and believed only while its processes live: after a crash, a boot, or where
 //! both supervisors were killed, it is stale, and removed by whoever meets it.
@@ -21,11 +21,11 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use nix::libc;
 use rustix::fs::{FlockOperation, flock};
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{Signal, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
 use super::tree;
-use crate::model::{BootNs, ProcessId};
+use crate::model::{BootNs, ProcessId, Protocol};
 use crate::render::escape;
 use crate::source::{process, stat};
 
@@ -43,6 +43,9 @@ const OLD_LOGS: usize = 20;
 pub struct Record {
     pub name: String,
     pub port: Option<u16>,
+    /// By which it listens there, where that was said.
+    #[serde(default)]
+    pub proto: Option<Protocol>,
     /// Where it was first seen to listen, as a client of this host reaches it.
     pub address: Option<SocketAddr>,
     /// The path of its health.
@@ -86,13 +89,7 @@ impl Record {
 
     /// The two supervisors, as far as they live: pidfds that are readable once they are gone. `None` for one that is.
     pub fn supervisors(&self) -> [Option<OwnedFd>; 2] {
-        [self.watcher, self.keeper].map(|id| {
-            let pid = i32::try_from(id.pid).ok().and_then(Pid::from_raw)?;
-            let pidfd = pidfd_open(pid, PidfdFlags::empty()).ok()?;
-            // Read after it was opened, and believed if it is alive after that: the number was this process.
-            let is_same = stat::read(id.pid).is_ok_and(|stat| stat.id().is_same(id));
-            (is_same && process::is_alive(&pidfd)).then_some(pidfd)
-        })
+        [self.watcher, self.keeper].map(tree::open)
     }
 
     /// Ends the server and waits until nothing of it is left, at most `patience` longer than its own graces take. Whether
@@ -294,22 +291,9 @@ fn place(part: &str) -> anyhow::Result<PathBuf> {
 }
 
 fn place_in(variable: &dyn Fn(&str) -> Option<OsString>, uid: u32, part: &str) -> anyhow::Result<PathBuf> {
-    let absolute = |name| variable(name).map(PathBuf::from).filter(|path| path.is_absolute());
-    let is_own = |path: &PathBuf| fs::symlink_metadata(path).is_ok_and(|found| found.is_dir() && found.uid() == uid);
-    let runtime = absolute("XDG_RUNTIME_DIR").filter(is_own);
-    let runtime = runtime.or_else(|| Some(PathBuf::from(format!("/run/user/{uid}"))).filter(is_own));
-    let runtime = runtime.or_else(|| (uid == 0).then(|| PathBuf::from("/run")));
-    let base = match runtime {
-        Some(runtime) => runtime.join("portwatch"),
-        None => {
-            let home = absolute("HOME").filter(is_own).context(
-                "there is no place to remember servers: set XDG_RUNTIME_DIR to a directory of yours, or HOME",
-            )?;
-            let state = absolute("XDG_STATE_HOME").unwrap_or_else(|| home.join(".local/state"));
-            fs::create_dir_all(&state).with_context(|| format!("cannot make {}", shown(&state)))?;
-            state.join("portwatch")
-        }
-    };
+    let base = crate::place::of_user(variable, uid)?
+        .context("there is no place to remember servers: set XDG_RUNTIME_DIR to a directory of yours, or HOME")?
+        .join("portwatch");
     // The agent's directory is open to all; what is in here is not.
     make(&base, uid, 0o022)?;
     let directory = base.join(part);
@@ -355,6 +339,7 @@ mod tests {
         Record {
             name: name.to_owned(),
             port: Some(8000),
+            proto: None,
             address: None,
             health: None,
             command: vec!["web".to_owned()],
@@ -432,13 +417,7 @@ mod tests {
         fs::remove_dir(&place).unwrap();
         symlink("/tmp", &place).unwrap();
         assert!(place_in(&variable, uid, "servers").is_err());
-        // Somebody else's runtime directory is not used: sudo may leave it in the environment.
-        let other = |name: &str| match name {
-            "XDG_RUNTIME_DIR" => Some(OsString::from("/proc/1")),
-            "HOME" => Some(own.clone().into_os_string()),
-            _ => None,
-        };
-        let stranger = place_in(&other, 4_000_000, "servers");
+        let stranger = place_in(&variable, 4_000_000, "servers");
         assert!(stranger.is_err_and(|error| error.to_string().contains("no place to remember servers")));
     }
 }

@@ -55,7 +55,7 @@ impl Signals {
     /// When the kernel has no descriptor for it.
     pub fn open() -> anyhow::Result<Signals> {
         let set: SigSet = FORWARDED.into_iter().filter(|signal| !is_ignored(*signal)).collect();
-        let (fd, _) = block(&set)?;
+        let fd = block(&set)?;
         // SAFETY: `Readable` keeps its descriptor as long as it is there, and always tells the same one.
         let fd = unsafe { AsyncFd::register(Readable(fd)) };
         fd.map(Signals).map_err(io::Error::from).context("cannot wait for signals")
@@ -85,12 +85,11 @@ fn told(info: &siginfo) -> Told {
     }
 }
 
-/// Blocks these signals; the descriptor that they are read from, and the signals that were blocked before.
-pub(super) fn block(set: &SigSet) -> anyhow::Result<(SignalFd, SigSet)> {
-    let before = SigSet::thread_get_mask().context("cannot read the signal mask")?;
+/// Blocks these signals; the descriptor that they are read from.
+pub(super) fn block(set: &SigSet) -> anyhow::Result<SignalFd> {
     set.thread_block().context("cannot block signals")?;
     let fd = SignalFd::with_flags(set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC);
-    Ok((fd.context("cannot make a signal descriptor")?, before))
+    fd.context("cannot make a signal descriptor")
 }
 
 /// Reads all that came.

@@ -13,7 +13,7 @@
 use std::collections::HashSet;
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::libc;
@@ -80,8 +80,6 @@ pub(super) struct Clearing {
     asked: HashSet<ProcessId>,
     /// When somebody ended last, once SIGKILL is sent.
     progress: Option<Instant>,
-    /// Children of this process that it had before, and what comes of them.
-    spared: Vec<ProcessId>,
 }
 
 /// What [`Clearing::step`] says.
@@ -94,33 +92,8 @@ pub(super) enum Next {
 }
 
 impl Clearing {
-    /// `spared` are children that are to go on.
-    pub(super) fn begin(grace: Duration, spared: Vec<ProcessId>) -> Clearing {
-        Clearing { kill_at: Instant::now() + grace, asked: HashSet::new(), progress: None, spared }
-    }
-
-    /// Whether those that are spared are all that is left: of them wait(2) tells nothing else.
-    pub(super) fn is_over(&self) -> bool {
-        let own = std::process::id();
-        let is_ours = |stat: &Stat| stat.ppid == own && !self.spares(stat.pid);
-        !self.spared.is_empty()
-            && self.children().next().is_none()
-            && stat::all().is_ok_and(|all| !all.iter().any(is_ours))
-    }
-
-    fn spares(&self, pid: u32) -> bool {
-        !self.spared.is_empty()
-            && stat::read(pid).is_ok_and(|stat| self.spared.iter().any(|spared| spared.is_same(stat.id())))
-    }
-
-    /// The children of this process, zombies included, that are not spared.
-    fn children(&self) -> impl Iterator<Item = u32> {
-        children_of(std::process::id()).into_iter().filter(|pid| !self.spares(*pid))
-    }
-
-    /// Every descendant that can be found and proved to be one at this moment.
-    fn each_descendant(&self, found: &mut dyn FnMut(&Stat, BorrowedFd<'_>)) {
-        visit(self.children(), std::process::id(), None, MAX_DEPTH, found);
+    pub(super) fn begin(grace: Duration) -> Clearing {
+        Clearing { kill_at: Instant::now() + grace, asked: HashSet::new(), progress: None }
     }
 
     /// How many were asked to end.
@@ -140,18 +113,18 @@ impl Clearing {
         }
         let since = *self.progress.get_or_insert(now);
         if now.duration_since(since) > GIVE_UP {
-            return Next::GaveUp(self.children().filter_map(named).take(NAMED).collect());
+            return Next::GaveUp(children().into_iter().filter_map(named).take(NAMED).collect());
         }
         if let Some(enclosure) = enclosure {
             enclosure.kill();
         }
         let mut is_refused = false;
-        for pid in self.children() {
+        for pid in children() {
             is_refused |= signal_child(pid, Signal::KILL) == Err(Errno::PERM);
         }
         if is_refused {
             // Of one that we may not signal, the children may be ours to signal all the same.
-            self.each_descendant(&mut |_, pidfd| {
+            each_descendant(&mut |_, pidfd| {
                 let _ = pidfd_send_signal(pidfd, Signal::KILL);
             });
         }
@@ -160,14 +133,12 @@ impl Clearing {
 
     /// SIGTERM to each that did not get it yet, and SIGCONT, for who is stopped cannot end.
     fn ask(&mut self) {
-        let mut asked = std::mem::take(&mut self.asked);
-        self.each_descendant(&mut |stat, pidfd| {
-            if !stat.exiting && asked.insert(stat.id()) {
+        each_descendant(&mut |stat, pidfd| {
+            if !stat.exiting && self.asked.insert(stat.id()) {
                 let _ = pidfd_send_signal(pidfd, Signal::TERM);
                 let _ = pidfd_send_signal(pidfd, Signal::CONT);
             }
         });
-        self.asked = asked;
     }
 }
 
@@ -179,10 +150,23 @@ fn named(pid: u32) -> Option<Ancestor> {
     stat::read(pid).ok().map(|Stat { pid, name, .. }| Ancestor { pid, name })
 }
 
-/// The children that this process has now.
-pub(super) fn children() -> Vec<ProcessId> {
-    let all = children_of(std::process::id()).into_iter();
-    all.filter_map(|pid| stat::read(pid).ok()).map(|stat| stat.id()).collect()
+/// A pidfd of this very process, which is readable once it is gone; `None`: it is.
+pub(super) fn open(id: ProcessId) -> Option<OwnedFd> {
+    let pid = i32::try_from(id.pid).ok().and_then(Pid::from_raw)?;
+    let pidfd = pidfd_open(pid, PidfdFlags::empty()).ok()?;
+    // Read after it was opened, and believed if it is alive after that: the number was this process.
+    let is_same = stat::read(id.pid).is_ok_and(|stat| stat.id().is_same(id));
+    (is_same && is_alive(&pidfd)).then_some(pidfd)
+}
+
+/// The children of this process, zombies included.
+fn children() -> Vec<u32> {
+    children_of(std::process::id())
+}
+
+/// Every descendant that can be found and proved to be one at this moment.
+fn each_descendant(found: &mut dyn FnMut(&Stat, BorrowedFd<'_>)) {
+    visit(children(), std::process::id(), None, MAX_DEPTH, found);
 }
 
 fn children_of(pid: u32) -> Vec<u32> {
@@ -202,7 +186,7 @@ fn children_of(pid: u32) -> Vec<u32> {
 }
 
 fn visit(
-    children: impl Iterator<Item = u32>,
+    children: Vec<u32>,
     parent: u32,
     parent_fd: Option<BorrowedFd<'_>>,
     depth: usize,
@@ -217,7 +201,7 @@ fn visit(
         if is_ours {
             found(&stat, pidfd.as_fd());
             if depth > 0 {
-                visit(children_of(pid).into_iter(), pid, Some(pidfd.as_fd()), depth - 1, found);
+                visit(children_of(pid), pid, Some(pidfd.as_fd()), depth - 1, found);
             }
         }
     }

@@ -1,10 +1,8 @@
 //! The watcher: starts the command, is told to pass on signals, and ends everything. One thread, one loop: reap, decide,
 //! wait. States are drawn at the module [`super`].
 
-use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::process::CommandExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
@@ -24,7 +22,7 @@ use super::control::{Cause, Control, FromWatcher, Over, Start, Status, ToWatcher
 use super::enclosure::Enclosure;
 use super::log::Log;
 use super::tree::{self, Clearing, Next, input};
-use super::{Order, signals};
+use super::{Order, signals, with_port};
 use crate::model::ProcessId;
 use crate::source::stat;
 
@@ -66,6 +64,8 @@ struct Watcher<'a> {
     order: &'a Order,
     /// `None`: it goes on without the front.
     control: Option<Control>,
+    /// The front wants to leave.
+    is_dismissed: bool,
     /// A pidfd.
     keeper: OwnedFd,
     signals: SignalFd,
@@ -89,7 +89,7 @@ impl<'a> Watcher<'a> {
         // Nothing stops it but SIGKILL: signals of the terminal and of the group stay pending for ever.
         all.thread_block().context("cannot block signals")?;
         let read = [nix::sys::signal::Signal::SIGCHLD, nix::sys::signal::Signal::SIGTERM].into_iter().collect();
-        let (signals, _) = signals::block(&read)?;
+        let signals = signals::block(&read)?;
         signals::expect_children();
         rustix::process::set_child_subreaper(Pid::from_raw(1)).context("cannot become a subreaper")?;
         let parent = i32::try_from(keeper.pid).ok().and_then(Pid::from_raw).context("a parent has a PID")?;
@@ -100,6 +100,7 @@ impl<'a> Watcher<'a> {
         Ok(Watcher {
             order,
             control: Some(control),
+            is_dismissed: false,
             keeper: keeper_fd,
             signals,
             own: watcher,
@@ -144,7 +145,15 @@ impl<'a> Watcher<'a> {
             (Stage::Idle, Some(cause)) => {
                 return Turn::Over(Over { status: None, cause, leftovers: 0, unended: Vec::new() });
             }
-            (Stage::Running, None) if is_running => return Turn::Wait(self.lifetime_over),
+            (Stage::Running, None) if is_running => {
+                // Here, where it is known that the command has not ended: else the front is told how it did.
+                if self.is_dismissed
+                    && let Some(control) = self.control.take()
+                {
+                    let _ = control.send(&FromWatcher::Detached);
+                }
+                return Turn::Wait(self.lifetime_over);
+            }
             (Stage::Running, Some(_)) if is_running => {
                 self.signal_command(Signal::TERM);
                 // One that is stopped cannot end.
@@ -157,7 +166,7 @@ impl<'a> Watcher<'a> {
             (Stage::Running | Stage::Asked { .. }, _) => {
                 self.cause.get_or_insert(Cause::Ended);
                 self.signal_command(Signal::KILL);
-                self.stage = Stage::Clearing(Clearing::begin(self.order.grace, Vec::new()));
+                self.stage = Stage::Clearing(Clearing::begin(self.order.grace));
             }
             (Stage::Clearing(_), _) => {}
         }
@@ -228,7 +237,7 @@ impl<'a> Watcher<'a> {
                 }
             }
             Ok(Some(ToWatcher::End)) => drop(self.cause.get_or_insert(Cause::Asked)),
-            Ok(Some(ToWatcher::Detach)) => self.control = None,
+            Ok(Some(ToWatcher::Detach)) => self.is_dismissed = true,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Ok(None) | Err(_) => {
                 self.control = None;
@@ -257,7 +266,7 @@ impl<'a> Watcher<'a> {
         let entry = enclosure.as_ref().and_then(Enclosure::make);
         // Kept before anything can fail, to be removed at the end.
         self.enclosure = enclosure.filter(|_| entry.is_some());
-        let mut command = Command::new(&self.order.program);
+        let mut command = Command::new(with_port(&self.order.program, start.port));
         command.args(self.order.arguments.iter().map(|argument| with_port(argument, start.port)));
         if let Some(port) = start.port {
             command.env("PORT", port.to_string());
@@ -343,21 +352,6 @@ fn status_of(how: WaitStatus) -> Option<Status> {
     how.exit_status().map(Status::Exited).or_else(|| how.terminating_signal().map(Status::Signalled))
 }
 
-/// `{port}` replaced.
-fn with_port(text: &OsStr, port: Option<u16>) -> OsString {
-    const MARK: &[u8] = b"{port}";
-    let Some(port) = port.map(|port| port.to_string()) else { return text.to_owned() };
-    let mut left = text.as_bytes();
-    let mut made = Vec::with_capacity(left.len());
-    while let Some(at) = left.windows(MARK.len()).position(|window| window == MARK) {
-        made.extend_from_slice(&left[..at]);
-        made.extend_from_slice(port.as_bytes());
-        left = &left[at + MARK.len()..];
-    }
-    made.extend_from_slice(left);
-    OsString::from_vec(made)
-}
-
 /// Whoever reads from a pipe that the front was given waits for the front and the command, and not for us.
 pub(super) fn let_go_of_streams() -> io::Result<()> {
     let null = std::fs::File::options().read(true).write(true).open("/dev/null")?;
@@ -365,22 +359,4 @@ pub(super) fn let_go_of_streams() -> io::Result<()> {
     rustix::stdio::dup2_stdout(&null)?;
     rustix::stdio::dup2_stderr(&null)?;
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_port_is_put_into_arguments() {
-        for (text, port, want) in [
-            ("--port={port}", Some(8000), "--port=8000"),
-            ("{port}:{port}", Some(1), "1:1"),
-            ("{port}", None, "{port}"),
-            ("{ports}{por", Some(1), "{ports}{por"),
-            ("", Some(1), ""),
-        ] {
-            assert_eq!(with_port(OsStr::new(text), port), want, "{text}");
-        }
-    }
 }

@@ -38,7 +38,7 @@ pub(crate) fn listening(watcher: u32, port: Option<u16>) -> anyhow::Result<Vec<L
     Ok(listeners)
 }
 
-/// Waits until a descendant of the watcher listens on the port, by TCP if so `wanted`. Cancel safe.
+/// Waits until a descendant of the watcher listens on the port, by the protocol that is `wanted`. Cancel safe.
 pub(super) async fn bound(
     port: u16,
     wanted: Option<Protocol>,
@@ -139,7 +139,7 @@ pub(super) fn url(listener: &Listener) -> String {
 
 /// Where the command listens although nobody waits for that there, and who has the port: for the sentence that it was not
 /// ready in time.
-pub(super) fn instead(port: u16, watcher: u32) -> String {
+pub(super) fn instead(port: u16, proto: Protocol, watcher: u32) -> String {
     let elsewhere = listening(watcher, None).unwrap_or_default();
     let mut places: Vec<String> =
         elsewhere.iter().map(|listener| format!("{}/{}", listener.socket.endpoint(), listener.socket.proto)).collect();
@@ -147,16 +147,16 @@ pub(super) fn instead(port: u16, watcher: u32) -> String {
     if !places.is_empty() {
         return format!("it listens on {} instead", places.join(", "));
     }
-    match holder(port) {
+    match holder(port, proto) {
         Some(who) => format!("{who} has that port, and is none of its processes"),
         None => "it listens nowhere".to_owned(),
     }
 }
 
-/// Who listens on a TCP port, in a few words.
-pub(super) fn holder(port: u16) -> Option<String> {
+/// Who listens on a port, in a few words.
+pub(super) fn holder(port: u16, proto: Protocol) -> Option<String> {
     let mut scanner = Scanner::open(Probe::Only(Tier::Poll));
-    let is_wanted = |socket: &portwatch::model::Socket| socket.port == port && socket.proto == Protocol::Tcp;
+    let is_wanted = |socket: &portwatch::model::Socket| socket.port == port && socket.proto == proto;
     let listeners = scanner.scan(false, &is_wanted).ok()?.listeners;
     let process = listeners.iter().find_map(|listener| listener.binder()).map(|binder| &binder.process);
     match process {
