@@ -51,6 +51,7 @@ mod subject;
 mod supervised;
 mod sweep;
 mod terminal;
+mod top;
 mod user;
 mod wait;
 mod watch;
@@ -115,6 +116,7 @@ fn main() -> ExitCode {
         list::trials(),
         who::trials(),
         watch::trials(),
+        top::trials(),
         storm::trials(),
         idle::trials(),
         kill::trials(),
