@@ -52,6 +52,7 @@ mod subject;
 mod supervised;
 mod sweep;
 mod terminal;
+mod top;
 mod user;
 mod wait;
 mod watch;
@@ -116,6 +117,7 @@ fn main() -> ExitCode {
         list::trials(),
         who::trials(),
         watch::trials(),
+        top::trials(),
         storm::trials(),
         idle::trials(),
         kill::trials(),

@@ -8,6 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use nix::libc;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -65,6 +66,18 @@ impl Terminal {
         self.connect(command.env("TERM", "xterm")).spawn().expect("a program on a terminal")
     }
 
+    /// As [`Terminal::spawn`], in a session of its own, so that `/dev/tty` is not the terminal that the tests run on.
+    pub fn spawn_apart(&self, command: &mut Command) -> Child {
+        // SAFETY: setsid is async-signal-safe and touches only the child.
+        unsafe {
+            command.pre_exec(|| match libc::setsid() {
+                -1 => Err(io::Error::last_os_error()),
+                _ => Ok(()),
+            });
+        }
+        self.spawn(command)
+    }
+
     fn connect<'c>(&self, command: &'c mut Command) -> &'c mut Command {
         command.stdin(self.stdio()).stdout(self.stdio()).stderr(self.stdio())
     }
@@ -113,6 +126,21 @@ impl Terminal {
             assert!(wait_readable(&self.controller), "no '{text}' on the terminal: {}", self.said);
             self.read();
         }
+    }
+
+    /// Waits until the program says more, for as long as it may take.
+    #[track_caller]
+    pub fn more(&mut self, limit: Duration) {
+        let limit = Timespec::try_from(limit).expect("a time");
+        let talks = poll(&mut [PollFd::new(&self.controller, PollFlags::IN)], Some(&limit)).expect("poll") > 0;
+        assert!(talks, "nothing more on the terminal: {:?}", self.said);
+        self.read();
+    }
+
+    /// Makes it larger or smaller. Only those that it controls are told.
+    pub fn resize(&self, rows: u16, columns: u16) {
+        let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+        tcsetwinsize(&self.controller, size).expect("TIOCSWINSZ");
     }
 
     fn read(&mut self) {

@@ -16,15 +16,15 @@ use crate::{Test, test};
 const NOBODY: u32 = 65534;
 
 /// A stage with a copy of the binary that everybody may run, a server of root and one of the user.
-struct Scene {
+pub struct Scene {
     stage: Stage,
-    root: (Puppet, Sock),
-    own: (Puppet, Sock),
+    pub root: (Puppet, Sock),
+    pub own: (Puppet, Sock),
 }
 
 impl Scene {
     /// `None`, loudly, where the tests themselves run as an ordinary user.
-    fn new() -> Option<Scene> {
+    pub fn new() -> Option<Scene> {
         if !rustix::process::geteuid().is_root() {
             skip("root", "only root can become somebody else");
             return None;
@@ -39,7 +39,7 @@ impl Scene {
         Some(Scene { root: (root, of_root), own: (own, of_own), stage })
     }
 
-    fn command(&self, arguments: &[&str]) -> Command {
+    pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = plain_command(self.stage.path("portwatch"), arguments);
         command.uid(NOBODY).gid(NOBODY).current_dir("/");
         command

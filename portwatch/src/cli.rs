@@ -26,6 +26,7 @@ use crate::commands::rules::RulesArgs;
 use crate::commands::run::RunArgs;
 use crate::commands::status::StatusArgs;
 use crate::commands::stop::StopArgs;
+use crate::commands::top::TopArgs;
 use crate::commands::wait::WaitArgs;
 use crate::commands::watch::WatchArgs;
 use crate::commands::who::WhoArgs;
@@ -49,6 +50,7 @@ Examples:
   portwatch who 8000                  everything about one port
   portwatch watch --for 10s           ports as they open and close
   portwatch kill 8000                 free a port
+  portwatch top                       all of that on one screen, live
   portwatch kill @dev --older-than 24h --dry-run
   portwatch wait 5432 --bound --timeout 30s && make test"
 )]
@@ -59,7 +61,7 @@ pub(crate) struct Cli {
     pub(crate) globals: Globals,
 }
 
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub(crate) struct Globals {
     /// How to learn of listeners: auto, fexit, kprobe, tracepoint or poll
     ///
@@ -107,6 +109,8 @@ pub(crate) enum Verb {
     Watch(WatchArgs),
     /// Free ports, by ending the processes that hold them
     Kill(KillArgs),
+    /// Show listeners on the whole screen, live, and end them by key
+    Top(TopArgs),
     /// Wait until ports are bound, or free
     Wait(WaitArgs),
     /// Record what is listening now, for `kill --since`
@@ -149,11 +153,12 @@ pub(crate) fn command(is_meant: impl Fn(&str) -> bool) -> Command {
 
 type AddArguments = fn(Command) -> Command;
 
-const ARGUMENTS: [(&str, AddArguments); 18] = [
+const ARGUMENTS: [(&str, AddArguments); 19] = [
     ("list", ListArgs::augment_args),
     ("who", WhoArgs::augment_args),
     ("watch", WatchArgs::augment_args),
     ("kill", KillArgs::augment_args),
+    ("top", TopArgs::augment_args),
     ("wait", WaitArgs::augment_args),
     ("mark", MarkArgs::augment_args),
     ("run", RunArgs::augment_args),

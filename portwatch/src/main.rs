@@ -53,6 +53,7 @@ fn run(verb: &Verb, globals: &cli::Globals) -> anyhow::Result<ExitCode> {
         Verb::Agent(args) => commands::agent::run(args, globals),
         Verb::Status(args) => commands::status::run(args, globals),
         Verb::Watch(args) => commands::watch::run(args, globals),
+        Verb::Top(args) => commands::top::run(args, globals),
         Verb::Diagnose(args) => commands::diagnose::run(args, globals),
         Verb::Kill(args) => commands::kill::run(args, globals),
         Verb::Mark(args) => commands::mark::run(args, globals),

@@ -25,7 +25,8 @@ use portwatch::wire::{Kill, Selection};
 use rustix::process::Signal;
 
 use self::leaks::LeakArgs;
-use self::way::{End, Way};
+use self::way::End;
+pub(crate) use self::way::{Way, open_scanner};
 use super::progress::Display;
 use super::{Users, note, print, selection, selector, view, view_on};
 use crate::cli::{Globals, Selectors, TARGETS, duration};
@@ -285,7 +286,7 @@ fn nothing_signalled() -> anyhow::Result<ExitCode> {
 }
 
 /// Who would be hit, and who would not although it holds the port.
-fn summary(plan: &Plan, view: &View<'_>) -> String {
+pub(crate) fn summary(plan: &Plan, view: &View<'_>) -> String {
     if plan.closes {
         return preview::closures(plan);
     }

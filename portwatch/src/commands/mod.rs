@@ -16,6 +16,7 @@ pub(crate) mod rules;
 pub(crate) mod run;
 pub(crate) mod status;
 pub(crate) mod stop;
+pub(crate) mod top;
 pub(crate) mod wait;
 pub(crate) mod watch;
 pub(crate) mod who;

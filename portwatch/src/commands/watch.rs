@@ -11,7 +11,7 @@ use portwatch::history::{self, Utc};
 use portwatch::model::Change;
 use portwatch::render::{self, View, json, text};
 use portwatch::select::{Selector, Shown};
-use portwatch::source::Live;
+use portwatch::source::{Live, POLL_INTERVAL};
 use portwatch::tracker::Tracker;
 use portwatch::wire::Selection;
 use tokio::signal::unix::{SignalKind, signal};
@@ -141,18 +141,26 @@ fn show(out: &mut impl Write, changes: &[Change], as_json: bool, view: &View<'_>
 
 /// Tells on stderr that watching has begun, and what cannot be seen. Whatever opens after this line is shown.
 pub(crate) fn announce(live: &Live, globals: &Globals) {
-    let tier = live.tier();
+    let (tier, limits) = (live.tier(), limits(live));
     if tier.is_event_driven() {
-        let own = live.refusals().iter().filter(|refusal| refusal.tier == tier);
-        let limits: String = own.map(|limit| format!("; {}", render::escape(&limit.reason))).collect();
         note(&format!("watching ({tier}){limits}"));
     } else {
-        let interval = portwatch::source::POLL_INTERVAL.as_millis();
-        let reason = live.refusals().first().map(|refusal| render::escape(&refusal.reason).into_owned());
-        let why = reason.map(|reason| format!(": {reason}")).unwrap_or_default();
-        note(&format!("watching (poll): not event-driven, looks every {interval} ms and misses what is shorter{why}"));
+        let interval = POLL_INTERVAL.as_millis();
+        note(&format!(
+            "watching (poll): not event-driven, looks every {interval} ms and misses what is shorter{limits}"
+        ));
     }
     for refusal in live.refusals() {
         explain(globals, &refused(refusal.tier, &refusal.reason));
     }
+}
+
+/// What cannot be seen, or why nothing is told by events: goes on behind how it is done. Escaped.
+pub(crate) fn limits(live: &Live) -> String {
+    let tier = live.tier();
+    if tier.is_event_driven() {
+        let own = live.refusals().iter().filter(|refusal| refusal.tier == tier);
+        return own.map(|limit| format!("; {}", render::escape(&limit.reason))).collect();
+    }
+    live.refusals().first().map(|refusal| format!(": {}", render::escape(&refusal.reason))).unwrap_or_default()
 }

@@ -386,7 +386,8 @@ pub(super) fn key(socket: &Socket) -> (u16, Protocol, NetnsId) {
     (socket.port, socket.proto, socket.netns)
 }
 
-pub(crate) fn same_socket(a: SocketId, b: SocketId) -> bool {
+/// Whether both name the same socket, as far as either number is known of both.
+pub fn same_socket(a: SocketId, b: SocketId) -> bool {
     if a.inode != 0 && b.inode != 0 { a.inode == b.inode } else { a.cookie != 0 && a.cookie == b.cookie }
 }
 

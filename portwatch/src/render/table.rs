@@ -1,6 +1,7 @@
 //! The table of `list`, a row for each listener, and how any table is fitted to the terminal.
 //!
-//! Rows are never wrapped: on a terminal the command is cut, then users and names, and at last the row as a whole.
+//! Rows are never wrapped: on a terminal the command is cut, then users and names, and at last the row as a whole. Who
+//! draws the cells of `list` in another way ([`columns`], [`cells`]) lays them out by [`widths`].
 
 use super::{BOLD, DIM, GREEN, View, YELLOW, age, command_line, cut, escape, width};
 use crate::model::{Holder, Listener};
@@ -9,7 +10,8 @@ use crate::model::{Holder, Listener};
 const COMMAND_MIN: usize = 16;
 /// Columns below which users and names are not cut.
 const NAME_MIN: usize = 8;
-const GAP: &str = "  ";
+/// Between two columns.
+pub const GAP: &str = "  ";
 
 /// How much the table shows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,9 +22,12 @@ pub enum Detail {
     Holders,
 }
 
-pub(crate) struct Column {
-    title: &'static str,
-    right: bool,
+/// A column of a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Column {
+    pub title: &'static str,
+    /// Whether its cells stand at the right edge.
+    pub right: bool,
 }
 
 pub(crate) const fn left(title: &'static str) -> Column {
@@ -37,12 +42,7 @@ pub(crate) const fn right(title: &'static str) -> Column {
 pub fn table(listeners: &[Listener], detail: Detail, view: &View<'_>) -> String {
     let Some(first) = listeners.first() else { return String::new() };
     let several_netns = listeners.iter().any(|listener| listener.socket.netns != first.socket.netns);
-    let mut columns = vec![left("PROTO"), left("ADDRESS"), right("PORT")];
-    if several_netns {
-        columns.push(left("NETNS"));
-    }
-    columns.extend([left("PID"), left("USER"), left("NAME"), right("AGE"), left("COMMAND")]);
-
+    let columns = columns(several_netns);
     let mut rows: Vec<(bool, Vec<String>)> = Vec::with_capacity(listeners.len());
     for listener in listeners {
         let ghost = listener.is_ghost();
@@ -53,13 +53,26 @@ pub fn table(listeners: &[Listener], detail: Detail, view: &View<'_>) -> String 
                     rows.push((ghost, row(listener, Some(holder), 0, several_netns, view)));
                 }
             }
-            _ => {
-                let more = listener.holders.len().saturating_sub(1);
-                rows.push((ghost, row(listener, listener.binder(), more, several_netns, view)));
-            }
+            _ => rows.push((ghost, cells(listener, several_netns, view))),
         }
     }
     lay_out(&columns, &rows, view)
+}
+
+/// The columns of `list`, which shows namespaces where there are several.
+pub fn columns(several_netns: bool) -> Vec<Column> {
+    let mut columns = vec![left("PROTO"), left("ADDRESS"), right("PORT")];
+    if several_netns {
+        columns.push(left("NETNS"));
+    }
+    columns.extend([left("PID"), left("USER"), left("NAME"), right("AGE"), left("COMMAND")]);
+    columns
+}
+
+/// The row of a listener: its binder, and how many more hold it. Escaped.
+pub fn cells(listener: &Listener, several_netns: bool, view: &View<'_>) -> Vec<String> {
+    let more = listener.holders.len().saturating_sub(1);
+    row(listener, listener.binder(), more, several_netns, view)
 }
 
 fn row(listener: &Listener, holder: Option<&Holder>, more: usize, several_netns: bool, view: &View<'_>) -> Vec<String> {
@@ -89,15 +102,7 @@ fn row(listener: &Listener, holder: Option<&Holder>, more: usize, several_netns:
 
 /// Header and rows, with line ends. A row that is marked is a ghost's. The last column is the first to be cut.
 pub(crate) fn lay_out(columns: &[Column], rows: &[(bool, Vec<String>)], view: &View<'_>) -> String {
-    let mut widths: Vec<usize> = columns.iter().map(|column| column.title.len()).collect();
-    for (_, row) in rows {
-        for (known, cell) in widths.iter_mut().zip(row) {
-            *known = (*known).max(width(cell));
-        }
-    }
-    if let Some(terminal) = view.width {
-        fit(columns, &mut widths, terminal);
-    }
+    let widths = widths(columns, rows.iter().map(|(_, row)| &row[..]), view.width);
     let titles: Vec<String> = columns.iter().map(|column| column.title.to_owned()).collect();
     let mut out = one_row(columns, &widths, &titles, &|_, text| view.paint(BOLD, text), view);
     for (ghost, cells) in rows {
@@ -111,6 +116,21 @@ pub(crate) fn lay_out(columns: &[Column], rows: &[(bool, Vec<String>)], view: &V
         out.push_str(&one_row(columns, &widths, cells, &paint, view));
     }
     out
+}
+
+/// How wide each column is, so that a row takes at most the columns of the terminal, if there is one: all but those that
+/// are not cut, which end at its edge.
+pub fn widths<'a>(columns: &[Column], rows: impl Iterator<Item = &'a [String]>, terminal: Option<usize>) -> Vec<usize> {
+    let mut widths: Vec<usize> = columns.iter().map(|column| column.title.len()).collect();
+    for row in rows {
+        for (known, cell) in widths.iter_mut().zip(row) {
+            *known = (*known).max(width(cell));
+        }
+    }
+    if let Some(terminal) = terminal {
+        fit(columns, &mut widths, terminal);
+    }
+    widths
 }
 
 fn one_row(

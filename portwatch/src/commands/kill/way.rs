@@ -15,7 +15,7 @@ use crate::cli::Globals;
 use crate::commands::{explain, note, reach_agent, runtime};
 
 /// A kill that is planned, and by whom it is carried out.
-pub(super) enum Way {
+pub(crate) enum Way {
     Agent { kill: Box<PlannedKill>, runtime: Runtime },
     Alone { job: Box<Job>, scanner: Scanner },
 }
@@ -70,7 +70,7 @@ impl Way {
         Ok(ControlFlow::Continue(Way::Alone { job: Box::new(job), scanner }))
     }
 
-    pub(super) fn plan(&self) -> &Plan {
+    pub(crate) fn plan(&self) -> &Plan {
         match self {
             Way::Agent { kill, .. } => &kill.plan,
             Way::Alone { job, .. } => job.plan(),
@@ -78,7 +78,7 @@ impl Way {
     }
 
     /// What there is to think about. `chosen`: each was picked by hand.
-    pub(super) fn concerns(&self, chosen: bool) -> Vec<Concern> {
+    pub(crate) fn concerns(&self, chosen: bool) -> Vec<Concern> {
         match self {
             Way::Agent { kill, .. } => kill.concerns.clone(),
             Way::Alone { job, .. } => {
@@ -96,7 +96,7 @@ impl Way {
         }
     }
 
-    pub(super) fn run(self, options: Options, progress: &mut dyn FnMut(&Progress<'_>)) -> anyhow::Result<Vec<Outcome>> {
+    pub(crate) fn run(self, options: Options, progress: &mut dyn FnMut(&Progress<'_>)) -> anyhow::Result<Vec<Outcome>> {
         match self {
             // It was told the options with the request.
             Way::Agent { kill, runtime } => runtime.block_on(kill.carry_out(progress)),
@@ -106,7 +106,7 @@ impl Way {
 }
 
 /// A way to read who holds what, for who then signals by PID.
-pub(super) fn open_scanner(globals: &Globals) -> anyhow::Result<Scanner> {
+pub(crate) fn open_scanner(globals: &Globals) -> anyhow::Result<Scanner> {
     if std::fs::read_link("/proc/self").ok() != Some(std::process::id().to_string().into()) {
         anyhow::bail!(
             "/proc belongs to another pid namespace, so its PIDs mean nothing here; mount one of this namespace"
