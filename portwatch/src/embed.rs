@@ -8,7 +8,7 @@ use futures_util::stream::{BoxStream, StreamExt as _, try_unfold};
 
 use crate::client::{Client, Subscription};
 use crate::feed::Feed;
-use crate::model::{Change, Listener};
+use crate::model::{Change, Listener, Socket};
 use crate::select::{BadTarget, Filters, Selector, Shown, builtin_sets, parse_targets};
 use crate::source::{Probe, Scanner, netns};
 use crate::tracker::Tracker;
@@ -28,10 +28,11 @@ pub fn selector<T: AsRef<str>>(targets: &[T]) -> Result<Selector, BadTarget> {
 /// process may see them. Takes milliseconds; blocks.
 ///
 /// # Errors
-/// When neither the kernel's iterators nor `sock_diag` with `/proc` can be read.
+/// When neither the kernel's iterators nor `sock_diag` with `/proc` can be read, or the selector's network namespace cannot be
+/// seen: that is not one in which nobody listens.
 pub fn snapshot(selector: &Selector) -> anyhow::Result<Vec<Listener>> {
-    let is_elsewhere = selector.filters().netns.is_none_or(|wanted| netns::own().ok() != Some(wanted));
-    let snapshot = Scanner::open(Probe::Auto).scan(is_elsewhere, &|socket| selector.matches_socket(socket))?;
+    let picks = |socket: &Socket| selector.matches_socket(socket);
+    let snapshot = Scanner::open(Probe::Auto).scan_in(selector.filters().netns, &picks)?;
     let mut listeners = snapshot.listeners;
     listeners.retain(|listener| selector.matches(listener, snapshot.at));
     listeners.sort_by_key(|Listener { socket, .. }| (socket.port, socket.proto, socket.address, socket.netns));
@@ -44,7 +45,8 @@ pub fn snapshot(selector: &Selector) -> anyhow::Result<Vec<Listener>> {
 /// meanwhile follows. To be polled in a tokio runtime with IO and time.
 ///
 /// # Errors
-/// When an agent answers that is of no use, or no source of our own can be opened. In the stream: when it ends early.
+/// When an agent answers that is of no use, no source of our own can be opened, or the selector's network namespace cannot be
+/// seen. In the stream: when it ends early.
 pub async fn changes(
     selector: Selector,
     agent: Option<&Path>,
@@ -55,7 +57,11 @@ pub async fn changes(
     };
     let feed = match client {
         Some(client) => Feed::Agent(Box::new(Subscription::begin(client, Selection::of(&selector), None).await?)),
-        None => Feed::Own(Box::new(Tracker::open(Probe::Auto, None)?)),
+        None => {
+            let tracker = Tracker::open(Probe::Auto, None)?;
+            tracker.check_sees(selector.filters().netns)?;
+            Feed::Own(Box::new(tracker))
+        }
     };
     let mut shown = Shown::default();
     feed.listeners().into_iter().for_each(|listener| shown.add(listener));
