@@ -128,8 +128,18 @@ impl Client {
         self
     }
 
-    /// The next line; `null` where the agent hung up.
+    /// The next line but that the agent is at work; `null` where it hung up.
     pub fn hear(&mut self) -> Value {
+        loop {
+            let line = self.hear_all();
+            if line["response"] != "working" {
+                return line;
+            }
+        }
+    }
+
+    /// The next line.
+    pub fn hear_all(&mut self) -> Value {
         let mut line = String::new();
         match self.0.read_line(&mut line) {
             Ok(0) => Value::Null,
@@ -426,6 +436,32 @@ pub fn trials() -> Vec<Test> {
             agent.portwatch(&["list"]).expect(4);
             agent.signal(Signal::CONT);
             agent.portwatch(&["list"]).expect(0);
+        }),
+        test("agent::an_answer_that_waits_for_its_turn_says_that_it_is_worked_on", || {
+            let stage = Stage::new();
+            let agent = Agent::start(&stage);
+            let puppet = stage.puppet();
+            for _ in 0..200 {
+                puppet.serve();
+            }
+            let request = r#"{"request":"list"}"#;
+            // As many as may be under way, none of which is read to its end.
+            let mut slow: Vec<Client> = (0..8).map(|_| agent.connect().hello()).collect();
+            for client in &mut slow {
+                assert_eq!(client.say(request).hear()["response"], "listener");
+            }
+            let mut patient = agent.connect().hello();
+            patient.say(request);
+            for _ in 0..3 {
+                assert_eq!(patient.hear_all(), json!({"response": "working"}));
+            }
+            // Nobody who asks for little waits.
+            let target = format!("{}/tcp", puppet.serve().port());
+            agent.portwatch(&["who", &target]).expect(0);
+            let list = agent.command(&["list", "--json"]).spawn().expect("portwatch");
+            drop(slow);
+            assert_eq!(patient.hear()["response"], "listener");
+            assert!(finish(list).expect(0).json().as_array().is_some_and(|all| all.len() > 200));
         }),
         test("agent::nonsense_is_answered_with_an_error_and_the_next_request_as_ever", || {
             let stage = Stage::new();

@@ -36,6 +36,7 @@ mod mark;
 mod metrics;
 mod oracle;
 mod prefork;
+mod pretender;
 mod puppet;
 mod race;
 mod replay;
@@ -130,6 +131,7 @@ fn main() -> ExitCode {
         shell::trials(),
         agent::trials(),
         agent_kill::trials(),
+        pretender::trials(),
         access::trials(),
         faults::trials(),
         chaos::trials(),

@@ -148,6 +148,8 @@ pub enum Response {
     /// What became of a port.
     Outcome(Box<Told>),
     Rule(Box<rules::State>),
+    /// The answer takes its time, and is worked on. Told again and again until it begins; counts as nothing.
+    Working {},
     /// The answer is complete.
     End {
         count: usize,

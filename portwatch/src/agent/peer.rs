@@ -5,6 +5,7 @@ mod watch;
 
 use std::convert::Infallible;
 use std::path::Path;
+use std::pin::pin;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -39,6 +40,9 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// How long a peer may take to read the whole of an answer that others wait for.
 const READING: Duration = Duration::from_secs(30);
 
+/// How often a peer is told that its answer is worked on. One that hears nothing for two seconds takes the agent for hung.
+const BEAT: Duration = Duration::from_millis(500);
+
 /// After a failed accept, such as for want of descriptors.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
@@ -64,6 +68,41 @@ pub(super) struct Shared {
     pub(super) policy: Policy,
     /// The directory of marks.
     pub(super) marks: Rc<Path>,
+}
+
+impl Shared {
+    async fn ask<T>(&self, ask: impl FnOnce(oneshot::Sender<T>) -> Ask) -> Result<T, End> {
+        let (reply, answer) = oneshot::channel();
+        self.asks.send(ask(reply)).await.map_err(|_| End::Stopped)?;
+        Ok(answer.await?)
+    }
+
+    /// Asks for what may be much. Answers that wait for their turn take no memory: then it is asked anew. `ask` is handed
+    /// the selector without what has to be looked up of processes, which is done afterwards.
+    async fn gather<'p, T: Send + 'static>(
+        &self,
+        place: &'p Place,
+        selector: &Selector,
+        of: fn(&T) -> &Listener,
+        ask: impl Fn(Box<Selector>, oneshot::Sender<Result<Vec<T>, String>>) -> Ask,
+    ) -> Result<Result<(Vec<T>, Option<Turn<'p>>), String>, End> {
+        let ask = |reply| ask(Box::new(selector.clone().without_facts()), reply);
+        match self.ask(&ask).await? {
+            Ok(few) if few.len() <= few_for(selector) => return Ok(Ok((few, None))),
+            Ok(many) => drop(many),
+            Err(trouble) => return Ok(Err(trouble)),
+        }
+        let mut turn = place.turn(Answer::List).await;
+        match self.ask(&ask).await? {
+            Ok(all) => {
+                if all.len() <= FEW {
+                    turn.was_small();
+                }
+                Ok(Ok((sifted(all, selector, of).await?, Some(turn))))
+            }
+            Err(trouble) => Ok(Err(trouble)),
+        }
+    }
 }
 
 /// Takes connections for ever, each served by a task of its own. Needs a [`tokio::task::LocalSet`].
@@ -216,14 +255,22 @@ impl Peer {
         Ok(())
     }
 
-    async fn ask<T>(&self, ask: impl FnOnce(oneshot::Sender<T>) -> Ask) -> Result<T, End> {
-        let (reply, answer) = oneshot::channel();
-        self.shared.asks.send(ask(reply)).await.map_err(|_| End::Stopped)?;
-        Ok(answer.await?)
+    /// Does what may take its time, and tells the peer meanwhile that it is being done.
+    async fn at_work<T>(&mut self, work: impl Future<Output = T>) -> Result<T, End> {
+        let mut work = pin!(work);
+        loop {
+            match timeout(BEAT, &mut work).await {
+                Ok(done) => return Ok(done),
+                Err(_) => {
+                    self.send(&Response::Working {}).await?;
+                    self.flush().await?;
+                }
+            }
+        }
     }
 
     async fn status(&self) -> Result<crate::wire::Status, End> {
-        self.ask(|reply| Ask::Status { reply }).await
+        self.shared.ask(|reply| Ask::Status { reply }).await
     }
 
     /// What the selection means of what the peer may see; `None` where it means nothing, of which the peer was told.
@@ -240,37 +287,12 @@ impl Peer {
         }
     }
 
-    /// Asks for what may be much. Answers that wait for their turn take no memory: then it is asked anew. `ask` is handed
-    /// the selector without what has to be looked up of processes, which is done afterwards.
-    async fn gather<'p, T: Send + 'static>(
-        &self,
-        place: &'p Place,
-        selector: &Selector,
-        of: fn(&T) -> &Listener,
-        ask: impl Fn(Box<Selector>, oneshot::Sender<Result<Vec<T>, String>>) -> Ask,
-    ) -> Result<Result<(Vec<T>, Option<Turn<'p>>), String>, End> {
-        let ask = |reply| ask(Box::new(selector.clone().without_facts()), reply);
-        match self.ask(&ask).await? {
-            Ok(few) if few.len() <= few_for(selector) => return Ok(Ok((few, None))),
-            Ok(many) => drop(many),
-            Err(trouble) => return Ok(Err(trouble)),
-        }
-        let mut turn = place.turn(Answer::List).await;
-        match self.ask(&ask).await? {
-            Ok(all) => {
-                if all.len() <= FEW {
-                    turn.was_small();
-                }
-                Ok(Ok((sifted(all, selector, of).await?, Some(turn))))
-            }
-            Err(trouble) => Ok(Err(trouble)),
-        }
-    }
-
     async fn list(&mut self, selection: &Selection, identity: Identity, place: &Place) -> Result<(), End> {
         let Some(selector) = self.selector(selection, identity).await? else { return Ok(()) };
         let ask = |selector, reply| Ask::List { selector, reply };
-        let (listeners, _turn) = match self.gather(place, &selector, |listener| listener, ask).await? {
+        let shared = self.shared.clone();
+        let gather = shared.gather(place, &selector, |listener| listener, ask);
+        let (listeners, _turn) = match self.at_work(gather).await?? {
             Ok(gathered) => gathered,
             Err(trouble) => return self.refuse(ErrorKind::Failed, &trouble).await,
         };
@@ -281,7 +303,9 @@ impl Peer {
     async fn who(&mut self, selection: &Selection, identity: Identity, place: &Place) -> Result<(), End> {
         let Some(selector) = self.selector(selection, identity).await? else { return Ok(()) };
         let ask = |selector, reply| Ask::Who { selector, reply };
-        let (listeners, turn) = match self.gather(place, &selector, |(listener, _)| listener, ask).await? {
+        let shared = self.shared.clone();
+        let gather = shared.gather(place, &selector, |(listener, _)| listener, ask);
+        let (listeners, turn) = match self.at_work(gather).await?? {
             Ok(gathered) => gathered,
             Err(trouble) => return self.refuse(ErrorKind::Failed, &trouble).await,
         };
@@ -295,7 +319,7 @@ impl Peer {
         // A few files of /proc each.
         let told = match turn {
             None => look(),
-            Some(_) => tokio::task::spawn_blocking(look).await.map_err(|_| End::Stopped)?,
+            Some(_) => self.at_work(tokio::task::spawn_blocking(look)).await?.map_err(|_| End::Stopped)?,
         };
         self.tell(told.into_iter()).await
     }
@@ -328,7 +352,7 @@ impl Peer {
         let Some(path) = self.status().await?.history.map(|history| history.path) else {
             return self.refuse(ErrorKind::Failed, NO_HISTORY).await;
         };
-        let mut turn = place.turn(Answer::History).await;
+        let mut turn = self.at_work(place.turn(Answer::History)).await?;
         let query = move || {
             let clock = super::clock();
             let now = history::clock(clock.now_wall, clock.tz.clone()).now_boot_ns;
@@ -336,7 +360,7 @@ impl Peer {
             Reader::open(&path, &clock)?.lives(&selector, from, now, limit.min(MAX_LIVES))
         };
         // SQLite blocks: not this thread, which has a table to keep.
-        let answer = tokio::task::spawn_blocking(query).await.map_err(|_| End::Stopped)?;
+        let answer = self.at_work(tokio::task::spawn_blocking(query)).await?.map_err(|_| End::Stopped)?;
         let Lives { lives, more } = match answer {
             Ok(answer) => answer,
             Err(error) => return self.refuse(ErrorKind::Failed, &format!("{error:#}")).await,
@@ -368,7 +392,9 @@ impl Peer {
         if !is_asked {
             begun.go();
         }
-        while let Some(response) = begun.told.recv().await {
+        // The plan takes its time; afterwards, the kill tells of itself.
+        let mut told = self.at_work(begun.told.recv()).await?;
+        while let Some(response) = told {
             let is_plan = matches!(response, Response::Plan { .. });
             let is_last = matches!(response, Response::End { .. } | Response::Error { .. });
             self.send(&response).await?;
@@ -383,6 +409,7 @@ impl Peer {
                     None => return Ok(()),
                 }
             }
+            told = begun.told.recv().await;
         }
         self.refuse(ErrorKind::Failed, "the kill ended before its time; see: portwatch who").await
     }
@@ -390,8 +417,9 @@ impl Peer {
     async fn rules(&mut self, identity: Identity, place: &Place) -> Result<(), End> {
         let mut visible = Selector::new(Vec::new(), Filters::default());
         visible.show_only(self.shared.policy.only(identity));
-        let mut turn = place.turn(Answer::List).await;
-        let rules = match self.ask(|reply| Ask::Rules { reply }).await? {
+        let mut turn = self.at_work(place.turn(Answer::List)).await?;
+        let shared = self.shared.clone();
+        let rules = match self.at_work(shared.ask(|reply| Ask::Rules { reply })).await?? {
             Ok(rules) => rules,
             Err(trouble) => return self.refuse(ErrorKind::Failed, &trouble).await,
         };

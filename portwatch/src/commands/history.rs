@@ -5,13 +5,14 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Args;
+use portwatch::client::Answer;
 use portwatch::history::{self, Lives, Reader};
 use portwatch::render;
 use portwatch::render::json;
 use portwatch::select::{Filters, Selector};
 use portwatch::wire::{Request, Response, Selection};
 
-use super::{Users, block_on, note, print, reach_agent, selection, selector, view};
+use super::{Users, ask_agent, block_on, note, print, selection, selector, view};
 use crate::cli::{Globals, Selectors, TARGETS, duration};
 use crate::exit_codes::{NO, Usage};
 
@@ -102,17 +103,13 @@ fn query(
     let last = args.last.and_then(|last| u64::try_from(last.as_nanos()).ok());
     let from = last.map_or(0, |last| now.saturating_sub(last));
     let limit = if args.limit == 0 { usize::MAX } else { args.limit };
-    let told = block_on(async {
-        let Some(mut client) = reach_agent(globals).await? else { return Ok(None) };
-        let (answer, more) = client.ask(&Request::History { selection: Selection::of(selector), from, limit }).await?;
-        let lives = answer.into_iter().filter_map(|response| match response {
+    let request = Request::History { selection: Selection::of(selector), from, limit };
+    if let Some(Answer { responses, more }) = block_on(ask_agent(&request, None, globals))? {
+        let lives = responses.into_iter().filter_map(|response| match response {
             Response::Life(life) => Some(*life),
             _ => None,
         });
-        Ok(Some(Lives { lives: lives.collect(), more }))
-    })?;
-    if told.is_some() {
-        return Ok(told);
+        return Ok(Some(Lives { lives: lives.collect(), more }));
     }
     let path = history::path();
     let reader = match Reader::open(&path, clock) {

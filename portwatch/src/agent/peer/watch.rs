@@ -26,19 +26,23 @@ impl Peer {
         loop {
             // After an interruption, the past is what was told already.
             let since = since.take();
-            let mut turn = if since.is_some() { Some(place.turn(Answer::History).await) } else { None };
+            let mut turn = match since {
+                Some(_) => Some(self.at_work(place.turn(Answer::History)).await?),
+                None => None,
+            };
             // The configuration may have been read anew.
             selector.show_only(self.shared.policy.only(identity));
             let Subscription { at, listeners, mut changes, past } = loop {
                 let plain = Box::new(selector.clone().without_facts());
-                match self.ask(|reply| Ask::Watch { selector: plain, since, reply }).await? {
+                let shared = self.shared.clone();
+                match self.at_work(shared.ask(|reply| Ask::Watch { selector: plain, since, reply })).await?? {
                     Ok(subscription) if subscription.listeners.len() > few_for(&selector) && turn.is_none() => {
                         drop(subscription);
                     }
                     Ok(subscription) => break subscription,
                     Err(trouble) => return self.refuse(ErrorKind::Failed, &trouble).await,
                 }
-                turn = Some(place.turn(Answer::List).await);
+                turn = Some(self.at_work(place.turn(Answer::List)).await?);
             };
             let more = match (since, past) {
                 (Some(_), Some(past)) => match self.tell_past(past, &selector).await? {
@@ -48,7 +52,7 @@ impl Peer {
                 (Some(_), None) => return self.refuse(ErrorKind::Failed, NO_HISTORY).await,
                 (None, _) => false,
             };
-            let listeners = sifted(listeners, &selector, |listener| listener).await?;
+            let listeners = self.at_work(sifted(listeners, &selector, |listener| listener)).await??;
             let mut shown = Shown::default();
             let begin = async {
                 for listener in listeners {
@@ -99,7 +103,7 @@ impl Peer {
 
     /// Tells of the past, and says whether some was left out; `None` where it cannot be told, of which the peer was told.
     async fn tell_past(&mut self, past: Past, selector: &Selector) -> Result<Option<bool>, End> {
-        let mut changes = match past.await {
+        let mut changes = match self.at_work(past).await? {
             Ok(Ok(changes)) => changes,
             Ok(Err(error)) => {
                 self.refuse(ErrorKind::Failed, &format!("{error:#}")).await?;
@@ -118,7 +122,7 @@ impl Peer {
             told.retain(|change| shown.concerns(change, &wanted));
             told
         };
-        let told = tokio::task::spawn_blocking(sift).await.map_err(|_| End::Stopped)?;
+        let told = self.at_work(tokio::task::spawn_blocking(sift)).await?.map_err(|_| End::Stopped)?;
         let tell = async {
             for change in told {
                 self.send(&Response::Past { change: seen_by(selector, change) }).await?;

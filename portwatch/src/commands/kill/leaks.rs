@@ -22,7 +22,7 @@ use super::way::open_scanner;
 use super::{KillArgs, agreed, is_conversation, nothing_signalled, preview, print_done, summary};
 use crate::cli::{Globals, Since};
 use crate::commands::progress::Display;
-use crate::commands::{Users, block_on, print, reach_agent, view};
+use crate::commands::{self, Users, block_on, print, view};
 use crate::exit_codes::{DENIED, NO};
 
 /// Columns of a command that a line shows; the report has all of it.
@@ -117,11 +117,8 @@ pub(super) fn run(args: &KillArgs, selector: Selector, globals: &Globals) -> any
 fn ask_agent(leaks: &mut [Leak], globals: &Globals) {
     let pids = leaks.iter().filter_map(|leak| Some(leak.process.as_ref()?.id.pid)).collect();
     let selector = Selector::new(Vec::new(), Filters { pids, ..Filters::default() });
-    let told = block_on(async {
-        let Some(mut client) = reach_agent(globals).await? else { return Ok(Vec::new()) };
-        Ok(client.ask(&Request::Who { selection: Selection::of(&selector) }).await?.0)
-    });
-    for response in told.unwrap_or_default() {
+    let told = block_on(commands::ask_agent(&Request::Who { selection: Selection::of(&selector) }, None, globals));
+    for response in told.ok().flatten().unwrap_or_default().responses {
         let Response::Listener { listener: Listener { socket, since, .. }, lineage, .. } = response else { continue };
         let is_it = |leak: &&mut Leak| leak.socket.id.inode == socket.id.inode && socket.id.inode != 0;
         let Some(leak) = leaks.iter_mut().find(is_it) else { continue };
