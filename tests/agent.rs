@@ -330,9 +330,15 @@ pub fn trials() -> Vec<Test> {
             let mut agent = Agent::start(&stage);
             agent.end(Signal::KILL);
             assert!(agent.socket.exists(), "SIGKILL leaves no time to clean up");
-            // Nobody answers there: the work is done without, as if nothing were there.
-            let alone = finish(with_socket(&["list"], &agent.socket).spawn().expect("portwatch")).expect(0);
-            assert!(!alone.errors().contains("agent"), "{}", alone.errors());
+            // Nobody answers there: the work is done without, and that is said; not so where there was never any.
+            let alone = |socket: &Path| finish(with_socket(&["list"], socket).spawn().expect("portwatch")).expect(0);
+            let want = format!(
+                "portwatch: no agent answers at {}, though its socket is there; working alone\n",
+                agent.socket.display()
+            );
+            assert!(alone(&agent.socket).errors().starts_with(&want), "{}", alone(&agent.socket).errors());
+            let never = alone(&stage.path("never.sock"));
+            assert!(!never.errors().contains("agent"), "{}", never.errors());
             puppet.serve();
             let mut next = Agent::start(&stage);
             next.check("a restart", &stage, &[&puppet]);

@@ -184,6 +184,13 @@ async fn through_agent<T>(
     IS_ALONE.store(true, Ordering::Relaxed);
     match why {
         Some(error) => note(&render::escape(&format!("{error:#}; working alone"))),
+        None if globals.socket.exists() => {
+            let socket = globals.socket.display().to_string();
+            note(&format!(
+                "no agent answers at {}, though its socket is there; working alone",
+                render::escape(&socket)
+            ));
+        }
         None => explain(globals, &format!("no agent at {}: working alone", globals.socket.display())),
     }
     Ok(None)
@@ -230,6 +237,17 @@ pub(crate) async fn subscribe(
         }
     };
     through_agent(globals, begin).await
+}
+
+/// Whether what is said of the agent can be meant.
+pub(crate) fn check(globals: &Globals) -> anyhow::Result<()> {
+    match globals.probe {
+        Probe::Only(tier) if globals.agent => Err(Usage(format!(
+            "--agent asks the agent, which has probes of its own, and --probe {tier} looks without the agent; leave out one"
+        ))
+        .into()),
+        _ => Ok(()),
+    }
 }
 
 /// For a verb that does its work itself, whether an agent is there or not.
