@@ -64,6 +64,8 @@ pub struct Answer {
     pub responses: Vec<Response>,
     /// Whether a limit left something out.
     pub more: bool,
+    /// Whether the agent's configuration keeps from this user what is not theirs.
+    pub narrowed: bool,
 }
 
 impl Client {
@@ -194,7 +196,9 @@ impl Client {
         let mut responses = Vec::new();
         loop {
             match self.read_answer().await? {
-                Response::End { count, more } if count == responses.len() => return Ok(Answer { responses, more }),
+                Response::End { count, more, narrowed } if count == responses.len() => {
+                    return Ok(Answer { responses, more, narrowed });
+                }
                 Response::End { .. } => return Err(self.unexpected()),
                 response => responses.push(response),
             }
@@ -285,6 +289,7 @@ pub struct Subscription {
     /// After an interruption: what was lost, and what is open now as far as it was told anew.
     anew: Option<(u64, HashMap<SocketId, Listener>)>,
     past: Past,
+    narrowed: bool,
 }
 
 /// What happened before a subscription began, oldest first, its times in [`Utc`].
@@ -309,9 +314,9 @@ impl Subscription {
             match client.read_answer().await? {
                 Response::Past { change } => past.changes.push(change),
                 Response::Listener { listener, .. } => drop(open.insert(listener.socket.id, listener)),
-                Response::Watching { more, .. } => {
+                Response::Watching { more, narrowed, .. } => {
                     past.more = more;
-                    return Ok(Subscription { client, open, anew: None, past });
+                    return Ok(Subscription { client, open, anew: None, past, narrowed });
                 }
                 _ => return Err(client.unexpected()),
             }
@@ -347,6 +352,11 @@ impl Subscription {
                 _ => return Err(self.client.unexpected()),
             }
         }
+    }
+
+    /// Whether the agent's configuration kept from this user what was not theirs when it began.
+    pub fn is_narrowed(&self) -> bool {
+        self.narrowed
     }
 
     /// What is open now of what was asked for.

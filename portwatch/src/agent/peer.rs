@@ -4,6 +4,7 @@ mod marks;
 mod watch;
 
 use std::convert::Infallible;
+use std::io;
 use std::path::Path;
 use std::pin::pin;
 use std::rc::Rc;
@@ -18,11 +19,11 @@ use tokio_util::codec::{Framed, LinesCodec, LinesCodecError};
 use super::AlreadyRunning;
 use super::access::Identity;
 use super::core::Ask;
-use super::kill::{self, Kills};
+use super::kill::{self, Begun, Kills, Refusal};
 use super::load::{Answer, Load, Place, Turn};
 use super::policy::Policy;
 use super::socket::Socket;
-use crate::history::{self, Lives, Reader};
+use crate::history::{self, Lives, Reader, Utc};
 use crate::model::{Ancestor, Listener};
 use crate::select::{Filters, Selector};
 use crate::source::{origin, process, stat};
@@ -49,6 +50,9 @@ const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 /// Lives that one answer about history tells at most.
 const MAX_LIVES: usize = 10_000;
 
+/// The last moment that the history can name: it counts in signed numbers.
+const LAST: Utc = i64::MAX.unsigned_abs();
+
 /// Listeners that any connection may have in memory. An answer of more waits for its turn.
 const FEW: usize = 64;
 
@@ -71,6 +75,16 @@ pub(super) struct Shared {
 }
 
 impl Shared {
+    /// What the selection means of what the peer may see.
+    ///
+    /// # Errors
+    /// A sentence for the peer.
+    fn selector(&self, selection: &Selection, identity: Identity) -> Result<Selector, String> {
+        let mut selector = selection.selector(identity.netns)?;
+        selector.show_only(self.policy.only(identity));
+        Ok(selector.with_facts(origin::facts(identity.uid)))
+    }
+
     async fn ask<T>(&self, ask: impl FnOnce(oneshot::Sender<T>) -> Ask) -> Result<T, End> {
         let (reply, answer) = oneshot::channel();
         self.asks.send(ask(reply)).await.map_err(|_| End::Stopped)?;
@@ -208,7 +222,7 @@ impl Peer {
                 Request::Status {} => {
                     let status = self.status().await?;
                     self.send(&Response::Status(status)).await?;
-                    self.send(&Response::End { count: 1, more: false }).await?;
+                    self.send(&Response::End { count: 1, more: false, narrowed: false }).await?;
                     self.flush().await?;
                 }
             }
@@ -224,13 +238,17 @@ impl Peer {
                 self.refuse(ErrorKind::Usage, &message).await?;
                 return Err(End::Gone);
             }
+            Ok(Some(Err(LinesCodecError::Io(error)))) if error.kind() == io::ErrorKind::InvalidData => {
+                self.refuse(ErrorKind::Usage, "a request is text in UTF-8").await?;
+                return Err(End::Gone);
+            }
             _ => return Err(End::Gone),
         };
         if !place.may_ask() {
             self.refuse(ErrorKind::Busy, "too many requests a second; try again later").await?;
             return Err(End::Gone);
         }
-        match serde_json::from_str(&line) {
+        match Request::read(&line) {
             Ok(request) => Ok(Some(request)),
             Err(error) => {
                 self.refuse(ErrorKind::Usage, &format!("not a request: {error}")).await?;
@@ -275,11 +293,8 @@ impl Peer {
 
     /// What the selection means of what the peer may see; `None` where it means nothing, of which the peer was told.
     async fn selector(&mut self, selection: &Selection, identity: Identity) -> Result<Option<Selector>, End> {
-        match selection.selector(identity.netns) {
-            Ok(mut selector) => {
-                selector.show_only(self.shared.policy.only(identity));
-                Ok(Some(selector.with_facts(origin::facts(identity.uid))))
-            }
+        match self.shared.selector(selection, identity) {
+            Ok(selector) => Ok(Some(selector)),
             Err(message) => {
                 self.refuse(ErrorKind::Usage, &message).await?;
                 Ok(None)
@@ -297,7 +312,7 @@ impl Peer {
             Err(trouble) => return self.refuse(ErrorKind::Failed, &trouble).await,
         };
         let told = listeners.into_iter().map(|listener| (listener, Vec::new(), Vec::new()));
-        self.tell(told).await
+        self.tell(told, selector.shows_only().is_some()).await
     }
 
     async fn who(&mut self, selection: &Selection, identity: Identity, place: &Place) -> Result<(), End> {
@@ -321,20 +336,21 @@ impl Peer {
             None => look(),
             Some(_) => self.at_work(tokio::task::spawn_blocking(look)).await?.map_err(|_| End::Stopped)?,
         };
-        self.tell(told.into_iter()).await
+        self.tell(told.into_iter(), selector.shows_only().is_some()).await
     }
 
     /// Listeners, each with the ancestors of its holders and its lineage.
     async fn tell(
         &mut self,
         listeners: impl ExactSizeIterator<Item = (Listener, Vec<Vec<Ancestor>>, Vec<Ancestor>)>,
+        narrowed: bool,
     ) -> Result<(), End> {
         let tell = async {
             let count = listeners.len();
             for (listener, ancestors, lineage) in listeners {
                 self.send(&Response::Listener { listener, ancestors, lineage }).await?;
             }
-            self.send(&Response::End { count, more: false }).await?;
+            self.send(&Response::End { count, more: false, narrowed }).await?;
             self.flush().await
         };
         timeout(READING, tell).await.map_err(|_| End::Gone)?
@@ -349,6 +365,7 @@ impl Peer {
         limit: usize,
     ) -> Result<(), End> {
         let Some(selector) = self.selector(selection, identity).await? else { return Ok(()) };
+        let (from, narrowed) = (from.min(LAST), selector.shows_only().is_some());
         let Some(path) = self.status().await?.history.map(|history| history.path) else {
             return self.refuse(ErrorKind::Failed, NO_HISTORY).await;
         };
@@ -373,21 +390,28 @@ impl Peer {
             for life in lives {
                 self.send(&Response::Life(Box::new(life))).await?;
             }
-            self.send(&Response::End { count, more }).await?;
+            self.send(&Response::End { count, more, narrowed }).await?;
             self.flush().await
         };
         timeout(READING, tell).await.map_err(|_| End::Gone)?
     }
 
+    fn begin(&self, request: Kill, identity: Identity) -> Result<Begun, Refusal> {
+        let Shared { policy, kills, asks, .. } = &self.shared;
+        policy.may_kill(identity, self.lines.get_ref()).map_err(|message| (ErrorKind::Denied, message))?;
+        let selector = self.shared.selector(&request.selection, identity);
+        let selector = selector.map_err(|message| (ErrorKind::Usage, message))?;
+        kill::begin(request, selector, identity, kills, asks)
+    }
+
     async fn kill(&mut self, request: Kill, identity: Identity, place: &Place) -> Result<(), End> {
-        if let Err(message) = self.shared.policy.may_kill(identity, self.lines.get_ref()) {
-            return self.refuse(ErrorKind::Denied, &message).await;
-        }
-        let Some(selector) = self.selector(&request.selection, identity).await? else { return Ok(()) };
-        let is_asked = request.confirm && !request.dry_run;
-        let mut begun = match kill::begin(request, selector, identity, &self.shared.kills, &self.shared.asks) {
+        let (is_asked, targets) = (request.confirm && !request.dry_run, request.selection.words());
+        let mut begun = match self.begin(request, identity) {
             Ok(begun) => begun,
-            Err((kind, message)) => return self.refuse(kind, &message).await,
+            Err((kind, message)) => {
+                kill::log_refusal(identity, &targets, &message);
+                return self.refuse(kind, &message).await;
+            }
         };
         if !is_asked {
             begun.go();
@@ -432,7 +456,7 @@ impl Peer {
                 rule.matches.retain(|it| visible.matches(&it.listener, 0));
                 self.send(&Response::Rule(Box::new(rule))).await?;
             }
-            self.send(&Response::End { count, more: false }).await?;
+            self.send(&Response::End { count, more: false, narrowed: visible.shows_only().is_some() }).await?;
             self.flush().await
         };
         timeout(READING, tell).await.map_err(|_| End::Gone)?

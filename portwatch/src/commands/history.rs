@@ -12,7 +12,7 @@ use portwatch::render::json;
 use portwatch::select::{Filters, Selector};
 use portwatch::wire::{Request, Response, Selection};
 
-use super::{Users, ask_agent, block_on, note, print, selection, selector, view};
+use super::{OWN_ONLY, Users, ask_agent, block_on, note, print, selection, selector, view};
 use crate::cli::{Globals, Selectors, TARGETS, duration};
 use crate::exit_codes::{NO, Usage};
 
@@ -68,7 +68,7 @@ pub(crate) fn run(args: &HistoryArgs, globals: &Globals) -> anyhow::Result<ExitC
     let name = |uid| users.name(uid);
     let mut view = view(&name);
     let now = view.clock.now_wall;
-    let Some(Lives { lives, more }) = query(args, globals, &selector, &view.clock)? else {
+    let Some((Lives { lives, more }, narrowed)) = query(args, globals, &selector, &view.clock)? else {
         return Ok(ExitCode::from(NO));
     };
     view.clock = history::clock(now, view.clock.tz);
@@ -80,7 +80,8 @@ pub(crate) fn run(args: &HistoryArgs, globals: &Globals) -> anyhow::Result<ExitC
         print(&json::array(&rows))?;
     } else if lives.is_empty() {
         let last = args.last.map(|last| format!(" in the last {}", render::span(last))).unwrap_or_default();
-        note(&format!("the history knows of nothing{}{last}", selection(&args.targets, &selector)));
+        let (of_yours, own_only) = if narrowed { (" of yours", format!("; {OWN_ONLY}")) } else { Default::default() };
+        note(&format!("the history knows of nothing{of_yours}{}{last}{own_only}", selection(&args.targets, &selector)));
     } else {
         print(&render::history::table(&lives, &view))?;
     }
@@ -92,24 +93,24 @@ pub(crate) fn run(args: &HistoryArgs, globals: &Globals) -> anyhow::Result<ExitC
     Ok(ExitCode::SUCCESS)
 }
 
-/// `None`, with a word about it: there is no history.
+/// The lives, and whether they are those of the caller alone. `None`, with a word about it: there is no history.
 fn query(
     args: &HistoryArgs,
     globals: &Globals,
     selector: &Selector,
     clock: &render::Clock,
-) -> anyhow::Result<Option<Lives>> {
+) -> anyhow::Result<Option<(Lives, bool)>> {
     let now = history::clock(clock.now_wall, clock.tz.clone()).now_boot_ns;
     let last = args.last.and_then(|last| u64::try_from(last.as_nanos()).ok());
     let from = last.map_or(0, |last| now.saturating_sub(last));
     let limit = if args.limit == 0 { usize::MAX } else { args.limit };
     let request = Request::History { selection: Selection::of(selector), from, limit };
-    if let Some(Answer { responses, more }) = block_on(ask_agent(&request, None, globals))? {
+    if let Some(Answer { responses, more, narrowed }) = block_on(ask_agent(&request, None, globals))? {
         let lives = responses.into_iter().filter_map(|response| match response {
             Response::Life(life) => Some(*life),
             _ => None,
         });
-        return Ok(Some(Lives { lives: lives.collect(), more }));
+        return Ok(Some((Lives { lives: lives.collect(), more }, narrowed)));
     }
     let path = history::path();
     let reader = match Reader::open(&path, clock) {
@@ -132,5 +133,5 @@ fn query(
         }
     };
     let selector = selector.clone().ahead_by(now.saturating_sub(clock.now_boot_ns));
-    reader.lives(&selector, from, now, limit).map(Some)
+    Ok(Some((reader.lives(&selector, from, now, limit)?, false)))
 }

@@ -247,7 +247,7 @@ impl KillArgs {
 /// Says that nothing was named, and what could be.
 fn name_a_port(selector: &Selector, args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
     note("error: name a port to free, as in `portwatch kill 8000`, or a selector such as --cwd; listening now:");
-    let (listeners, _) = super::read(selector, &args.selectors, globals, false)?;
+    let listeners = super::read(selector, &args.selectors, globals, false)?.listeners;
     let users = Users::default();
     let name = |uid| users.name(uid);
     let table = match listeners.is_empty() {

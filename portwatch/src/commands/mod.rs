@@ -267,13 +267,18 @@ pub(crate) fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the event loop")
 }
 
-/// What the selector picks, sorted by port, protocol and address, with the ancestors of each holder if wanted.
-pub(crate) fn read(
-    selector: &Selector,
-    selectors: &Selectors,
-    globals: &Globals,
-    with_ancestors: bool,
-) -> anyhow::Result<(Vec<Listener>, Ancestors)> {
+/// What was found.
+struct Found {
+    /// Sorted by port, protocol and address.
+    listeners: Vec<Listener>,
+    /// Of each holder, if wanted.
+    ancestors: Ancestors,
+    /// As in [`Answer::narrowed`].
+    narrowed: bool,
+}
+
+/// What the selector picks, with the ancestors of each holder if wanted.
+fn read(selector: &Selector, selectors: &Selectors, globals: &Globals, with_ancestors: bool) -> anyhow::Result<Found> {
     read_within(None, selector, selectors, globals, with_ancestors)
 }
 
@@ -284,25 +289,25 @@ fn read_within(
     selectors: &Selectors,
     globals: &Globals,
     with_ancestors: bool,
-) -> anyhow::Result<(Vec<Listener>, Ancestors)> {
+) -> anyhow::Result<Found> {
     let selection = Selection::of(selector);
     let request = if with_ancestors { Request::Who { selection } } else { Request::List { selection } };
-    let (mut listeners, ancestors) = match block_on(ask_agent(&request, limit, globals))? {
+    let mut found = match block_on(ask_agent(&request, limit, globals))? {
         Some(answer) => sorted_out(answer),
         None => {
             let listeners = scan(selector, selectors, globals)?;
             let ancestors = if with_ancestors { ancestors_of(&listeners) } else { Ancestors::default() };
-            (listeners, ancestors)
+            Found { listeners, ancestors, narrowed: false }
         }
     };
-    listeners.sort_by_key(|Listener { socket, .. }| {
+    found.listeners.sort_by_key(|Listener { socket, .. }| {
         (socket.port, socket.proto, socket.address, socket.netns, socket.id.inode)
     });
-    Ok((listeners, ancestors))
+    Ok(found)
 }
 
 /// The agent's answer as [`read`] gives it.
-fn sorted_out(answer: Answer) -> (Vec<Listener>, Ancestors) {
+fn sorted_out(answer: Answer) -> Found {
     let (mut listeners, mut all) = (Vec::new(), Ancestors::default());
     for response in answer.responses {
         if let Response::Listener { listener, ancestors, .. } = response {
@@ -311,7 +316,7 @@ fn sorted_out(answer: Answer) -> (Vec<Listener>, Ancestors) {
             listeners.push(listener);
         }
     }
-    (listeners, all)
+    Found { listeners, ancestors: all, narrowed: answer.narrowed }
 }
 
 /// The same without an agent.
@@ -343,6 +348,18 @@ fn ancestors_of(listeners: &[Listener]) -> Ancestors {
 pub(crate) fn explain(globals: &Globals, text: &str) {
     if globals.verbose {
         note(&render::escape(text));
+    }
+}
+
+/// What an agent keeps from people that tells them of [their own](Answer::narrowed), for the end of a sentence.
+pub(crate) const OWN_ONLY: &str = "this agent tells users of their own only (try --no-agent, or root)";
+
+/// The sentence that there is nothing.
+fn nothing_listens(targets: &[String], selector: &Selector, narrowed: bool) -> String {
+    let selection = selection(targets, selector);
+    match narrowed {
+        true => format!("nothing of yours is listening{selection}; {OWN_ONLY}"),
+        false => format!("nothing is listening{selection}"),
     }
 }
 

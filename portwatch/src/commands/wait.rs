@@ -25,7 +25,7 @@ use portwatch::tracker::Tracker;
 use portwatch::waiting::{Condition, Goal, Look, Scope};
 use tokio::task::JoinHandle;
 
-use super::{Users, explain, note, print, read_within, refused, selector, subscribe, view};
+use super::{Found, OWN_ONLY, Users, explain, note, print, read_within, refused, scan, selector, subscribe, view};
 use crate::cli::{Globals, Netns, Selectors, TARGETS, duration};
 use crate::exit_codes::{self, NO, Usage};
 use portwatch::feed::Feed;
@@ -94,11 +94,24 @@ pub(crate) fn run(args: &WaitArgs, globals: &Globals) -> anyhow::Result<ExitCode
     let goal = if args.bound { Goal::Bound } else { Goal::Free };
     let scope = if args.any { Scope::Any } else { Scope::All };
     let condition = Condition::new(selector, goal, scope, args.selectors.netns == Netns::Own);
-    let wait = Wait { args, globals, condition, begun, next_try: TRY_FIRST };
+    let mut wait = Wait { args, globals, condition, begun, next_try: TRY_FIRST, is_alone: false };
 
     // What is true already needs no probes.
     let limit = wait.left().map(|left| left.max(FIRST_LOOK));
-    let (listeners, _) = read_within(limit, wait.condition.selector(), &args.selectors, globals, false)?;
+    let Found { mut listeners, narrowed, .. } =
+        read_within(limit, wait.condition.selector(), &args.selectors, globals, false)?;
+    match (narrowed, globals.agent) {
+        (false, _) => {}
+        // A port is taken whoever holds it, and that anybody may see.
+        (true, false) => {
+            wait.is_alone = true;
+            listeners = scan(wait.condition.selector(), &args.selectors, globals)?;
+        }
+        (true, true) if args.free => {
+            return Err(Usage(format!("wait --free needs to know of all listeners, and {OWN_ONLY}")).into());
+        }
+        (true, true) => wait.condition.narrow(),
+    }
     let look = wait.look(&listeners)?;
     let at_once = look.is_true() || args.timeout == Some(Duration::ZERO);
     if at_once || wait.is_over() {
@@ -121,18 +134,23 @@ struct Wait<'a> {
     begun: Instant,
     /// When to try a lingering port again.
     next_try: Duration,
+    /// Whether the agent is not asked, because it tells of the caller's own listeners only.
+    is_alone: bool,
 }
 
 impl Wait<'_> {
     /// `seen` is what the first look saw.
     async fn go_on(mut self, seen: &[Listener]) -> anyhow::Result<ExitCode> {
         let meant = self.sockets_meant();
-        let subscribed = tokio::select! {
-            subscribed = subscribe(&meant, None, self.globals) => subscribed?,
-            // Alone, there is time for one more look.
-            () = sleep(self.left()) => match self.globals.agent {
-                true => return self.report(&self.look(seen)?, false),
-                false => None,
+        let subscribed = match self.is_alone {
+            true => None,
+            false => tokio::select! {
+                subscribed = subscribe(&meant, None, self.globals) => subscribed?,
+                // Alone, there is time for one more look.
+                () = sleep(self.left()) => match self.globals.agent {
+                    true => return self.report(&self.look(seen)?, false),
+                    false => None,
+                },
             },
         };
         if let Some(subscription) = subscribed {
@@ -265,7 +283,9 @@ impl Wait<'_> {
             text = format!("{}\n", json::line(&json::waited(look, elapsed, &view(&name))));
         } else if !look.is_true() {
             let timeout = self.args.timeout.filter(|_| !at_once);
-            note(&look.sentence(&timeout.map_or(String::new(), |timeout| format!(" after {timeout:?}")), euid));
+            let after = timeout.map_or(String::new(), |timeout| format!(" after {timeout:?}"));
+            let own_only = if self.condition.is_narrowed() { format!("; {OWN_ONLY}") } else { String::new() };
+            note(&format!("{}{own_only}", look.sentence(&after, euid)));
         } else if !self.args.quiet {
             let after = if at_once { String::new() } else { format!(" after {}", render::span(elapsed)) };
             text = look.sentence(&after, euid) + "\n";

@@ -15,7 +15,7 @@ use portwatch::source::Live;
 use portwatch::tracker::Tracker;
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::{Users, block_on, clock, explain, note, refused, selector, subscribe, view};
+use super::{OWN_ONLY, Users, block_on, clock, explain, note, refused, selector, subscribe, view};
 use crate::cli::{Globals, Selectors, Since, TARGETS, duration};
 use crate::exit_codes::Usage;
 use portwatch::feed::Feed;
@@ -59,7 +59,8 @@ pub(crate) fn run(args: &WatchArgs, globals: &Globals) -> anyhow::Result<ExitCod
 
 async fn open(globals: &Globals, selector: &Selector, since: Option<Utc>) -> anyhow::Result<Feed> {
     if let Some(subscription) = subscribe(selector, since, globals).await? {
-        note("watching (agent)");
+        let whose = if subscription.is_narrowed() { format!("; {OWN_ONLY}") } else { String::new() };
+        note(&format!("watching (agent){whose}"));
         return Ok(Feed::Agent(Box::new(subscription)));
     }
     if since.is_some() {

@@ -66,7 +66,7 @@ impl Peer {
                     turn.was_small();
                 }
                 self.send(&Response::Mark { mark: mark.map(Box::new) }).await?;
-                self.send(&Response::End { count: 1, more: false }).await?;
+                self.send(&Response::End { count: 1, more: false, narrowed: false }).await?;
                 self.flush().await
             }
             Err(error) => self.refuse(ErrorKind::Failed, &format!("{what}: {error:#}")).await,

@@ -6,7 +6,7 @@ use futures_util::StreamExt as _;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::time::timeout;
 
-use super::{End, Identity, NO_HISTORY, Peer, READING, few_for, sifted};
+use super::{End, Identity, LAST, NO_HISTORY, Peer, READING, few_for, sifted};
 use crate::agent::core::{Ask, MAX_PAST, Past, Subscription};
 use crate::agent::load::{Answer, Place};
 use crate::history::Utc;
@@ -25,7 +25,7 @@ impl Peer {
         let Some(mut selector) = self.selector(selection, identity).await? else { return Ok(()) };
         loop {
             // After an interruption, the past is what was told already.
-            let since = since.take();
+            let since = since.take().map(|since| since.min(LAST));
             let mut turn = match since {
                 Some(_) => Some(self.at_work(place.turn(Answer::History)).await?),
                 None => None,
@@ -59,7 +59,8 @@ impl Peer {
                     shown.add(&listener);
                     self.send(&Response::Listener { listener, ancestors: Vec::new(), lineage: Vec::new() }).await?;
                 }
-                self.send(&Response::Watching { at, more }).await?;
+                let narrowed = selector.shows_only().is_some();
+                self.send(&Response::Watching { at, more, narrowed }).await?;
                 self.flush().await
             };
             timeout(READING, begin).await.map_err(|_| End::Gone)??;
@@ -67,8 +68,11 @@ impl Peer {
             let lost = loop {
                 let change = tokio::select! {
                     change = changes.recv() => change,
-                    // Whatever a subscriber says, it has nothing more to ask; as a rule it hangs up.
-                    _ = self.lines.next() => return Ok(()),
+                    // As a rule it hangs up.
+                    said = self.lines.next() => return match said {
+                        Some(_) => self.refuse(ErrorKind::Usage, "a subscriber has nothing more to say; connect anew").await,
+                        None => Ok(()),
+                    },
                 };
                 let change = match change {
                     Ok(change) => change,
