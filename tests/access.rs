@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use crate::Test;
 use crate::agent::{Agent, with_socket};
 use crate::faults::root_test;
-use crate::puppet::Stage;
+use crate::puppet::{PATIENCE, Stage};
 use crate::subject::finish;
 use crate::watcher::Watch;
 
@@ -52,8 +52,28 @@ fn only_own(stage: &Stage) {
         let told = ports(&asked(&[&["list", "--json", "--netns", "all"], selectors].concat()));
         assert!(told.is_subset(&seen), "{selectors:?}: {told:?}");
     }
-    finish(command(&["who", &target]).spawn().expect("portwatch")).expect(1);
-    finish(command(&["wait", &target, "--bound", "--timeout", "50ms"]).spawn().expect("portwatch")).expect(1);
+    // What is not theirs is not denied to be there.
+    let said = |arguments: &[&str], code| finish(command(arguments).spawn().expect("portwatch")).expect(code).errors();
+    let own_only = "this agent tells users of their own only (try --no-agent, or root)\n";
+    let nothing = format!("portwatch: nothing of yours is listening on {target}; {own_only}");
+    assert_eq!(said(&["list", &target], 0), nothing);
+    assert_eq!(said(&["who", &target], 1), nothing);
+    let missing = said(&["wait", &target, "--bound", "--timeout", "50ms"], 1);
+    assert!(missing.starts_with(&format!("portwatch: nothing of yours listens on {target}")), "{missing}");
+    assert!(missing.ends_with(own_only), "{missing}");
+    let free = said(&["wait", &target, "--free", "--timeout", "50ms"], 2);
+    assert!(free.ends_with(own_only), "{free}");
+    // Where it need not be the agent, what all may see is looked at.
+    let mut alone = crate::subject::plain_command(&copy, &["wait", &target, "--bound"]);
+    alone.env("PORTWATCH_SOCKET", &agent.socket).uid(OWN).gid(OWN).current_dir("/");
+    let bound = finish(alone.spawn().expect("portwatch")).expect(0);
+    assert_eq!(
+        (bound.text(), bound.errors()),
+        (format!("{target}/tcp is bound by uid 0 (not visible to you; try sudo)\n"), String::new())
+    );
+    let mut root_s = agent.connect().hello();
+    let everything = r#"{"request":"list","selection":{"targets":["1/udp"]}}"#;
+    assert_eq!(root_s.say(everything).hear(), json!({"response": "end", "count": 0}));
     // Nor does a kill tell who is in the way.
     let run = finish(command(&["kill", &target, "--json", "--yes"]).spawn().expect("portwatch")).expect(1);
     let outcome = &run.json()[0];
@@ -102,7 +122,7 @@ fn only_a_group_may_kill(stage: &Stage) {
     const GROUP: u32 = 61_100;
     let config = stage.path("config.toml");
     fs::write(&config, format!("[access]\nkill = {GROUP}\n")).expect("a configuration");
-    let agent = Agent::start_with(stage, &["--config", config.to_str().expect("UTF-8"), "--log", "off"]);
+    let agent = Agent::start_with(stage, &["--config", config.to_str().expect("UTF-8"), "--log", "warn"]);
     let copy = stage.path("portwatch");
     fs::copy(crate::subject::binary(), &copy).expect("copying the binary");
     fs::set_permissions(&copy, fs::Permissions::from_mode(0o755)).expect("chmod");
@@ -126,11 +146,31 @@ fn only_a_group_may_kill(stage: &Stage) {
         }
         finish(command.spawn().expect("portwatch"))
     };
+    let refusal = || loop {
+        let line = agent.log.recv_timeout(PATIENCE).expect("a line about the refusal");
+        if line.contains("kill refused") {
+            return line;
+        }
+    };
     let (puppet, target) = server();
     for others in [vec![], vec![GROUP - 1, GROUP + 1], (70_000..70_200).collect()] {
         let run = kill(&target, USER, others).expect(3);
         let want = format!("the agent kills for root and the group {GROUP} only, and you are not in it; use sudo");
         assert!(run.errors().contains(&want), "{}", run.errors());
+        let line = refusal();
+        assert!(line.contains(&format!("uid={USER} pid=")), "{line}");
+        assert!(line.contains(&format!("targets={target} reason=\"the agent kills for root and the group")), "{line}");
+    }
+    // Whatever else keeps one from being planned.
+    let mut client = agent.connect().hello();
+    for (request, want) in [
+        (json!({"request": "kill"}), "uid=0 pid="),
+        (json!({"request": "kill", "selection": {"targets": ["x ".repeat(999)]}}), "targets=\"x x x"),
+        (json!({"request": "kill", "selection": {"targets": ["1"]}, "grace_ms": u64::MAX}), "reason=\"grace_ms is"),
+    ] {
+        client.say(&request.to_string()).hear_error("usage");
+        let line = refusal();
+        assert!(line.contains(want) && line.len() < 600, "{line}");
     }
     assert!(puppet.is_alive());
     assert_eq!(kill(&target, USER, vec![7, GROUP]).expect(0).json()[0]["status"], "cleaned");
@@ -164,7 +204,9 @@ fn a_bad_configuration(stage: &Stage) {
     );
     let missing = ["agent", "--config", "/nonexistent/config.toml"];
     let run = finish(with_socket(&missing, &stage.path("agent.sock")).spawn().expect("portwatch")).expect(4);
-    assert!(run.errors().contains("cannot read the configuration /nonexistent/config.toml"), "{}", run.errors());
+    let want = "portwatch: error: cannot read the configuration /nonexistent/config.toml: there is no such file; name \
+                another, or leave out --config\n";
+    assert_eq!(run.errors(), want);
 }
 
 pub fn trials() -> Vec<Test> {

@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
+use std::sync::mpsc::{self, Receiver};
 use std::thread;
 
 use rustix::process::Signal;
@@ -26,6 +27,8 @@ pub struct Agent {
     pub child: Child,
     pub pidfd: OwnedFd,
     pub socket: PathBuf,
+    /// What it logs, line by line.
+    pub log: Receiver<String>,
 }
 
 impl Agent {
@@ -44,8 +47,10 @@ impl Agent {
         let mut errors = BufReader::new(child.stderr.take().expect("piped"));
         errors.read_line(&mut line).expect("the agent's stderr");
         assert!(line.contains("watching ("), "the agent does not start: {line}");
-        thread::spawn(move || errors.read_to_string(&mut String::new()));
-        Agent { pidfd: pidfd(&child), child, socket }
+        let (tell, log) = mpsc::channel();
+        // To its end, whether anybody listens or not: it must not find its log full.
+        thread::spawn(move || errors.lines().map_while(Result::ok).for_each(|line| drop(tell.send(line))));
+        Agent { pidfd: pidfd(&child), child, socket, log }
     }
 
     pub fn socket(&self) -> &Path {
@@ -128,8 +133,18 @@ impl Client {
         self
     }
 
-    /// The next line; `null` where the agent hung up.
+    /// The next line but that the agent is at work; `null` where it hung up.
     pub fn hear(&mut self) -> Value {
+        loop {
+            let line = self.hear_all();
+            if line["response"] != "working" {
+                return line;
+            }
+        }
+    }
+
+    /// The next line.
+    pub fn hear_all(&mut self) -> Value {
         let mut line = String::new();
         match self.0.read_line(&mut line) {
             Ok(0) => Value::Null,
@@ -341,9 +356,15 @@ pub fn trials() -> Vec<Test> {
             let mut agent = Agent::start(&stage);
             agent.end(Signal::KILL);
             assert!(agent.socket.exists(), "SIGKILL leaves no time to clean up");
-            // Nobody answers there: the work is done without, as if nothing were there.
-            let alone = finish(with_socket(&["list"], &agent.socket).spawn().expect("portwatch")).expect(0);
-            assert!(!alone.errors().contains("agent"), "{}", alone.errors());
+            // Nobody answers there: the work is done without, and that is said; not so where there was never any.
+            let alone = |socket: &Path| finish(with_socket(&["list"], socket).spawn().expect("portwatch")).expect(0);
+            let want = format!(
+                "portwatch: no agent answers at {}, though its socket is there; working alone\n",
+                agent.socket.display()
+            );
+            assert!(alone(&agent.socket).errors().starts_with(&want), "{}", alone(&agent.socket).errors());
+            let never = alone(&stage.path("never.sock"));
+            assert!(!never.errors().contains("agent"), "{}", never.errors());
             puppet.serve();
             let mut next = Agent::start(&stage);
             next.check("a restart", &stage, &[&puppet]);
@@ -449,6 +470,32 @@ pub fn trials() -> Vec<Test> {
             agent.signal(Signal::CONT);
             agent.portwatch(&["list"]).expect(0);
         }),
+        test("agent::an_answer_that_waits_for_its_turn_says_that_it_is_worked_on", || {
+            let stage = Stage::new();
+            let agent = Agent::start(&stage);
+            let puppet = stage.puppet();
+            for _ in 0..200 {
+                puppet.serve();
+            }
+            let request = r#"{"request":"list"}"#;
+            // As many as may be under way, none of which is read to its end.
+            let mut slow: Vec<Client> = (0..8).map(|_| agent.connect().hello()).collect();
+            for client in &mut slow {
+                assert_eq!(client.say(request).hear()["response"], "listener");
+            }
+            let mut patient = agent.connect().hello();
+            patient.say(request);
+            for _ in 0..3 {
+                assert_eq!(patient.hear_all(), json!({"response": "working"}));
+            }
+            // Nobody who asks for little waits.
+            let target = format!("{}/tcp", puppet.serve().port());
+            agent.portwatch(&["who", &target]).expect(0);
+            let list = agent.command(&["list", "--json"]).spawn().expect("portwatch");
+            drop(slow);
+            assert_eq!(patient.hear()["response"], "listener");
+            assert!(finish(list).expect(0).json().as_array().is_some_and(|all| all.len() > 200));
+        }),
         test("agent::nonsense_is_answered_with_an_error_and_the_next_request_as_ever", || {
             let stage = Stage::new();
             let agent = Agent::start(&stage);
@@ -457,6 +504,8 @@ pub fn trials() -> Vec<Test> {
                 ("", "not a request"),
                 ("nonsense", "not a request"),
                 (r#"{"request":"explode"}"#, "unknown variant"),
+                (r#"["list"]"#, "expected an object"),
+                (r#"{"request":"list","selection":[]}"#, "expected an object"),
                 (r#"{"request":"list","uid":0}"#, "unknown field"),
                 (r#"{"request":"list","selection":{"targets":["0"]}}"#, "'0' is out of range"),
                 (r#"{"request":"list","selection":{"commands":["["]}}"#, "bad glob"),
@@ -497,6 +546,64 @@ pub fn trials() -> Vec<Test> {
             let mut client = agent.connect();
             client.say(r#"{"request":"hello","version":999}"#).hear_error("version");
             assert_eq!(client.hear(), Value::Null);
+        }),
+        test("agent::a_line_that_is_no_text_is_told_so_before_it_hangs_up", || {
+            let stage = Stage::new();
+            let agent = Agent::start(&stage);
+            let mut client = agent.connect().hello();
+            client.0.get_mut().write_all(b"{\"request\":\"\xff\"}\n").expect("writing");
+            assert_eq!(client.hear_error("usage"), "a request is text in UTF-8");
+            assert_eq!(client.hear(), Value::Null);
+        }),
+        test("agent::a_subscriber_that_says_more_is_told_so_before_it_hangs_up", || {
+            let stage = Stage::new();
+            let agent = Agent::start(&stage);
+            for line in [r#"{"request":"status"}"#, "nonsense"] {
+                let mut client = agent.connect().hello();
+                client.say(r#"{"request":"watch","selection":{"targets":["1/udp"]}}"#);
+                assert_eq!(client.hear()["response"], "watching");
+                assert!(client.say(line).hear_error("usage").contains("nothing more to say"));
+                assert_eq!(client.hear(), Value::Null);
+            }
+        }),
+        test("agent::a_time_that_no_history_can_name_is_the_end_of_time", || {
+            let stage = Stage::new();
+            let agent = Agent::start(&stage);
+            let puppet = stage.puppet();
+            let sock = puppet.serve();
+            puppet.close(sock.fd);
+            let target = format!("{}/tcp", sock.port());
+            agent.until("stored", |_| {
+                let told = agent.portwatch(&["history", "--json", &target]).expect(0).json();
+                told.as_array().is_some_and(|lives| lives.iter().any(|life| life["ended"] == "closed"))
+            });
+            let mut client = agent.connect().hello();
+            for from in [1 << 63, u64::MAX] {
+                let history =
+                    json!({"request": "history", "selection": {"targets": [target]}, "from": from, "limit": 9});
+                assert_eq!(client.say(&history.to_string()).hear(), json!({"response": "end", "count": 0}), "{from}");
+            }
+            let watch = json!({"request": "watch", "selection": {"targets": [target]}, "since": u64::MAX});
+            assert_eq!(client.say(&watch.to_string()).hear()["response"], "watching");
+        }),
+        test("agent::a_bad_command_line_is_a_usage_error", || {
+            let stage = Stage::new();
+            let agent = Agent::start(&stage);
+            let run = agent.portwatch(&["list", "--probe", "poll"]).expect(2);
+            let want = "portwatch: error: --agent asks the agent, which has probes of its own, and --probe poll looks without \
+                        the agent; leave out one\n";
+            assert_eq!(run.errors(), want);
+            for (arguments, want) in [
+                (["--history-size", "0"], "use --no-history"),
+                (["--history-size", "99999999999999999"], "use a number of MiB"),
+                (["--history-age", "0"], "use --no-history"),
+                (["--ring", "1000"], "use a power of two of at least 4096"),
+                (["--ring", "2048"], "use a power of two of at least 4096"),
+            ] {
+                let command = with_socket(&[&["agent"], &arguments[..]].concat(), &stage.path("other.sock")).spawn();
+                let run = finish(command.expect("portwatch agent")).expect(2);
+                assert!(run.errors().contains(want), "{arguments:?}: {}", run.errors());
+            }
         }),
         test("agent::oversized_and_truncated_requests_end_their_connection_only", || {
             let stage = Stage::new();

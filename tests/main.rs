@@ -37,6 +37,7 @@ mod metrics;
 mod namespaces;
 mod oracle;
 mod prefork;
+mod pretender;
 mod puppet;
 mod race;
 mod replay;
@@ -134,6 +135,7 @@ fn main() -> ExitCode {
         shell::trials(),
         agent::trials(),
         agent_kill::trials(),
+        pretender::trials(),
         access::trials(),
         faults::trials(),
         chaos::trials(),

@@ -13,9 +13,8 @@ async fn main() -> anyhow::Result<()> {
         anyhow::bail!("no agent answers; start one: portwatch agent");
     };
     let selection = Selection::of(&portwatch::selector(&targets)?);
-    let (answers, _more) = client.ask(&Request::Who { selection }).await?;
-    for answer in answers {
-        if let Response::Listener { listener, .. } = answer {
+    for response in client.ask(&Request::Who { selection }).await?.responses {
+        if let Response::Listener { listener, .. } = response {
             let holder = listener.binder().map(|holder| (holder.process.id.pid, &holder.process.name));
             println!("{}: {holder:?}", listener.socket.port);
         }

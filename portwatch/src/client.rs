@@ -1,9 +1,10 @@
 //! A connection to the agent.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::io;
 use std::iter;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ use anyhow::{Context as _, anyhow, bail};
 use futures_util::{SinkExt as _, StreamExt as _};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
-use tokio_util::codec::{Framed, LinesCodec};
+use tokio_util::codec::{Framed, LinesCodec, LinesCodecError};
 
 use crate::history::Utc;
 use crate::kill::{Concern, Outcome, Plan, Progress};
@@ -22,8 +23,13 @@ use crate::wire::{ErrorKind, Kill, Request, Response, Selection, VERSION};
 /// Where the agent listens unless told otherwise.
 pub const SOCKET: &str = "/run/portwatch/agent.sock";
 
-/// How long the agent may take to greet. One that takes longer hangs.
+/// How long the agent may take to greet, and to say the first word of an answer: where that takes its time, the agent says
+/// so at once. One that takes longer hangs.
 const PATIENCE: Duration = Duration::from_secs(2);
+
+/// How long it may say nothing once it has begun to answer, or has said that it is at work, which it says again and again:
+/// it may have a table of thousands of listeners to read anew in between.
+const PAUSE: Duration = Duration::from_secs(10);
 
 /// How long the agent may take for the plan of a kill: a scan, and what container engines and systemd are asked.
 const PLANNING: Duration = Duration::from_secs(20);
@@ -35,17 +41,42 @@ const KILLING: Duration = Duration::from_secs(120);
 /// The longest line from the agent in bytes: a listener with thousands of holders.
 const MAX_RESPONSE: usize = 256 << 20;
 
+/// In a chain of errors, above the reason: the agent at this socket is of no use, or is not any more. It hangs, has ended,
+/// or is not understood, and what it had told by then is no answer. Whoever only asked can do the work without.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OfNoUse(pub PathBuf);
+
+impl fmt::Display for OfNoUse {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the agent at {} is of no use", self.0.display())
+    }
+}
+
 /// A greeted connection.
 #[derive(Debug)]
 pub struct Client {
+    socket: PathBuf,
     lines: Framed<UnixStream, LinesCodec>,
+    /// How long the agent may take for what it says next.
+    patience: Duration,
+}
+
+/// What was answered.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Answer {
+    /// Without the end.
+    pub responses: Vec<Response>,
+    /// Whether a limit left something out.
+    pub more: bool,
+    /// Whether the agent's configuration keeps from this user what is not theirs.
+    pub narrowed: bool,
 }
 
 impl Client {
     /// Connects to the agent at `socket`. `None`: nobody is there.
     ///
     /// # Errors
-    /// Somebody is there, and it is of no use: another version, too busy, hanging, or no agent at all.
+    /// [`OfNoUse`], where somebody is there: another version, too busy, hanging, or no agent at all.
     pub async fn connect(socket: &Path) -> anyhow::Result<Option<Client>> {
         Client::connect_with(socket, None).await
     }
@@ -66,16 +97,23 @@ impl Client {
                 Err(error) if is_nobody(&error) => return Ok(None),
                 Err(error) => return Err(error).context("cannot connect"),
             };
-            let mut client = Client { lines: Framed::new(stream, LinesCodec::new_with_max_length(MAX_RESPONSE)) };
+            let lines = Framed::new(stream, LinesCodec::new_with_max_length(MAX_RESPONSE));
+            let mut client = Client { socket: socket.to_owned(), lines, patience: PATIENCE };
             // Who is turned away may find the door shut already, and is told why all the same.
             let _ = client.send_all(iter::once(&Request::Hello { version: VERSION }).chain(request)).await;
-            match client.read().await? {
+            match client.hear().await? {
                 Response::Hello { version: VERSION, .. } => Ok(Some(client)),
-                other => Err(anyhow!("no greeting, but {other:?}")),
+                Response::Hello { version, .. } => {
+                    bail!(
+                        "it speaks version {version} of the protocol, and this program version {VERSION}; upgrade the older"
+                    )
+                }
+                Response::Error { message, .. } => bail!(message),
+                _ => bail!("it does not greet"),
             }
         };
-        let connected = timeout(PATIENCE, greet).await.unwrap_or_else(|_| Err(anyhow!("no answer within 2 s")));
-        connected.with_context(|| format!("the agent at {} is of no use", socket.display()))
+        let connected = timeout(PATIENCE, greet).await.unwrap_or_else(|_| Err(silent_for(PATIENCE)));
+        connected.with_context(|| OfNoUse(socket.to_owned()))
     }
 
     pub async fn send(&mut self, request: &Request) -> anyhow::Result<()> {
@@ -83,44 +121,108 @@ impl Client {
     }
 
     async fn send_all<'a>(&mut self, requests: impl Iterator<Item = &'a Request>) -> anyhow::Result<()> {
+        self.patience = PATIENCE;
         let lines = requests.map(serde_json::to_string).collect::<Result<Vec<_>, _>>()?;
         // Its text alone: to those above, a broken pipe is that of standard output.
         let sent = self.lines.send(lines.join("\n")).await;
-        sent.map_err(|error| anyhow!("cannot write to the agent: {error}"))
+        sent.map_err(|error| self.of_no_use(anyhow!("cannot write to it: {error}")))
     }
 
-    /// The next line. Cancel safe.
+    /// The next line, however long it takes. Cancel safe.
     ///
     /// # Errors
-    /// The agent's own, too.
+    /// The agent's own; or [`OfNoUse`].
     pub async fn read(&mut self) -> anyhow::Result<Response> {
-        let line = self.lines.next().await.context("the agent hung up")?.context("cannot read from the agent")?;
-        match serde_json::from_str(&line).context("the agent speaks another language")? {
-            Response::Error { kind, message, netns } => Err(match (kind, netns) {
-                (ErrorKind::Usage, Some(id)) => Unknown(id).into(),
-                (ErrorKind::Denied, _) => io::Error::new(io::ErrorKind::PermissionDenied, message).into(),
-                _ => anyhow!(message),
-            }),
-            response => Ok(response),
+        loop {
+            match self.hear().await.map_err(|error| self.of_no_use(error))? {
+                Response::Working {} => {}
+                response => return refused(response),
+            }
         }
     }
 
-    /// Asks, and gathers the answer without its end; and whether a limit left something out.
-    pub async fn ask(&mut self, request: &Request) -> anyhow::Result<(Vec<Response>, bool)> {
+    /// The next line of an answer.
+    ///
+    /// # Errors
+    /// The agent's own; or [`OfNoUse`], also where it takes longer than an agent does that is alive.
+    pub async fn read_answer(&mut self) -> anyhow::Result<Response> {
+        loop {
+            let had = self.lines.read_buffer().len();
+            let heard = timeout(self.patience, self.hear()).await;
+            let is_silent = self.lines.read_buffer().len() == had;
+            let patience = std::mem::replace(&mut self.patience, PAUSE);
+            match heard {
+                Ok(Ok(Response::Working {})) => {}
+                Ok(heard) => return refused(heard.map_err(|error| self.of_no_use(error))?),
+                Err(_) if is_silent => return Err(self.of_no_use(silent_for(patience))),
+                // A long line is on its way.
+                Err(_) => {}
+            }
+        }
+    }
+
+    /// The next line as it is. Cancel safe.
+    async fn hear(&mut self) -> anyhow::Result<Response> {
+        let ended = || anyhow!("it ended during its answer");
+        match self.lines.next().await {
+            Some(Ok(line)) => serde_json::from_str(&line).map_err(|error| match error.is_eof() {
+                true => ended(),
+                false => anyhow!("it speaks another language: {error}"),
+            }),
+            Some(Err(LinesCodecError::Io(error))) if error.kind() == io::ErrorKind::ConnectionReset => Err(ended()),
+            Some(Err(error)) => Err(anyhow!("cannot read from it: {error}")),
+            None => Err(ended()),
+        }
+    }
+
+    fn of_no_use(&self, why: anyhow::Error) -> anyhow::Error {
+        why.context(OfNoUse(self.socket.clone()))
+    }
+
+    fn unexpected(&self) -> anyhow::Error {
+        self.of_no_use(anyhow!("it answers something else than it was asked"))
+    }
+
+    /// Asks, and gathers the answer.
+    ///
+    /// # Errors
+    /// As [`Self::read_answer`].
+    pub async fn ask(&mut self, request: &Request) -> anyhow::Result<Answer> {
         self.send(request).await?;
         self.gather().await
     }
 
-    /// The answer to what was asked, without its end; and whether a limit left something out.
-    pub async fn gather(&mut self) -> anyhow::Result<(Vec<Response>, bool)> {
-        let mut answer = Vec::new();
+    /// The answer to what was asked.
+    ///
+    /// # Errors
+    /// As [`Self::read_answer`].
+    pub async fn gather(&mut self) -> anyhow::Result<Answer> {
+        let mut responses = Vec::new();
         loop {
-            match self.read().await? {
-                Response::End { count, more } if count == answer.len() => return Ok((answer, more)),
-                Response::End { count, .. } => bail!("the agent told {} of {count}", answer.len()),
-                response => answer.push(response),
+            match self.read_answer().await? {
+                Response::End { count, more, narrowed } if count == responses.len() => {
+                    return Ok(Answer { responses, more, narrowed });
+                }
+                Response::End { .. } => return Err(self.unexpected()),
+                response => responses.push(response),
             }
         }
+    }
+}
+
+fn silent_for(patience: Duration) -> anyhow::Error {
+    anyhow!("no answer within {} s", patience.as_secs())
+}
+
+/// What the agent says itself of why it does not do it, as an error.
+fn refused(response: Response) -> anyhow::Result<Response> {
+    match response {
+        Response::Error { kind: ErrorKind::Usage, netns: Some(id), .. } => Err(Unknown(id).into()),
+        Response::Error { kind: ErrorKind::Denied, message, .. } => {
+            Err(io::Error::new(io::ErrorKind::PermissionDenied, message).into())
+        }
+        Response::Error { message, .. } => Err(anyhow!(message)),
+        response => Ok(response),
     }
 }
 
@@ -143,11 +245,11 @@ impl Client {
         let is_dry_run = kill.dry_run;
         let ask = async {
             self.send(&Request::Kill(Box::new(Kill { confirm: true, ..kill }))).await?;
-            self.read().await
+            self.read_answer().await
         };
         match timeout(PLANNING, ask).await.map_err(|_| anyhow!("the agent makes no plan"))?? {
             Response::Plan { plan, concerns } => Ok(PlannedKill { client: self, is_dry_run, plan: *plan, concerns }),
-            other => bail!("the agent makes no plan, but says {other:?}"),
+            _ => Err(self.unexpected()),
         }
     }
 }
@@ -177,7 +279,7 @@ impl PlannedKill {
                 }
                 Response::Outcome(told) => outcomes.push(Outcome::from(*told)),
                 Response::End { count, .. } if count == outcomes.len() => return Ok(outcomes),
-                other => bail!("the agent does not tell what became of {} ports: {other:?}", self.plan.groups.len()),
+                _ => bail!("the agent does not tell what became of {} ports", self.plan.groups.len()),
             }
         }
     }
@@ -192,6 +294,7 @@ pub struct Subscription {
     /// After an interruption: what was lost, and what is open now as far as it was told anew.
     anew: Option<(u64, HashMap<SocketId, Listener>)>,
     past: Past,
+    narrowed: bool,
 }
 
 /// What happened before a subscription began, oldest first, its times in [`Utc`].
@@ -205,19 +308,22 @@ pub struct Past {
 impl Subscription {
     /// Begins to watch. What is open already is no change. With `since`, what happened from then on is asked for as well:
     /// see [`Self::take_past`].
+    ///
+    /// # Errors
+    /// As [`Client::read_answer`].
     pub async fn begin(mut client: Client, selection: Selection, since: Option<Utc>) -> anyhow::Result<Subscription> {
         client.send(&Request::Watch { selection, since }).await?;
         let mut open = HashMap::new();
         let mut past = Past::default();
         loop {
-            match client.read().await? {
+            match client.read_answer().await? {
                 Response::Past { change } => past.changes.push(change),
                 Response::Listener { listener, .. } => drop(open.insert(listener.socket.id, listener)),
-                Response::Watching { more, .. } => {
+                Response::Watching { more, narrowed, .. } => {
                     past.more = more;
-                    return Ok(Subscription { client, open, anew: None, past });
+                    return Ok(Subscription { client, open, anew: None, past, narrowed });
                 }
-                other => bail!("the agent does not watch, but says {other:?}"),
+                _ => return Err(client.unexpected()),
             }
         }
     }
@@ -248,9 +354,14 @@ impl Subscription {
                         return Ok(self.catch_up(at, lost, open));
                     }
                 }
-                other => bail!("the agent stopped watching: {other:?}"),
+                _ => return Err(self.client.unexpected()),
             }
         }
+    }
+
+    /// Whether the agent's configuration kept from this user what was not theirs when it began.
+    pub fn is_narrowed(&self) -> bool {
+        self.narrowed
     }
 
     /// What is open now of what was asked for.

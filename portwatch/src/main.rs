@@ -46,6 +46,9 @@ fn parse() -> Result<Cli, clap::Error> {
 }
 
 fn run(verb: &Verb, globals: &cli::Globals) -> anyhow::Result<ExitCode> {
+    if !matches!(verb, Verb::Agent(_)) {
+        commands::check(globals)?;
+    }
     match verb {
         Verb::List(args) => commands::list::run(args, globals),
         Verb::Who(args) => commands::who::run(args, globals),

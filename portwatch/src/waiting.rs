@@ -35,6 +35,7 @@ pub struct Condition {
     goal: Goal,
     scope: Scope,
     tries_bind: bool,
+    is_narrowed: bool,
 }
 
 /// Tells whether binding a TCP socket there fails because the address is in use.
@@ -45,7 +46,16 @@ impl Condition {
     pub fn new(selector: Selector, goal: Goal, scope: Scope, in_own_netns: bool) -> Self {
         // With a holder or an age named, a port that somebody else has is as good as free.
         let tries_bind = goal == Goal::Free && in_own_netns && !selector.has_process_filters();
-        Condition { selector, goal, scope, tries_bind }
+        Condition { selector, goal, scope, tries_bind, is_narrowed: false }
+    }
+
+    /// The listeners to judge by will be the caller's own alone.
+    pub fn narrow(&mut self) {
+        self.is_narrowed = true;
+    }
+
+    pub fn is_narrowed(&self) -> bool {
+        self.is_narrowed
     }
 
     pub fn selector(&self) -> &Selector {
@@ -242,7 +252,10 @@ impl<'a> Look<'a> {
         let selectors = if self.condition.selector.has_filters() { " that matches the selectors" } else { "" };
         match (self.condition.goal, self.is_true) {
             (Goal::Bound, true) => format!("{}{after}", self.holders("is bound by", euid)),
-            (Goal::Bound, false) => format!("nothing{selectors} listens{}{after}", on(&self.unbound())),
+            (Goal::Bound, false) => {
+                let of_yours = if self.condition.is_narrowed { " of yours" } else { "" };
+                format!("nothing{of_yours}{selectors} listens{}{after}", on(&self.unbound()))
+            }
             (Goal::Free, true) => {
                 let free = match self.condition.scope {
                     Scope::All => self.condition.selector.targets().to_vec(),

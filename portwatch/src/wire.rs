@@ -15,11 +15,15 @@
 
 mod kill;
 
+use std::fmt;
+use std::marker::PhantomData;
 use std::net::IpAddr;
 use std::time::Duration;
 
 use globset::GlobMatcher;
-use serde::{Deserialize, Serialize};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 
 pub use self::kill::{Kill, MAX_WAIT_MS, Told};
 use crate::engine::Wanted;
@@ -44,17 +48,17 @@ pub enum Request {
     Hello { version: u32 },
     /// The listeners that the selection picks, each a `listener`.
     List {
-        #[serde(default)]
+        #[serde(default, deserialize_with = "object")]
         selection: Selection,
     },
     /// The same, with the ancestors of each holder.
     Who {
-        #[serde(default)]
+        #[serde(default, deserialize_with = "object")]
         selection: Selection,
     },
     /// The listeners that the selection picks, a `watching`, and from then on every change to them.
     Watch {
-        #[serde(default)]
+        #[serde(default, deserialize_with = "object")]
         selection: Selection,
         /// What happened from this time on (ns since 1970, UTC) until now is told first, each a `past`.
         #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -66,7 +70,7 @@ pub enum Request {
     Rules {},
     /// Who had the ports that the selection picks, the latest first, each a `life`.
     History {
-        #[serde(default)]
+        #[serde(default, deserialize_with = "object")]
         selection: Selection,
         /// Only what was open at this time or later, in ns since 1970 (UTC).
         #[serde(default)]
@@ -116,6 +120,9 @@ pub enum Response {
         /// Whether a limit left out the oldest of the past.
         #[serde(default, skip_serializing_if = "is_false")]
         more: bool,
+        /// Whether this user is told of their own listeners only.
+        #[serde(default, skip_serializing_if = "is_false")]
+        narrowed: bool,
     },
     Change {
         #[serde(flatten)]
@@ -148,12 +155,17 @@ pub enum Response {
     /// What became of a port.
     Outcome(Box<Told>),
     Rule(Box<rules::State>),
+    /// The answer takes its time, and is worked on. Told again and again until it begins; counts as nothing.
+    Working {},
     /// The answer is complete.
     End {
         count: usize,
         /// Whether a limit left something out.
         #[serde(default, skip_serializing_if = "is_false")]
         more: bool,
+        /// Whether what is not of this user was left out, whatever was asked for.
+        #[serde(default, skip_serializing_if = "is_false")]
+        narrowed: bool,
     },
     Error {
         kind: ErrorKind,
@@ -162,6 +174,39 @@ pub enum Response {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         netns: Option<NetnsId>,
     },
+}
+
+impl Request {
+    /// What a line says.
+    ///
+    /// # Errors
+    /// What it should have said.
+    pub fn read(line: &str) -> serde_json::Result<Request> {
+        let mut line = serde_json::Deserializer::from_str(line);
+        let request = object(&mut line)?;
+        line.end()?;
+        Ok(request)
+    }
+}
+
+/// An object and nothing else: serde would take an array, too, for the values of an object without their names, and an
+/// empty one for a selection that picks everything.
+fn object<'de, D: Deserializer<'de>, T: Deserialize<'de>>(from: D) -> Result<T, D::Error> {
+    struct Object<T>(PhantomData<T>);
+
+    impl<'de, T: Deserialize<'de>> Visitor<'de> for Object<T> {
+        type Value = T;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("an object")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, entries: A) -> Result<T, A::Error> {
+            T::deserialize(MapAccessDeserializer::new(entries))
+        }
+    }
+
+    from.deserialize_map(Object(PhantomData))
 }
 
 /// What a program does about an error; the message is for people.
@@ -418,7 +463,7 @@ mod tests {
 
     #[test]
     fn what_a_person_types_is_read() {
-        let read = |line: &str| serde_json::from_str::<Request>(line).map_err(|error| error.to_string());
+        let read = |line: &str| Request::read(line).map_err(|error| error.to_string());
         let list = |selection| Ok(Request::List { selection });
         assert_eq!(read(r#"{"request":"hello","version":1}"#), Ok(Request::Hello { version: 1 }));
         assert_eq!(read(r#"{"request":"list"}"#), list(Selection::default()));
@@ -435,6 +480,11 @@ mod tests {
             r#"{"request":"list","uid":0}"#,
             r#"{"request":"hello"}"#,
             "[1]",
+            r#"["list"]"#,
+            r#"["list",{}]"#,
+            r#"{"request":"list","selection":[]}"#,
+            r#"{"request":"kill","selection":[["8000"]]}"#,
+            r#"{"request":"list"} {}"#,
         ] {
             assert!(read(wrong).is_err(), "{wrong}");
         }

@@ -25,6 +25,7 @@ use super::core::Ask;
 use crate::history::Requester;
 use crate::kill::{Choice, Guards, Job, Options, Outcome, Plan, Progress, concern};
 use crate::model::{BootNs, Listener, Process};
+use crate::render::cut;
 use crate::select::Selector;
 use crate::source::netns::Unknown;
 use crate::source::{Probe, Scanner, process, stat};
@@ -188,6 +189,15 @@ pub(super) fn begin(
     Ok(Begun { told, go })
 }
 
+/// As much of the targets of a kill that was refused as the log has of it, in columns: whoever may not have anything done
+/// may not fill the log either.
+const LOGGED: usize = 200;
+
+pub(super) fn log_refusal(identity: Identity, targets: &str, reason: &str) {
+    let (uid, pid, targets) = (identity.uid, identity.pid(), cut(targets, LOGGED));
+    tracing::warn!(uid, pid, %targets, reason = %cut(reason, LOGGED), "kill refused");
+}
+
 /// What the thread of a kill needs.
 #[derive(Debug)]
 struct Work {
@@ -209,7 +219,7 @@ struct Work {
 impl Work {
     fn done(mut self) {
         let last = match self.work() {
-            Ok(Some(count)) => Response::End { count, more: false },
+            Ok(Some(count)) => Response::End { count, more: false, narrowed: false },
             Ok(None) => return,
             Err(error) => {
                 let refusal = refusal(&error);

@@ -4,7 +4,9 @@ mod marks;
 mod watch;
 
 use std::convert::Infallible;
+use std::io;
 use std::path::Path;
+use std::pin::pin;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -17,11 +19,11 @@ use tokio_util::codec::{Framed, LinesCodec, LinesCodecError};
 use super::AlreadyRunning;
 use super::access::Identity;
 use super::core::Ask;
-use super::kill::{self, Kills};
+use super::kill::{self, Begun, Kills, Refusal};
 use super::load::{Answer, Load, Place, Turn};
 use super::policy::Policy;
 use super::socket::Socket;
-use crate::history::{self, Lives, Reader, State};
+use crate::history::{self, Lives, Reader, State, Utc};
 use crate::model::{Ancestor, Listener};
 use crate::rules;
 use crate::select::{Filters, Selector};
@@ -40,11 +42,17 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// How long a peer may take to read the whole of an answer that others wait for.
 const READING: Duration = Duration::from_secs(30);
 
+/// How often a peer is told that its answer is worked on. One that hears nothing for two seconds takes the agent for hung.
+const BEAT: Duration = Duration::from_millis(500);
+
 /// After a failed accept, such as for want of descriptors.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
 /// Lives that one answer about history tells at most.
 const MAX_LIVES: usize = 10_000;
+
+/// The last moment that the history can name: it counts in signed numbers.
+const LAST: Utc = i64::MAX.unsigned_abs();
 
 /// Listeners that any connection may have in memory. An answer of more waits for its turn.
 const FEW: usize = 64;
@@ -65,6 +73,51 @@ pub(super) struct Shared {
     pub(super) policy: Policy,
     /// The directory of marks.
     pub(super) marks: Rc<Path>,
+}
+
+impl Shared {
+    /// What the selection means of what the peer may see.
+    ///
+    /// # Errors
+    /// A sentence for the peer.
+    fn selector(&self, selection: &Selection, identity: Identity) -> Result<Selector, String> {
+        let mut selector = selection.selector(identity.netns)?;
+        selector.show_only(self.policy.only(identity));
+        Ok(selector.with_facts(origin::facts(identity.uid)))
+    }
+
+    async fn ask<T>(&self, ask: impl FnOnce(oneshot::Sender<T>) -> Ask) -> Result<T, End> {
+        let (reply, answer) = oneshot::channel();
+        self.asks.send(ask(reply)).await.map_err(|_| End::Stopped)?;
+        Ok(answer.await?)
+    }
+
+    /// Asks for what may be much. Answers that wait for their turn take no memory: then it is asked anew. `ask` is handed
+    /// the selector without what has to be looked up of processes, which is done afterwards.
+    async fn gather<'p, T: Send + 'static>(
+        &self,
+        place: &'p Place,
+        selector: &Selector,
+        of: fn(&T) -> &Listener,
+        ask: impl Fn(Box<Selector>, oneshot::Sender<Result<Vec<T>, String>>) -> Ask,
+    ) -> Result<Result<(Vec<T>, Option<Turn<'p>>), String>, End> {
+        let ask = |reply| ask(Box::new(selector.clone().without_facts()), reply);
+        match self.ask(&ask).await? {
+            Ok(few) if few.len() <= few_for(selector) => return Ok(Ok((few, None))),
+            Ok(many) => drop(many),
+            Err(trouble) => return Ok(Err(trouble)),
+        }
+        let mut turn = place.turn(Answer::List).await;
+        match self.ask(&ask).await? {
+            Ok(all) => {
+                if all.len() <= FEW {
+                    turn.was_small();
+                }
+                Ok(Ok((sifted(all, selector, of).await?, Some(turn))))
+            }
+            Err(trouble) => Ok(Err(trouble)),
+        }
+    }
 }
 
 /// Takes connections for ever, each served by a task of its own. Needs a [`tokio::task::LocalSet`].
@@ -170,7 +223,7 @@ impl Peer {
                 Request::Status {} => {
                     let status = self.status().await?;
                     self.send(&Response::Status(status)).await?;
-                    self.send(&Response::End { count: 1, more: false }).await?;
+                    self.send(&Response::End { count: 1, more: false, narrowed: false }).await?;
                     self.flush().await?;
                 }
             }
@@ -186,13 +239,17 @@ impl Peer {
                 self.refuse(ErrorKind::Usage, &message).await?;
                 return Err(End::Gone);
             }
+            Ok(Some(Err(LinesCodecError::Io(error)))) if error.kind() == io::ErrorKind::InvalidData => {
+                self.refuse(ErrorKind::Usage, "a request is text in UTF-8").await?;
+                return Err(End::Gone);
+            }
             _ => return Err(End::Gone),
         };
         if !place.may_ask() {
             self.refuse(ErrorKind::Busy, "too many requests a second; try again later").await?;
             return Err(End::Gone);
         }
-        match serde_json::from_str(&line) {
+        match Request::read(&line) {
             Ok(request) => Ok(Some(request)),
             Err(error) => {
                 self.refuse(ErrorKind::Usage, &format!("not a request: {error}")).await?;
@@ -217,23 +274,28 @@ impl Peer {
         Ok(())
     }
 
-    async fn ask<T>(&self, ask: impl FnOnce(oneshot::Sender<T>) -> Ask) -> Result<T, End> {
-        let (reply, answer) = oneshot::channel();
-        self.shared.asks.send(ask(reply)).await.map_err(|_| End::Stopped)?;
-        Ok(answer.await?)
+    /// Does what may take its time, and tells the peer meanwhile that it is being done.
+    async fn at_work<T>(&mut self, work: impl Future<Output = T>) -> Result<T, End> {
+        let mut work = pin!(work);
+        loop {
+            match timeout(BEAT, &mut work).await {
+                Ok(done) => return Ok(done),
+                Err(_) => {
+                    self.send(&Response::Working {}).await?;
+                    self.flush().await?;
+                }
+            }
+        }
     }
 
     async fn status(&self) -> Result<crate::wire::Status, End> {
-        self.ask(|reply| Ask::Status { reply }).await
+        self.shared.ask(|reply| Ask::Status { reply }).await
     }
 
     /// What the selection means of what the peer may see; `None` where it means nothing, of which the peer was told.
     async fn selector(&mut self, selection: &Selection, identity: Identity) -> Result<Option<Selector>, End> {
-        match selection.selector(identity.netns) {
-            Ok(mut selector) => {
-                selector.show_only(self.shared.policy.only(identity));
-                Ok(Some(selector.with_facts(origin::facts(identity.uid))))
-            }
+        match self.shared.selector(selection, identity) {
+            Ok(selector) => Ok(Some(selector)),
             Err(message) => {
                 self.refuse(ErrorKind::Usage, &message).await?;
                 Ok(None)
@@ -252,14 +314,16 @@ impl Peer {
         let Some(id) = selector.filters().netns.filter(|id| Some(*id) != identity.netns) else {
             return Ok(Some(selector));
         };
-        let mut turn = place.turn(Answer::List).await;
+        let mut turn = self.at_work(place.turn(Answer::List)).await?;
         turn.was_small();
         // Looks at every process: not on this thread, which has a table to keep.
-        let found = tokio::task::spawn_blocking(move || netns::open(id).map(drop)).await.map_err(|_| End::Stopped)?;
+        let look = tokio::task::spawn_blocking(move || netns::open(id).map(drop));
+        let found = self.at_work(look).await?.map_err(|_| End::Stopped)?;
         let Err(error) = found else { return Ok(Some(selector)) };
         // One that nobody is in any more may live on by a socket that somebody holds.
         let within = Selector::new(Vec::new(), Filters { netns: Some(id), ..Filters::default() });
-        let held = self.ask(|reply| Ask::List { selector: Box::new(within), reply }).await?;
+        let shared = self.shared.clone();
+        let held = self.at_work(shared.ask(|reply| Ask::List { selector: Box::new(within), reply })).await??;
         drop(turn);
         match held {
             Ok(held) if held.is_empty() => {
@@ -275,48 +339,25 @@ impl Peer {
         }
     }
 
-    /// Asks for what may be much. Answers that wait for their turn take no memory: then it is asked anew. `ask` is handed
-    /// the selector without what has to be looked up of processes, which is done afterwards.
-    async fn gather<'p, T: Send + 'static>(
-        &self,
-        place: &'p Place,
-        selector: &Selector,
-        of: fn(&T) -> &Listener,
-        ask: impl Fn(Box<Selector>, oneshot::Sender<Result<Vec<T>, String>>) -> Ask,
-    ) -> Result<Result<(Vec<T>, Option<Turn<'p>>), String>, End> {
-        let ask = |reply| ask(Box::new(selector.clone().without_facts()), reply);
-        match self.ask(&ask).await? {
-            Ok(few) if few.len() <= few_for(selector) => return Ok(Ok((few, None))),
-            Ok(many) => drop(many),
-            Err(trouble) => return Ok(Err(trouble)),
-        }
-        let mut turn = place.turn(Answer::List).await;
-        match self.ask(&ask).await? {
-            Ok(all) => {
-                if all.len() <= FEW {
-                    turn.was_small();
-                }
-                Ok(Ok((sifted(all, selector, of).await?, Some(turn))))
-            }
-            Err(trouble) => Ok(Err(trouble)),
-        }
-    }
-
     async fn list(&mut self, selection: &Selection, identity: Identity, place: &Place) -> Result<(), End> {
         let Some(selector) = self.selector_of_now(selection, identity, place).await? else { return Ok(()) };
         let ask = |selector, reply| Ask::List { selector, reply };
-        let (listeners, _turn) = match self.gather(place, &selector, |listener| listener, ask).await? {
+        let shared = self.shared.clone();
+        let gather = shared.gather(place, &selector, |listener| listener, ask);
+        let (listeners, _turn) = match self.at_work(gather).await?? {
             Ok(gathered) => gathered,
             Err(trouble) => return self.refuse(ErrorKind::Failed, &trouble).await,
         };
         let told = listeners.into_iter().map(|listener| (listener, Vec::new(), Vec::new()));
-        self.tell(told).await
+        self.tell(told, selector.shows_only().is_some()).await
     }
 
     async fn who(&mut self, selection: &Selection, identity: Identity, place: &Place) -> Result<(), End> {
         let Some(selector) = self.selector_of_now(selection, identity, place).await? else { return Ok(()) };
         let ask = |selector, reply| Ask::Who { selector, reply };
-        let (listeners, turn) = match self.gather(place, &selector, |(listener, _)| listener, ask).await? {
+        let shared = self.shared.clone();
+        let gather = shared.gather(place, &selector, |(listener, _)| listener, ask);
+        let (listeners, turn) = match self.at_work(gather).await?? {
             Ok(gathered) => gathered,
             Err(trouble) => return self.refuse(ErrorKind::Failed, &trouble).await,
         };
@@ -330,22 +371,23 @@ impl Peer {
         // A few files of /proc each.
         let told = match turn {
             None => look(),
-            Some(_) => tokio::task::spawn_blocking(look).await.map_err(|_| End::Stopped)?,
+            Some(_) => self.at_work(tokio::task::spawn_blocking(look)).await?.map_err(|_| End::Stopped)?,
         };
-        self.tell(told.into_iter()).await
+        self.tell(told.into_iter(), selector.shows_only().is_some()).await
     }
 
     /// Listeners, each with the ancestors of its holders and its lineage.
     async fn tell(
         &mut self,
         listeners: impl ExactSizeIterator<Item = (Listener, Vec<Vec<Ancestor>>, Vec<Ancestor>)>,
+        narrowed: bool,
     ) -> Result<(), End> {
         let tell = async {
             let count = listeners.len();
             for (listener, ancestors, lineage) in listeners {
                 self.send(&Response::Listener { listener, ancestors, lineage }).await?;
             }
-            self.send(&Response::End { count, more: false }).await?;
+            self.send(&Response::End { count, more: false, narrowed }).await?;
             self.flush().await
         };
         timeout(READING, tell).await.map_err(|_| End::Gone)?
@@ -360,10 +402,11 @@ impl Peer {
         limit: usize,
     ) -> Result<(), End> {
         let Some(selector) = self.selector(selection, identity).await? else { return Ok(()) };
+        let (from, narrowed) = (from.min(LAST), selector.shows_only().is_some());
         let Some(health) = self.status().await?.history else {
             return self.refuse(ErrorKind::Failed, NO_HISTORY).await;
         };
-        let mut turn = place.turn(Answer::History).await;
+        let mut turn = self.at_work(place.turn(Answer::History)).await?;
         let query = move || {
             let clock = super::clock();
             let now = history::clock(clock.now_wall, clock.tz.clone()).now_boot_ns;
@@ -375,7 +418,7 @@ impl Peer {
             }
         };
         // SQLite blocks: not this thread, which has a table to keep.
-        let answer = tokio::task::spawn_blocking(query).await.map_err(|_| End::Stopped)?;
+        let answer = self.at_work(tokio::task::spawn_blocking(query)).await?.map_err(|_| End::Stopped)?;
         let Lives { lives, more } = match answer {
             Ok(answer) => answer,
             Err(error) => return self.refuse(ErrorKind::Failed, &format!("{error:#}")).await,
@@ -388,26 +431,35 @@ impl Peer {
             for life in lives {
                 self.send(&Response::Life(Box::new(life))).await?;
             }
-            self.send(&Response::End { count, more }).await?;
+            self.send(&Response::End { count, more, narrowed }).await?;
             self.flush().await
         };
         timeout(READING, tell).await.map_err(|_| End::Gone)?
     }
 
+    fn begin(&self, request: Kill, identity: Identity) -> Result<Begun, Refusal> {
+        let Shared { policy, kills, asks, .. } = &self.shared;
+        policy.may_kill(identity, self.lines.get_ref()).map_err(|message| (ErrorKind::Denied, message))?;
+        let selector = self.shared.selector(&request.selection, identity);
+        let selector = selector.map_err(|message| (ErrorKind::Usage, message))?;
+        kill::begin(request, selector, identity, kills, asks)
+    }
+
     async fn kill(&mut self, request: Kill, identity: Identity, place: &Place) -> Result<(), End> {
-        if let Err(message) = self.shared.policy.may_kill(identity, self.lines.get_ref()) {
-            return self.refuse(ErrorKind::Denied, &message).await;
-        }
-        let Some(selector) = self.selector(&request.selection, identity).await? else { return Ok(()) };
-        let is_asked = request.confirm && !request.dry_run;
-        let mut begun = match kill::begin(request, selector, identity, &self.shared.kills, &self.shared.asks) {
+        let (is_asked, targets) = (request.confirm && !request.dry_run, request.selection.words());
+        let mut begun = match self.begin(request, identity) {
             Ok(begun) => begun,
-            Err((kind, message)) => return self.refuse(kind, &message).await,
+            Err((kind, message)) => {
+                kill::log_refusal(identity, &targets, &message);
+                return self.refuse(kind, &message).await;
+            }
         };
         if !is_asked {
             begun.go();
         }
-        while let Some(response) = begun.told.recv().await {
+        // The plan takes its time; afterwards, the kill tells of itself.
+        let mut told = self.at_work(begun.told.recv()).await?;
+        while let Some(response) = told {
             let is_plan = matches!(response, Response::Plan { .. });
             let is_last = matches!(response, Response::End { .. } | Response::Error { .. });
             self.send(&response).await?;
@@ -422,6 +474,7 @@ impl Peer {
                     None => return Ok(()),
                 }
             }
+            told = begun.told.recv().await;
         }
         self.refuse(ErrorKind::Failed, "the kill ended before its time; see: portwatch who").await
     }
@@ -429,8 +482,9 @@ impl Peer {
     async fn rules(&mut self, identity: Identity, place: &Place) -> Result<(), End> {
         let mut visible = Selector::new(Vec::new(), Filters::default());
         visible.show_only(self.shared.policy.only(identity));
-        let mut turn = place.turn(Answer::List).await;
-        let rules = match self.ask(|reply| Ask::Rules { reply }).await? {
+        let mut turn = self.at_work(place.turn(Answer::List)).await?;
+        let shared = self.shared.clone();
+        let rules = match self.at_work(shared.ask(|reply| Ask::Rules { reply })).await?? {
             Ok(rules) => rules,
             Err(trouble) => return self.refuse(ErrorKind::Failed, &trouble).await,
         };
@@ -449,7 +503,7 @@ impl Peer {
                 rule.matches.retain(|it| visible.matches(&it.listener, 0));
                 self.send(&Response::Rule(Box::new(rule))).await?;
             }
-            self.send(&Response::End { count, more: false }).await?;
+            self.send(&Response::End { count, more: false, narrowed: visible.shows_only().is_some() }).await?;
             self.flush().await
         };
         timeout(READING, tell).await.map_err(|_| End::Gone)?

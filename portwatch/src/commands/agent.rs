@@ -1,11 +1,12 @@
 //! `portwatch agent`: the daemon.
 
+use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use clap::Args;
 use nix::unistd::{Group, Uid, User};
 use portwatch::agent::{self, AlreadyRunning, Config};
@@ -48,10 +49,10 @@ pub(crate) struct AgentArgs {
     #[arg(long, conflicts_with_all = ["history_age", "history_size"])]
     pub(crate) no_history: bool,
     /// How long history is kept
-    #[arg(long, default_value = "7d", value_name = "DURATION", value_parser = duration)]
+    #[arg(long, default_value = "7d", value_name = "DURATION", value_parser = history_age)]
     pub(crate) history_age: Duration,
     /// How much history is kept, in MiB
-    #[arg(long, default_value_t = 256, value_name = "MIB")]
+    #[arg(long, default_value_t = 256, value_name = "MIB", value_parser = history_size)]
     pub(crate) history_size: u64,
     /// What to log: error, warn, info, debug or trace [default: $PORTWATCH_LOG, else info]
     #[arg(long, value_name = "LEVEL")]
@@ -60,8 +61,33 @@ pub(crate) struct AgentArgs {
     // Mapped twice in a row, and counted twice as resident: an eighth of what `watch` takes, so as to stay small. It holds
     // 7,710 records: a sixth of a second of listeners that eight processes open and close as fast as they can, and
     // several times what piles up while a snapshot of a large host is read. More is counted, and made good.
-    #[arg(long, value_name = "BYTES", default_value_t = 1 << 20)]
+    #[arg(long, value_name = "BYTES", default_value_t = 1 << 20, value_parser = ring)]
     pub(crate) ring: u32,
+}
+
+/// None of it erases what is there, which is not what a bound is for.
+const NOTHING_KEPT: &str = "that erases all history; to keep none from now on, use --no-history";
+
+fn history_age(text: &str) -> Result<Duration, String> {
+    let age = duration(text)?;
+    if age.is_zero() { Err(NOTHING_KEPT.to_owned()) } else { Ok(age) }
+}
+
+/// In MiB, so many that their bytes can be counted.
+fn history_size(text: &str) -> Result<u64, String> {
+    match text.parse() {
+        Ok(0) => Err(NOTHING_KEPT.to_owned()),
+        Ok(size) if size <= u64::MAX >> 20 => Ok(size),
+        _ => Err("use a number of MiB, such as 256".to_owned()),
+    }
+}
+
+fn ring(text: &str) -> Result<u32, String> {
+    let page = rustix::param::page_size();
+    match text.parse::<u32>() {
+        Ok(bytes) if bytes.is_power_of_two() && bytes as usize >= page => Ok(bytes),
+        _ => Err(format!("use a power of two of at least {page}, such as 1048576")),
+    }
 }
 
 pub(crate) fn run(args: &AgentArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
@@ -109,6 +135,10 @@ pub(super) fn rules(file: Option<&Path>) -> anyhow::Result<Vec<Rule>> {
 fn told<T>(read: Result<T, ConfigError>) -> anyhow::Result<T> {
     match read {
         Err(ConfigError::Broken(what)) => Err(Usage(what).into()),
+        Err(ConfigError::Unreadable(path, error)) if error.kind() == io::ErrorKind::NotFound => {
+            let path = path.display();
+            bail!("cannot read the configuration {path}: there is no such file; name another, or leave out --config")
+        }
         Err(ConfigError::Unreadable(path, error)) => {
             Err(error).with_context(|| format!("cannot read the configuration {}", path.display()))
         }

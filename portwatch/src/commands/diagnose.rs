@@ -12,7 +12,7 @@ use portwatch::select::{Filters, Selector, Target, builtin_sets, parse_targets};
 use portwatch::source::{Scanner, netns};
 use portwatch::wire::{Request, Response, Scope, Selection};
 
-use super::{Users, block_on, explain, note, print, reach_agent, view};
+use super::{Users, block_on, explain, note, print, view};
 use crate::cli::{Globals, Netns};
 use crate::exit_codes::{NO, Usage};
 
@@ -113,13 +113,8 @@ pub(crate) fn run(args: &DiagnoseArgs, globals: &Globals) -> anyhow::Result<Exit
 fn ask_agent(questions: &[Question], globals: &Globals) -> anyhow::Result<Vec<Listener>> {
     let targets = questions.iter().map(|question| format!("{}/{}", question.port, question.proto)).collect();
     let selection = Selection { targets, netns: Scope::All, ..Selection::default() };
-    let told = block_on(async {
-        match reach_agent(globals).await? {
-            Some(mut client) => Ok(client.ask(&Request::List { selection }).await?.0),
-            None => Ok(Vec::new()),
-        }
-    });
-    let listeners = told?.into_iter().filter_map(|response| match response {
+    let told = block_on(super::ask_agent(&Request::List { selection }, None, globals))?.unwrap_or_default();
+    let listeners = told.responses.into_iter().filter_map(|response| match response {
         Response::Listener { listener, .. } => Some(listener),
         _ => None,
     });

@@ -5,13 +5,14 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Args;
+use portwatch::client::Answer;
 use portwatch::history::{self, Lives, Reader};
 use portwatch::render;
 use portwatch::render::json;
 use portwatch::select::{Filters, Selector};
 use portwatch::wire::{Request, Response, Selection};
 
-use super::{Users, block_on, note, print, reach_agent, selection, selector, view};
+use super::{OWN_ONLY, Users, ask_agent, block_on, note, print, selection, selector, view};
 use crate::cli::{Globals, Selectors, TARGETS, duration};
 use crate::exit_codes::{NO, Usage};
 
@@ -67,7 +68,7 @@ pub(crate) fn run(args: &HistoryArgs, globals: &Globals) -> anyhow::Result<ExitC
     let name = |uid| users.name(uid);
     let mut view = view(&name);
     let now = view.clock.now_wall;
-    let Some(Lives { lives, more }) = query(args, globals, &selector, &view.clock)? else {
+    let Some((Lives { lives, more }, narrowed)) = query(args, globals, &selector, &view.clock)? else {
         if args.json {
             print("[]\n")?;
         }
@@ -82,7 +83,8 @@ pub(crate) fn run(args: &HistoryArgs, globals: &Globals) -> anyhow::Result<ExitC
         print(&json::array(&rows))?;
     } else if lives.is_empty() {
         let last = args.last.map(|last| format!(" in the last {}", render::span(last))).unwrap_or_default();
-        note(&format!("the history knows of nothing{}{last}", selection(&args.targets, &selector)));
+        let (of_yours, own_only) = if narrowed { (" of yours", format!("; {OWN_ONLY}")) } else { Default::default() };
+        note(&format!("the history knows of nothing{of_yours}{}{last}{own_only}", selection(&args.targets, &selector)));
     } else {
         print(&render::history::table(&lives, &view))?;
     }
@@ -94,33 +96,30 @@ pub(crate) fn run(args: &HistoryArgs, globals: &Globals) -> anyhow::Result<ExitC
     Ok(ExitCode::SUCCESS)
 }
 
-/// `None`, with a word about it: there is no history.
+/// The lives, and whether they are those of the caller alone. `None`, with a word about it: there is no history.
 fn query(
     args: &HistoryArgs,
     globals: &Globals,
     selector: &Selector,
     clock: &render::Clock,
-) -> anyhow::Result<Option<Lives>> {
+) -> anyhow::Result<Option<(Lives, bool)>> {
     let now = history::clock(clock.now_wall, clock.tz.clone()).now_boot_ns;
     let last = args.last.and_then(|last| u64::try_from(last.as_nanos()).ok());
     let from = last.map_or(0, |last| now.saturating_sub(last));
     let limit = if args.limit == 0 { usize::MAX } else { args.limit };
-    let told = block_on(async {
-        let Some(mut client) = reach_agent(globals).await? else { return Ok(None) };
-        let status = client.ask(&Request::Status {}).await?.0.pop();
-        if matches!(status, Some(Response::Status(status)) if status.history.is_none()) {
-            note("the agent keeps no history; start it without --no-history");
-            return Ok(Some(None));
-        }
-        let (answer, more) = client.ask(&Request::History { selection: Selection::of(selector), from, limit }).await?;
-        let lives = answer.into_iter().filter_map(|response| match response {
+    if let Some(mut answer) = block_on(ask_agent(&Request::Status {}, None, globals))?
+        && matches!(answer.responses.pop(), Some(Response::Status(status)) if status.history.is_none())
+    {
+        note("the agent keeps no history; start it without --no-history");
+        return Ok(None);
+    }
+    let request = Request::History { selection: Selection::of(selector), from, limit };
+    if let Some(Answer { responses, more, narrowed }) = block_on(ask_agent(&request, None, globals))? {
+        let lives = responses.into_iter().filter_map(|response| match response {
             Response::Life(life) => Some(*life),
             _ => None,
         });
-        Ok(Some(Some(Lives { lives: lives.collect(), more })))
-    })?;
-    if let Some(told) = told {
-        return Ok(told);
+        return Ok(Some((Lives { lives: lives.collect(), more }, narrowed)));
     }
     let path = history::path();
     let reader = match Reader::open(&path, clock) {
@@ -143,5 +142,5 @@ fn query(
         }
     };
     let selector = selector.clone().ahead_by(now.saturating_sub(clock.now_boot_ns));
-    reader.lives(&selector, from, now, limit).map(Some)
+    Ok(Some((reader.lives(&selector, from, now, limit)?, false)))
 }

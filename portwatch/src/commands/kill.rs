@@ -259,7 +259,7 @@ impl KillArgs {
 /// Says that nothing was named, and what could be.
 fn name_a_port(selector: &Selector, globals: &Globals) -> anyhow::Result<ExitCode> {
     note("error: name a port to free, as in `portwatch kill 8000`, or a selector such as --cwd; listening now:");
-    let (listeners, _) = super::read(selector, globals, false)?;
+    let listeners = super::read(selector, globals, false)?.listeners;
     let users = Users::default();
     let name = |uid| users.name(uid);
     let table = match listeners.is_empty() {

@@ -6,7 +6,7 @@ use clap::Args;
 use portwatch::render::json;
 use portwatch::render::table::{Detail, table};
 
-use super::{Users, note, print, read, selection, selector, view};
+use super::{Found, Users, note, nothing_listens, print, read, selector, view};
 use crate::cli::{Globals, Selectors, TARGETS};
 
 #[derive(Debug, Args)]
@@ -34,7 +34,7 @@ pub(crate) struct ListArgs {
 
 pub(crate) fn run(args: &ListArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
     let selector = selector(&args.targets, &args.selectors, globals)?;
-    let (listeners, _) = read(&selector, globals, false)?;
+    let Found { listeners, narrowed, .. } = read(&selector, globals, false)?;
     let users = Users::default();
     let name = |uid| users.name(uid);
     let mut view = view(&name);
@@ -44,7 +44,7 @@ pub(crate) fn run(args: &ListArgs, globals: &Globals) -> anyhow::Result<ExitCode
         return Ok(ExitCode::SUCCESS);
     }
     if listeners.is_empty() {
-        note(&format!("nothing is listening{}", selection(&args.targets, &selector)));
+        note(&nothing_listens(&args.targets, &selector, narrowed));
         return Ok(ExitCode::SUCCESS);
     }
     let detail = if args.wide {

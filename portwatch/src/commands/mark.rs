@@ -25,7 +25,7 @@ use portwatch::render::escape;
 use portwatch::source::{Scanner, process};
 use portwatch::wire::{Request, Response};
 
-use super::{block_on, explain, note, print, reach_agent};
+use super::{ask_agent, block_on, explain, note, print, reach_agent};
 use crate::cli::{Globals, duration};
 use crate::exit_codes::Usage;
 
@@ -92,9 +92,11 @@ fn make(globals: &Globals) -> anyhow::Result<Mark> {
 
 /// Keeps a mark by name; and who does.
 fn keep(name: &str, globals: &Globals) -> anyhow::Result<(Mark, String)> {
+    // Whether it keeps the mark is not known where its answer is lost: then there is none, and nobody goes on without.
     let told = block_on(async {
         let Some(mut client) = reach_agent(globals).await? else { return Ok(None) };
-        mark_of(client.ask(&Request::Mark { name: name.to_owned() }).await?.0)
+        let answer = client.ask(&Request::Mark { name: name.to_owned() }).await;
+        mark_of(answer.context("the mark may not be kept; try again")?.responses)
     })?;
     if let Some(mark) = told {
         return Ok((mark, "by the agent".to_owned()));
@@ -126,11 +128,8 @@ pub(crate) fn find(word: &str, globals: &Globals) -> anyhow::Result<Mark> {
             _ => error,
         });
     }
-    let told = block_on(async {
-        let Some(mut client) = reach_agent(globals).await? else { return Ok(None) };
-        mark_of(client.ask(&Request::Marked { name: word.to_owned() }).await?.0)
-    })?;
-    if let Some(mark) = told {
+    let told = block_on(ask_agent(&Request::Marked { name: word.to_owned() }, None, globals))?;
+    if let Some(mark) = told.map(|answer| mark_of(answer.responses)).transpose()?.flatten() {
         return checked(word, &serde_json::to_vec(&mark)?);
     }
     let kept = own_store()?.map(|store| store.find(euid, word)).transpose();
@@ -155,7 +154,7 @@ fn checked(name: &str, bytes: &[u8]) -> anyhow::Result<Mark> {
 fn mark_of(responses: Vec<Response>) -> anyhow::Result<Option<Mark>> {
     match responses.into_iter().next() {
         Some(Response::Mark { mark }) => Ok(mark.map(|mark| *mark)),
-        other => bail!("the agent told no mark, but {other:?}"),
+        _ => bail!("the agent tells of no mark"),
     }
 }
 

@@ -27,17 +27,20 @@ use std::fs;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
-use std::sync::{LazyLock, Once};
+use std::sync::LazyLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use anstream::stream::RawStream;
 use anstream::{AutoStream, ColorChoice};
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use jiff::tz::TimeZone;
 use nix::unistd::{Uid, User};
-use portwatch::client::Client;
+use portwatch::client::{Answer, Client, OfNoUse, Subscription};
 use portwatch::config::{self, ConfigError};
 use portwatch::engine::roster::Lost;
 use portwatch::engine::{self, Wanted};
+use portwatch::history::Utc;
 use portwatch::model::{Listener, NetnsId, ProcessId};
 use portwatch::render::json::Ancestors;
 use portwatch::render::{self, Clock, View};
@@ -45,6 +48,7 @@ use portwatch::select::{Filters, Selector, Sets, Since, Target, parse_targets, w
 use portwatch::source::stat::{self, Stat};
 use portwatch::source::{Probe, Scanner, Tier, origin, process};
 use portwatch::wire::{Request, Response, Selection};
+use tokio::time::timeout;
 
 use crate::cli::{self, Globals, Netns, Selectors};
 use crate::exit_codes::Usage;
@@ -154,35 +158,96 @@ fn own_netns() -> anyhow::Result<NetnsId> {
     NetnsId::try_from(inode).with_context(|| format!("{path} has inode {inode}, more than a namespace can have"))
 }
 
-/// The agent, where one is to be asked and answers. `None`: the work is done without.
-pub(crate) async fn reach_agent(globals: &Globals) -> anyhow::Result<Option<Client>> {
-    reach_agent_by(globals, Client::connect(&globals.socket)).await
-}
+/// Set where the agent was found to be of no use, or not there: a verb that asks several times waits for that, and says so,
+/// once.
+static IS_ALONE: AtomicBool = AtomicBool::new(false);
 
-async fn reach_agent_by(
+/// What the agent says to `ask`, where it is to be asked and answers. `None`: the work is done without. An agent that is of
+/// no use may show that at any word of its answer, so `ask` goes on to the last one that is needed.
+async fn through_agent<T>(
     globals: &Globals,
-    connect: impl Future<Output = anyhow::Result<Option<Client>>>,
-) -> anyhow::Result<Option<Client>> {
+    ask: impl Future<Output = anyhow::Result<Option<T>>>,
+) -> anyhow::Result<Option<T>> {
     // Who chooses a probe wants to see what that one sees.
-    if globals.no_agent || globals.probe != Probe::Auto {
+    if globals.no_agent || globals.probe != Probe::Auto || IS_ALONE.load(Ordering::Relaxed) {
         return Ok(None);
     }
-    match connect.await {
-        Ok(Some(client)) => Ok(Some(client)),
-        found if globals.agent => found.and_then(|_| {
+    let why = match ask.await {
+        Ok(Some(answer)) => return Ok(Some(answer)),
+        Ok(None) if globals.agent => {
             let socket = globals.socket.display();
             anyhow::bail!("no agent answers at {socket}; start one: portwatch agent")
-        }),
-        Ok(None) => {
-            explain(globals, &format!("no agent at {}: working alone", globals.socket.display()));
-            Ok(None)
         }
-        Err(error) => {
-            // Who asks more than once works alone each time, for one reason.
-            static TOLD: Once = Once::new();
-            TOLD.call_once(|| note(&render::escape(&format!("{error:#}; working alone"))));
-            Ok(None)
+        Ok(None) => None,
+        Err(error) if globals.agent || !error.is::<OfNoUse>() => return Err(error),
+        Err(error) => Some(error),
+    };
+    IS_ALONE.store(true, Ordering::Relaxed);
+    match why {
+        Some(error) => note(&render::escape(&format!("{error:#}; working alone"))),
+        None if globals.socket.exists() => {
+            let socket = globals.socket.display().to_string();
+            note(&format!(
+                "no agent answers at {}, though its socket is there; working alone",
+                render::escape(&socket)
+            ));
         }
+        None => explain(globals, &format!("no agent at {}: working alone", globals.socket.display())),
+    }
+    Ok(None)
+}
+
+/// The agent, for what is more than a question. Once it is reached, it is the caller's to see whether it is of use.
+pub(crate) async fn reach_agent(globals: &Globals) -> anyhow::Result<Option<Client>> {
+    through_agent(globals, Client::connect(&globals.socket)).await
+}
+
+/// The agent's answer; it may take so long at most. `None` as in [`through_agent`].
+pub(crate) async fn ask_agent(
+    request: &Request,
+    limit: Option<Duration>,
+    globals: &Globals,
+) -> anyhow::Result<Option<Answer>> {
+    let ask = async {
+        match Client::connect_asking(&globals.socket, request).await? {
+            Some(mut client) => client.gather().await.map(Some),
+            None => Ok(None),
+        }
+    };
+    let in_time = async {
+        match limit {
+            Some(limit) => timeout(limit, ask)
+                .await
+                .unwrap_or_else(|_| Err(anyhow!("no answer in time").context(OfNoUse(globals.socket.clone())))),
+            None => ask.await,
+        }
+    };
+    through_agent(globals, in_time).await
+}
+
+/// Changes as the agent tells them, once it has told what is there. `None` as in [`through_agent`].
+pub(crate) async fn subscribe(
+    selector: &Selector,
+    since: Option<Utc>,
+    globals: &Globals,
+) -> anyhow::Result<Option<Subscription>> {
+    let begin = async {
+        match Client::connect(&globals.socket).await? {
+            Some(client) => Subscription::begin(client, Selection::of(selector), since).await.map(Some),
+            None => Ok(None),
+        }
+    };
+    through_agent(globals, begin).await
+}
+
+/// Whether what is said of the agent can be meant.
+pub(crate) fn check(globals: &Globals) -> anyhow::Result<()> {
+    match globals.probe {
+        Probe::Only(tier) if globals.agent => Err(Usage(format!(
+            "--agent asks the agent, which has probes of its own, and --probe {tier} looks without the agent; leave out one"
+        ))
+        .into()),
+        _ => Ok(()),
     }
 }
 
@@ -203,45 +268,55 @@ pub(crate) fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the event loop")
 }
 
-/// What the selector picks, sorted by port, protocol and address, with the ancestors of each holder if wanted.
-pub(crate) fn read(
+/// What was found.
+struct Found {
+    /// Sorted by port, protocol and address.
+    listeners: Vec<Listener>,
+    /// Of each holder, if wanted.
+    ancestors: Ancestors,
+    /// As in [`Answer::narrowed`].
+    narrowed: bool,
+}
+
+/// What the selector picks, with the ancestors of each holder if wanted.
+fn read(selector: &Selector, globals: &Globals, with_ancestors: bool) -> anyhow::Result<Found> {
+    read_within(None, selector, globals, with_ancestors)
+}
+
+/// The same; the agent may take so long at most.
+fn read_within(
+    limit: Option<Duration>,
     selector: &Selector,
     globals: &Globals,
     with_ancestors: bool,
-) -> anyhow::Result<(Vec<Listener>, Ancestors)> {
+) -> anyhow::Result<Found> {
     let selection = Selection::of(selector);
     let request = if with_ancestors { Request::Who { selection } } else { Request::List { selection } };
-    let told = block_on(async {
-        match reach_agent_by(globals, Client::connect_asking(&globals.socket, &request)).await? {
-            Some(client) => gather(client).await.map(Some),
-            None => Ok(None),
-        }
-    })?;
-    let (mut listeners, ancestors) = match told {
-        Some(told) => told,
+    let mut found = match block_on(ask_agent(&request, limit, globals))? {
+        Some(answer) => sorted_out(answer),
         None => {
             let listeners = scan(selector, globals)?;
             let ancestors = if with_ancestors { ancestors_of(&listeners) } else { Ancestors::default() };
-            (listeners, ancestors)
+            Found { listeners, ancestors, narrowed: false }
         }
     };
-    listeners.sort_by_key(|Listener { socket, .. }| {
+    found.listeners.sort_by_key(|Listener { socket, .. }| {
         (socket.port, socket.proto, socket.address, socket.netns, socket.id.inode)
     });
-    Ok((listeners, ancestors))
+    Ok(found)
 }
 
-/// The agent's answer.
-async fn gather(mut client: Client) -> anyhow::Result<(Vec<Listener>, Ancestors)> {
+/// The agent's answer as [`read`] gives it.
+fn sorted_out(answer: Answer) -> Found {
     let (mut listeners, mut all) = (Vec::new(), Ancestors::default());
-    for response in client.gather().await?.0 {
+    for response in answer.responses {
         if let Response::Listener { listener, ancestors, .. } = response {
             let holders = listener.holders.iter().map(|holder| holder.process.id.pid);
             all.extend(holders.zip(ancestors));
             listeners.push(listener);
         }
     }
-    Ok((listeners, all))
+    Found { listeners, ancestors: all, narrowed: answer.narrowed }
 }
 
 /// The same without an agent.
@@ -271,6 +346,18 @@ fn ancestors_of(listeners: &[Listener]) -> Ancestors {
 pub(crate) fn explain(globals: &Globals, text: &str) {
     if globals.verbose {
         note(&render::escape(text));
+    }
+}
+
+/// What an agent keeps from people that tells them of [their own](Answer::narrowed), for the end of a sentence.
+pub(crate) const OWN_ONLY: &str = "this agent tells users of their own only (try --no-agent, or root)";
+
+/// The sentence that there is nothing.
+fn nothing_listens(targets: &[String], selector: &Selector, narrowed: bool) -> String {
+    let selection = selection(targets, selector);
+    match narrowed {
+        true => format!("nothing of yours is listening{selection}; {OWN_ONLY}"),
+        false => format!("nothing is listening{selection}"),
     }
 }
 

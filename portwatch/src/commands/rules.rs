@@ -10,7 +10,7 @@ use portwatch::rules::{Queue, State};
 use portwatch::source::Scanner;
 use portwatch::wire::{Request, Response};
 
-use super::{Users, agent, block_on, explain, note, own_netns, print, reach_agent, view};
+use super::{Users, agent, ask_agent, block_on, explain, note, own_netns, print, view};
 use crate::cli::Globals;
 
 #[derive(Debug, Args)]
@@ -43,15 +43,15 @@ pub(crate) struct RulesArgs {
 pub(crate) fn run(args: &RulesArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
     let told = match &args.config {
         Some(_) => None,
-        None => block_on(async {
-            let Some(mut client) = reach_agent(globals).await? else { return Ok(None) };
-            let rules = client.ask(&Request::Rules {}).await?.0.into_iter().filter_map(|response| match response {
-                Response::Rule(rule) => Some(*rule),
-                _ => None,
-            });
-            Ok(Some(rules.collect()))
-        })?,
+        None => block_on(ask_agent(&Request::Rules {}, None, globals))?,
     };
+    let told = told.map(|answer| {
+        let rules = answer.responses.into_iter().filter_map(|response| match response {
+            Response::Rule(rule) => Some(*rule),
+            _ => None,
+        });
+        rules.collect()
+    });
     let by_agent = told.is_some();
     let rules: Vec<State> = match told {
         Some(rules) => rules,

@@ -11,7 +11,7 @@ use portwatch::source::{self, Refusal, Tier};
 use portwatch::wire::{self, Request, Response};
 use serde::Serialize;
 
-use super::{block_on, print, reach_agent, refused};
+use super::{ask_agent, block_on, print, refused};
 use crate::cli::Globals;
 use crate::exit_codes::NO;
 
@@ -39,13 +39,13 @@ pub(crate) struct StatusArgs {
 
 /// Says no where no agent answers, or it cannot keep its history: this is what monitoring asks.
 pub(crate) fn run(args: &StatusArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
-    let agent = block_on(async {
-        let Some(mut client) = reach_agent(globals).await? else { return Ok(None) };
-        match client.ask(&Request::Status {}).await?.0.pop() {
-            Some(Response::Status(status)) => Ok(Some(status)),
-            other => bail!("the agent does not tell its status, but {other:?}"),
-        }
-    })?;
+    let agent = match block_on(ask_agent(&Request::Status {}, None, globals))? {
+        Some(mut answer) => match answer.responses.pop() {
+            Some(Response::Status(status)) => Some(status),
+            _ => bail!("the agent does not tell its status"),
+        },
+        None => None,
+    };
     let found;
     let status = match &agent {
         Some(agent) => {

@@ -16,7 +16,6 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use clap::{ArgGroup, Args};
 use nix::unistd::Uid;
-use portwatch::client::Subscription;
 use portwatch::model::{Listener, Socket};
 use portwatch::render::{self, json};
 use portwatch::select::{Filters, Selector};
@@ -24,10 +23,9 @@ use portwatch::source::process;
 use portwatch::source::{Live, POLL_INTERVAL, Probe, Scanner, Tier, diag, trial::Bind};
 use portwatch::tracker::Tracker;
 use portwatch::waiting::{Condition, Goal, Look, Scope};
-use portwatch::wire::Selection;
 use tokio::task::JoinHandle;
 
-use super::{Users, explain, note, print, reach_agent, read, refused, selector, view};
+use super::{Found, OWN_ONLY, Users, explain, note, print, read_within, refused, scan, selector, subscribe, view};
 use crate::cli::{Globals, Netns, Selectors, TARGETS, duration};
 use crate::exit_codes::{self, NO, Usage};
 use portwatch::feed::Feed;
@@ -79,6 +77,9 @@ const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// The idle time between two looks, as a multiple of what a look took: where that is dear, it is done less often.
 const REST: u32 = 19;
 
+/// How long the agent may take for the first look where there is less time than that: a look is due in any case.
+const FIRST_LOOK: Duration = Duration::from_millis(500);
+
 /// The first and the last interval at which a lingering port is tried, each twice the one before. A close is told
 /// before the kernel lets go of the port, which takes microseconds; a connection may stay for a minute.
 const TRY_FIRST: Duration = Duration::from_millis(1);
@@ -93,19 +94,33 @@ pub(crate) fn run(args: &WaitArgs, globals: &Globals) -> anyhow::Result<ExitCode
     let goal = if args.bound { Goal::Bound } else { Goal::Free };
     let scope = if args.any { Scope::Any } else { Scope::All };
     let condition = Condition::new(selector, goal, scope, args.selectors.netns == Netns::Own);
-    let wait = Wait { args, globals, condition, begun, next_try: TRY_FIRST };
+    let mut wait = Wait { args, globals, condition, begun, next_try: TRY_FIRST, is_alone: false };
 
     // What is true already needs no probes.
-    let (listeners, _) = read(wait.condition.selector(), globals, false)?;
+    let limit = wait.left().map(|left| left.max(FIRST_LOOK));
+    let Found { mut listeners, narrowed, .. } = read_within(limit, wait.condition.selector(), globals, false)?;
+    match (narrowed, globals.agent) {
+        (false, _) => {}
+        // A port is taken whoever holds it, and that anybody may see.
+        (true, false) => {
+            wait.is_alone = true;
+            listeners = scan(wait.condition.selector(), globals)?;
+        }
+        (true, true) if args.free => {
+            return Err(Usage(format!("wait --free needs to know of all listeners, and {OWN_ONLY}")).into());
+        }
+        (true, true) => wait.condition.narrow(),
+    }
     let look = wait.look(&listeners)?;
-    if look.is_true() || args.timeout == Some(Duration::ZERO) {
-        return wait.report(&look, true);
+    let at_once = look.is_true() || args.timeout == Some(Duration::ZERO);
+    if at_once || wait.is_over() {
+        return wait.report(&look, at_once);
     }
     let mut runtime = tokio::runtime::Builder::new_current_thread();
     // The thread that attaches probes goes when it is done, and not with a timer of its own.
     let runtime = runtime.enable_all().thread_keep_alive(Duration::ZERO).build();
     let runtime = runtime.context("cannot start the event loop")?;
-    let code = runtime.block_on(wait.go_on());
+    let code = runtime.block_on(wait.go_on(&listeners));
     // Where it came true while probes were being attached, nobody waits for them.
     runtime.shutdown_background();
     code
@@ -118,13 +133,27 @@ struct Wait<'a> {
     begun: Instant,
     /// When to try a lingering port again.
     next_try: Duration,
+    /// Whether the agent is not asked, because it tells of the caller's own listeners only.
+    is_alone: bool,
 }
 
 impl Wait<'_> {
-    async fn go_on(mut self) -> anyhow::Result<ExitCode> {
-        if let Some(client) = reach_agent(self.globals).await? {
+    /// `seen` is what the first look saw.
+    async fn go_on(mut self, seen: &[Listener]) -> anyhow::Result<ExitCode> {
+        let meant = self.sockets_meant();
+        let subscribed = match self.is_alone {
+            true => None,
+            false => tokio::select! {
+                subscribed = subscribe(&meant, None, self.globals) => subscribed?,
+                // Alone, there is time for one more look.
+                () = sleep(self.left()) => match self.globals.agent {
+                    true => return self.report(&self.look(seen)?, false),
+                    false => None,
+                },
+            },
+        };
+        if let Some(subscription) = subscribed {
             explain(self.globals, "waiting (agent)");
-            let subscription = Subscription::begin(client, Selection::of(&self.sockets_meant()), None).await?;
             return self.by_events(Feed::Agent(Box::new(subscription))).await;
         }
         let probe = self.globals.probe;
@@ -253,7 +282,9 @@ impl Wait<'_> {
             text = format!("{}\n", json::line(&json::waited(look, elapsed, &view(&name))));
         } else if !look.is_true() {
             let timeout = self.args.timeout.filter(|_| !at_once);
-            note(&look.sentence(&timeout.map_or(String::new(), |timeout| format!(" after {timeout:?}")), euid));
+            let after = timeout.map_or(String::new(), |timeout| format!(" after {timeout:?}"));
+            let own_only = if self.condition.is_narrowed() { format!("; {OWN_ONLY}") } else { String::new() };
+            note(&format!("{}{own_only}", look.sentence(&after, euid)));
         } else if !self.args.quiet {
             let after = if at_once { String::new() } else { format!(" after {}", render::span(elapsed)) };
             text = look.sentence(&after, euid) + "\n";

@@ -4,19 +4,18 @@ use std::io::{BufWriter, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use clap::Args;
-use portwatch::client::{Past, Subscription};
+use portwatch::client::Past;
 use portwatch::history::{self, Utc};
 use portwatch::model::Change;
 use portwatch::render::{self, View, json, text};
 use portwatch::select::{Selector, Shown};
 use portwatch::source::{Live, POLL_INTERVAL};
 use portwatch::tracker::Tracker;
-use portwatch::wire::Selection;
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::{Users, block_on, clock, explain, note, reach_agent, refused, selector, view};
+use super::{OWN_ONLY, Users, block_on, clock, explain, note, refused, selector, subscribe, view};
 use crate::cli::{Globals, Selectors, Since, TARGETS, duration};
 use crate::exit_codes::Usage;
 use portwatch::feed::Feed;
@@ -59,9 +58,9 @@ pub(crate) fn run(args: &WatchArgs, globals: &Globals) -> anyhow::Result<ExitCod
 }
 
 async fn open(globals: &Globals, selector: &Selector, since: Option<Utc>) -> anyhow::Result<Feed> {
-    if let Some(client) = reach_agent(globals).await? {
-        let subscription = Subscription::begin(client, Selection::of(selector), since).await?;
-        note("watching (agent)");
+    if let Some(subscription) = subscribe(selector, since, globals).await? {
+        let whose = if subscription.is_narrowed() { format!("; {OWN_ONLY}") } else { String::new() };
+        note(&format!("watching (agent){whose}"));
         return Ok(Feed::Agent(Box::new(subscription)));
     }
     if since.is_some() {
@@ -87,7 +86,20 @@ async fn watch(
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
     let past = history::clock(view.clock.now_wall, view.clock.tz.clone());
     let since = ago.map(|ago| past.now_boot_ns.saturating_sub(u64::try_from(ago.as_nanos()).unwrap_or(u64::MAX)));
-    let mut feed = open(globals, selector, since).await?;
+    // Without --for, no timer: nothing wakes while nothing happens.
+    let end = || async {
+        match args.duration {
+            Some(duration) => tokio::time::sleep(duration).await,
+            None => std::future::pending().await,
+        }
+    };
+    // An agent that is busy may take its time.
+    let mut feed = tokio::select! {
+        feed = open(globals, selector, since) => feed?,
+        () = end() => bail!("nothing was watched: the agent did not begin in that time; use a longer --for, or --no-agent"),
+        _ = terminate.recv() => return Ok(ExitCode::SUCCESS),
+        _ = interrupt.recv() => return Ok(ExitCode::SUCCESS),
+    };
 
     // Buffered, so that one batch of changes is one write.
     let mut out = BufWriter::with_capacity(64 << 10, std::io::stdout().lock());
@@ -99,13 +111,7 @@ async fn watch(
         view.clock = past;
         show(&mut out, &changes, args.json, &view)?;
     }
-    // Without --for, no timer: nothing wakes while nothing happens.
-    let end = async {
-        match args.duration {
-            Some(duration) => tokio::time::sleep(duration).await,
-            None => std::future::pending().await,
-        }
-    };
+    let end = end();
     tokio::pin!(end);
     let mut shown = Shown::default();
     loop {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::Selection;
+use super::{Selection, object};
 use crate::engine::Wanted;
 use crate::kill::signal::SignalName;
 use crate::kill::{Options, Outcome, Reach, Terms};
@@ -19,6 +19,7 @@ pub const MAX_WAIT_MS: u64 = 3_600_000;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Kill {
+    #[serde(deserialize_with = "object")]
     pub selection: Selection,
     /// The first signal.
     pub signal: SignalName,

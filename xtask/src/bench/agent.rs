@@ -189,7 +189,7 @@ impl Connection {
             let heard = Instant::now();
             let response: Value = serde_json::from_str(&self.line).context("the agent's answer is not JSON")?;
             match response["response"].as_str() {
-                Some("listener") => {}
+                Some("listener" | "working") => {}
                 Some("end") => return Ok((response["count"].as_u64().context("an end without count")?, heard)),
                 _ => bail!("the agent does not tell what listens: {response}"),
             }

@@ -23,8 +23,10 @@ impl Peer {
         // Not of its network namespace alone: whoever reads it may mean another.
         let mut selector = Selector::new(Vec::new(), Filters::default());
         selector.show_only(self.shared.policy.only(identity));
-        let turn = place.turn(Answer::History).await;
-        let listeners = match self.ask(|reply| Ask::List { selector: Box::new(selector), reply }).await? {
+        let turn = self.at_work(place.turn(Answer::History)).await?;
+        let shared = self.shared.clone();
+        let ask = shared.ask(|reply| Ask::List { selector: Box::new(selector), reply });
+        let listeners = match self.at_work(ask).await?? {
             Ok(listeners) => listeners,
             Err(trouble) => return self.refuse(ErrorKind::Failed, &trouble).await,
         };
@@ -47,7 +49,7 @@ impl Peer {
             let Some(bytes) = open_marks(&marks)?.find(identity.uid, &name)? else { return Ok(None) };
             Ok(Some(Mark::read(&bytes, &file::boot_id()?, process::boot_ns_now())?))
         };
-        let turn = place.turn(Answer::History).await;
+        let turn = self.at_work(place.turn(Answer::History)).await?;
         self.answer_with_mark(find, "the mark", turn).await
     }
 
@@ -58,13 +60,13 @@ impl Peer {
         what: &str,
         mut turn: Turn<'_>,
     ) -> Result<(), End> {
-        match tokio::task::spawn_blocking(work).await.map_err(|_| End::Stopped)? {
+        match self.at_work(tokio::task::spawn_blocking(work)).await?.map_err(|_| End::Stopped)? {
             Ok(mark) => {
                 if mark.as_ref().is_none_or(|mark| mark.listeners.len() <= FEW) {
                     turn.was_small();
                 }
                 self.send(&Response::Mark { mark: mark.map(Box::new) }).await?;
-                self.send(&Response::End { count: 1, more: false }).await?;
+                self.send(&Response::End { count: 1, more: false, narrowed: false }).await?;
                 self.flush().await
             }
             Err(error) => self.refuse(ErrorKind::Failed, &format!("{what}: {error:#}")).await,

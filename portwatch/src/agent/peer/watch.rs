@@ -6,7 +6,7 @@ use futures_util::StreamExt as _;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::time::timeout;
 
-use super::{End, Identity, NO_HISTORY, Peer, READING, few_for, sifted};
+use super::{End, Identity, LAST, NO_HISTORY, Peer, READING, few_for, sifted};
 use crate::agent::core::{Ask, MAX_PAST, Past, Subscription};
 use crate::agent::load::{Answer, Place};
 use crate::history::Utc;
@@ -25,20 +25,24 @@ impl Peer {
         let Some(mut selector) = self.selector_of_now(selection, identity, place).await? else { return Ok(()) };
         loop {
             // After an interruption, the past is what was told already.
-            let since = since.take();
-            let mut turn = if since.is_some() { Some(place.turn(Answer::History).await) } else { None };
+            let since = since.take().map(|since| since.min(LAST));
+            let mut turn = match since {
+                Some(_) => Some(self.at_work(place.turn(Answer::History)).await?),
+                None => None,
+            };
             // The configuration may have been read anew.
             selector.show_only(self.shared.policy.only(identity));
             let Subscription { at, listeners, mut changes, past } = loop {
                 let plain = Box::new(selector.clone().without_facts());
-                match self.ask(|reply| Ask::Watch { selector: plain, since, reply }).await? {
+                let shared = self.shared.clone();
+                match self.at_work(shared.ask(|reply| Ask::Watch { selector: plain, since, reply })).await?? {
                     Ok(subscription) if subscription.listeners.len() > few_for(&selector) && turn.is_none() => {
                         drop(subscription);
                     }
                     Ok(subscription) => break subscription,
                     Err(trouble) => return self.refuse(ErrorKind::Failed, &trouble).await,
                 }
-                turn = Some(place.turn(Answer::List).await);
+                turn = Some(self.at_work(place.turn(Answer::List)).await?);
             };
             let more = match (since, past) {
                 (Some(_), Some(past)) => match self.tell_past(past, &selector).await? {
@@ -48,14 +52,15 @@ impl Peer {
                 (Some(_), None) => return self.refuse(ErrorKind::Failed, NO_HISTORY).await,
                 (None, _) => false,
             };
-            let listeners = sifted(listeners, &selector, |listener| listener).await?;
+            let listeners = self.at_work(sifted(listeners, &selector, |listener| listener)).await??;
             let mut shown = Shown::default();
             let begin = async {
                 for listener in listeners {
                     shown.add(&listener);
                     self.send(&Response::Listener { listener, ancestors: Vec::new(), lineage: Vec::new() }).await?;
                 }
-                self.send(&Response::Watching { at, more }).await?;
+                let narrowed = selector.shows_only().is_some();
+                self.send(&Response::Watching { at, more, narrowed }).await?;
                 self.flush().await
             };
             timeout(READING, begin).await.map_err(|_| End::Gone)??;
@@ -63,8 +68,11 @@ impl Peer {
             let lost = loop {
                 let change = tokio::select! {
                     change = changes.recv() => change,
-                    // Whatever a subscriber says, it has nothing more to ask; as a rule it hangs up.
-                    _ = self.lines.next() => return Ok(()),
+                    // As a rule it hangs up.
+                    said = self.lines.next() => return match said {
+                        Some(_) => self.refuse(ErrorKind::Usage, "a subscriber has nothing more to say; connect anew").await,
+                        None => Ok(()),
+                    },
                 };
                 let change = match change {
                     Ok(change) => change,
@@ -99,7 +107,7 @@ impl Peer {
 
     /// Tells of the past, and says whether some was left out; `None` where it cannot be told, of which the peer was told.
     async fn tell_past(&mut self, past: Past, selector: &Selector) -> Result<Option<bool>, End> {
-        let mut changes = match past.await {
+        let mut changes = match self.at_work(past).await? {
             Ok(Ok(changes)) => changes,
             Ok(Err(error)) => {
                 self.refuse(ErrorKind::Failed, &format!("{error:#}")).await?;
@@ -118,7 +126,7 @@ impl Peer {
             told.retain(|change| shown.concerns(change, &wanted));
             told
         };
-        let told = tokio::task::spawn_blocking(sift).await.map_err(|_| End::Stopped)?;
+        let told = self.at_work(tokio::task::spawn_blocking(sift)).await?.map_err(|_| End::Stopped)?;
         let tell = async {
             for change in told {
                 self.send(&Response::Past { change: seen_by(selector, change) }).await?;

@@ -22,7 +22,7 @@ use super::way::open_scanner;
 use super::{KillArgs, agreed, is_conversation, nothing_signalled, preview, print_done, summary};
 use crate::cli::{Globals, Since};
 use crate::commands::progress::Display;
-use crate::commands::{Users, block_on, mark, print, reach_agent, view};
+use crate::commands::{self, Users, block_on, mark, print, view};
 use crate::exit_codes::{DENIED, NO};
 
 // What goes with `--since` alone.
@@ -93,15 +93,13 @@ pub(super) fn run(args: &KillArgs, selector: Selector, globals: &Globals) -> any
 /// What an agent knows that saw them open: when that was, and out of whom they came then. Where none answers, or not as
 /// expected, what /proc shows has to do.
 fn ask_agent(selector: &Selector, globals: &Globals) -> Vec<(Listener, Vec<Ancestor>)> {
-    let told = block_on(async {
-        let Some(mut client) = reach_agent(globals).await? else { return Ok(Vec::new()) };
-        Ok(client.ask(&Request::Who { selection: Selection::of(selector) }).await?.0)
-    });
+    let request = Request::Who { selection: Selection::of(selector) };
+    let told = block_on(commands::ask_agent(&request, None, globals)).ok().flatten();
     let listener = |response| match response {
         Response::Listener { listener, lineage, .. } => Some((listener, lineage)),
         _ => None,
     };
-    told.unwrap_or_default().into_iter().filter_map(listener).collect()
+    told.unwrap_or_default().responses.into_iter().filter_map(listener).collect()
 }
 
 fn ask_about(leaks: &mut [Leak], globals: &Globals) {

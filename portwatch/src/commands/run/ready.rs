@@ -3,16 +3,14 @@
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use portwatch::client::Subscription;
 use portwatch::model::{Listener, Protocol};
 use portwatch::render::escape;
 use portwatch::run::health;
 use portwatch::select::{Filters, Selector, Target};
 use portwatch::source::{Live, Probe, Scanner, Tier, diag, netns, stat};
 use portwatch::tracker::Tracker;
-use portwatch::wire::Selection;
 
-use super::super::{explain, reach_agent};
+use super::super::{explain, subscribe};
 use crate::cli::Globals;
 use portwatch::feed::Feed;
 
@@ -53,12 +51,10 @@ pub(super) async fn bound(
             && socket.netns == own
             && is_held_below(listener, watcher)
     };
-    let mut feed = match reach_agent(globals).await? {
-        Some(client) => {
-            let target = Target { ports: port..=port, proto: None, address: None };
-            let selector = Selector::new(vec![target], Filters { netns: Some(own), ..Filters::default() });
-            Feed::Agent(Box::new(Subscription::begin(client, Selection::of(&selector), None).await?))
-        }
+    let target = Target { ports: port..=port, proto: None, address: None };
+    let selector = Selector::new(vec![target], Filters { netns: Some(own), ..Filters::default() });
+    let mut feed = match subscribe(&selector, None, globals).await? {
+        Some(subscription) => Feed::Agent(Box::new(subscription)),
         None => match attach(port, wanted, watcher, globals).await? {
             Attached::Found(listener) => return Ok(*listener),
             Attached::Live(live) => Feed::Own(Box::new(Tracker::follow(*live)?)),

@@ -22,14 +22,12 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Args;
-use portwatch::client::Subscription;
 use portwatch::feed::Feed;
 use portwatch::model::{Change, Listener};
 use portwatch::render::{View, escape};
 use portwatch::select::{Selector, Shown};
 use portwatch::source::POLL_INTERVAL;
 use portwatch::tracker::Tracker;
-use portwatch::wire::Selection;
 use ratatui::DefaultTerminal;
 use ratatui::crossterm::event::{self, Event, KeyEventKind};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -42,7 +40,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use self::errand::{About, Deed, Told};
 use self::row::Sort;
 use self::state::{Action, Planned, State};
-use super::{Users, block_on, clock, reach_agent, selector, view};
+use super::{Users, block_on, clock, selector, subscribe, view};
 use crate::cli::{Globals, Selectors, TARGETS, duration};
 use crate::commands::watch::limits;
 use crate::exit_codes::Usage;
@@ -307,11 +305,8 @@ fn picks(selector: &Selector, listener: &Listener, at: u64) -> bool {
 }
 
 async fn open(selector: &Selector, globals: &Globals) -> anyhow::Result<(Feed, String)> {
-    match reach_agent(globals).await? {
-        Some(client) => {
-            let subscription = Subscription::begin(client, Selection::of(selector), None).await?;
-            Ok((Feed::Agent(Box::new(subscription)), "agent".to_owned()))
-        }
+    match subscribe(selector, None, globals).await? {
+        Some(subscription) => Ok((Feed::Agent(Box::new(subscription)), "agent".to_owned())),
         None => open_own(selector, globals),
     }
 }
