@@ -220,6 +220,11 @@ impl Verdict {
         let is_by_it = |p: &&&Person| {
             if forced { p.killed_by == KILL || p.is_dying } else { p.first_signal() != 0 || p.is_dying }
         };
+        // Whoever was ended before it, or its parent, had written down who it is may be the one.
+        let is_unnamed = |p: &Person| p.pid == 0 && p.held != 0 && p.may_hold(group);
+        if ending.people.iter().all(|p| p.pid != pid) && ending.people.iter().any(is_unnamed) {
+            return;
+        }
         if holders.is_empty() {
             self.lie(format!("{pid} is said to be killed, and never held the port"));
         } else if ended.is_empty() {

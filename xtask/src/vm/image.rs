@@ -24,6 +24,9 @@ exec </dev/console >/dev/console 2>&1
 export PATH=/bin HOME=/tmp
 echo VM-INIT
 mount -t proc proc /proc
+ln -s /proc/self/fd /dev/fd
+ln -s /proc/self/fd/1 /dev/stdout
+ln -s /proc/self/fd/2 /dev/stderr
 mount -t sysfs sysfs /sys
 mount -t tmpfs tmpfs /tmp
 mount -t tmpfs tmpfs /run

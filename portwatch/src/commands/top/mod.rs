@@ -294,7 +294,8 @@ impl Top<'_> {
     fn go_on_alone(&mut self, why: &dyn Display) -> anyhow::Result<()> {
         (self.feed, self.source) = open_own(self.selector, self.globals)?;
         self.refill();
-        let line = format!("{why:#}; going on with probes of our own");
+        // A narrow screen shows its beginning.
+        let line = format!("going on with probes of our own: {why:#}");
         self.state.say(escape(&line), self.view.clock.now_boot_ns);
         Ok(())
     }

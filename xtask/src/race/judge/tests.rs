@@ -77,6 +77,11 @@ fn what_never_was_is_a_lie() {
     let recycled = person(Part::Recycled, 9);
     let never = "9 is said to be killed, and never held the port";
     check(&ending(vec![ended(2), recycled], false, 0), &outcome("cleaned", &[2, 9], &[]), &[never], None);
+    // Ended before anybody had written down its number, which nobody else has.
+    let unnamed = || holder(0);
+    check(&ending(vec![ended(2), unnamed()], false, 0), &outcome("cleaned", &[2, 9], &[]), &[], None);
+    let recycled = person(Part::Recycled, 9);
+    check(&ending(vec![ended(2), unnamed(), recycled], false, 0), &outcome("cleaned", &[2, 9], &[]), &[never], None);
     let omitted = "2 was signalled and ended, and is not among the killed";
     check(&ending(vec![ended(2)], false, 0), &outcome("cleaned", &[], &[]), &[omitted], None);
     let code = "exit code Some(0) where the outcomes make 1";
