@@ -20,7 +20,7 @@ const NOBODY: u32 = 65534;
 const QUESTIONS: [&[&str]; 6] = [
     &["list"],
     &["who", "8000"],
-    &["watch", "--for", "10ms"],
+    &["watch", "--for", "30s"],
     &["wait", "8000", "--free"],
     &["wait", "8000", "--bound", "--timeout", "0"],
     &["kill", "8000", "--json"],
