@@ -22,7 +22,8 @@ use self::image::Binaries;
 use self::kernel::Kernel;
 
 /// Areas that ask a kernel for nothing that one of them lacks: run once, on the build machine. Emulation takes its time.
-const ALIKE: &[&str] = &["config::", "embed::", "history::", "metrics::", "replay::", "shell::"];
+const ALIKE: &[&str] =
+    &["access::", "config::", "embed::", "history::", "hostile::", "metrics::", "replay::", "shell::", "top::"];
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
