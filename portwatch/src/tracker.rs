@@ -56,8 +56,8 @@ const MIN_REST: Duration = Duration::from_millis(2);
 /// Between two tries to read a snapshot that is owed, at most.
 const MAX_REST: Duration = Duration::from_secs(1);
 
-/// So many processes are read anew for every question: a few ms.
-const FEW_PROCESSES: usize = 100;
+/// So many processes are read anew for every question, however often one asks: less than a ms.
+const FEW_PROCESSES: usize = 16;
 
 /// Descriptors that are looked at for one question: a few ms. A snapshot is not much dearer than more of them.
 const MOST_LOOKED_AT: usize = 4000;
@@ -134,8 +134,8 @@ impl Tracker {
     }
 
     /// Reads the holders of these sockets anew: of a change of user, by which servers give up what they needed to bind their
-    /// port, and of another title, directory or parent the kernel tells nothing. Of many processes at most a fifth of the
-    /// time.
+    /// port, and of another title, directory or parent the kernel tells nothing. Many processes are read for at most a fifth
+    /// of the time.
     pub fn renew(&mut self, of: &dyn Fn(&Socket) -> bool) -> Vec<Change> {
         let listeners = self.table.listeners().filter(|listener| of(&listener.socket));
         let holders = listeners.flat_map(|listener| &listener.holders);
