@@ -18,7 +18,7 @@ const SMALL: World = [10, 100, 10, 0];
 const CONNECTED: World = [1000, 100, 10, 100_000];
 const GREAT: World = [5000, 100, 10, 0];
 
-const WHO: &str = "portwatch who PORT";
+const WHO: &str = "portwatch who PORT --agent";
 const LIST: &str = "portwatch list --no-agent";
 
 /// All claims, in the order of the page. `found` has the JSON of each verb by its name, or null.
