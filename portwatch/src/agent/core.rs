@@ -270,18 +270,18 @@ impl Core {
     /// A reply that nobody waits for any more is of no use to anybody.
     fn answer(&mut self, ask: Ask) {
         let now = process::boot_ns_now();
+        if let Some(selector) = ask.selector() {
+            self.renew(&|socket| selector.matches_socket(socket));
+        }
         match ask {
             Ask::List { selector, reply } => {
-                self.renew(&|socket| selector.matches_socket(socket));
                 let _ = reply.send(Ok(self.listeners(&selector, now)));
             }
             Ask::Who { selector, reply } => {
-                self.renew(&|socket| selector.matches_socket(socket));
                 let all = self.tracker.table().listeners().filter(|listener| selector.matches(listener, now));
                 let _ = reply.send(Ok(all.map(|listener| (listener.clone(), self.lineages.of(listener))).collect()));
             }
             Ask::Watch { selector, since, reply } => {
-                self.renew(&|socket| selector.matches_socket(socket));
                 let changes = self.subscribers.subscribe();
                 let listeners = self.listeners(&selector, now);
                 self.metrics.subscribers(self.subscribers.receiver_count());

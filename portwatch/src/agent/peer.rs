@@ -493,7 +493,7 @@ impl Peer {
             rules.iter_mut().for_each(rules::State::look);
             rules
         };
-        let rules = tokio::task::spawn_blocking(look).await.map_err(|_| End::Stopped)?;
+        let rules = self.at_work(tokio::task::spawn_blocking(look)).await?.map_err(|_| End::Stopped)?;
         if rules.iter().map(|rule| 1 + rule.matches.len()).sum::<usize>() <= FEW {
             turn.was_small();
         }
