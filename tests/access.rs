@@ -5,9 +5,10 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
+use std::time::Instant;
 
 use nix::libc;
-use rustix::process::Signal;
+use rustix::process::{Pid, Resource, Rlimit, Signal, prlimit};
 use serde_json::{Value, json};
 
 use crate::Test;
@@ -108,8 +109,19 @@ fn only_own(stage: &Stage) {
     agent.portwatch(&["status"]).expect(1);
     let new = root.serve();
     assert!(!ports(&asked(&["list", "--json"])).contains(&u64::from(new.port())));
+    // One that cannot be read for want of a descriptor is read as soon as there is one.
     configure("[access]\nlist = \"all\"\n");
+    let pid = Some(Pid::from_child(&agent.child));
+    let mut client = agent.connect().hello();
+    let none = Rlimit { current: Some(0), maximum: Some(20_000) };
+    let old = prlimit(pid, Resource::Nofile, none).expect("prlimit");
     agent.signal(Signal::HUP);
+    let begun = Instant::now();
+    while !client.say(r#"{"request":"status"}"#).hear()["troubles"].to_string().contains("Too many open files") {
+        assert_eq!(client.hear()["response"], "end");
+        assert!(begun.elapsed() < PATIENCE, "a reload without descriptors went well");
+    }
+    prlimit(pid, Resource::Nofile, old).expect("prlimit");
     agent.until("well", |status| status["troubles"] == json!([]));
     assert!(ports(&asked(&["list", "--json"])).contains(&u64::from(new.port())));
     // Whoever watches already, too.

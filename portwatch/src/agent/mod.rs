@@ -61,6 +61,9 @@ const ASKS: usize = 64;
 /// What the service manager shows of an agent without troubles.
 const WELL: &str = "tracking listeners";
 
+/// How soon the configuration is tried again that could not be read for want of something.
+const RELOAD_AGAIN: Duration = Duration::from_secs(1);
+
 /// How long the end may wait for history to be written.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
@@ -162,7 +165,8 @@ async fn serve(config: Config, descriptors: usize, ready: impl FnOnce(&Tracker))
     ended
 }
 
-/// Reads the configuration anew whenever it is asked to. A broken one changes nothing.
+/// Reads the configuration anew whenever it is asked to, and again where that failed for want of descriptors or memory:
+/// who asked is gone by then. A broken one changes nothing.
 async fn reload(
     mut hangup: Signal,
     access: &dyn Fn() -> anyhow::Result<Access>,
@@ -171,12 +175,18 @@ async fn reload(
     core: &mpsc::Sender<core::Ask>,
     troubles: &Troubles,
 ) -> Infallible {
+    let mut is_exhausted = false;
     loop {
-        if hangup.recv().await.is_none() {
-            return std::future::pending().await;
+        tokio::select! {
+            asked = hangup.recv() => if asked.is_none() {
+                return std::future::pending().await;
+            },
+            () = tokio::time::sleep(RELOAD_AGAIN), if is_exhausted => {}
         }
         service::reloading();
-        let trouble = match access().and_then(|access| Ok((access, rules()?))) {
+        let outcome = access().and_then(|access| Ok((access, rules()?)));
+        is_exhausted = outcome.as_ref().is_err_and(is_passing);
+        let trouble = match outcome {
             Ok((access, rules)) => {
                 tracing::info!(?access, rules = rules.len(), "the configuration is read anew");
                 policy.set(access);
@@ -189,6 +199,11 @@ async fn reload(
         troubles.set(About::Configuration, trouble);
         service::ready(&troubles.told().first().map_or(WELL.to_owned(), String::clone));
     }
+}
+
+/// Whether an error is over once somebody gives something back.
+fn is_passing(error: &anyhow::Error) -> bool {
+    error.chain().filter_map(|cause| cause.downcast_ref()).any(http::is_exhausted)
 }
 
 /// This moment, on both clocks.

@@ -84,8 +84,8 @@ async fn serve_within(limits: Limits, listener: TcpListener, source: impl Fn() -
     }
 }
 
-/// Errors of accept(2) that are there again at once.
-fn is_exhausted(error: &io::Error) -> bool {
+/// Whether the host or this process has none left of something, such as descriptors: it may again.
+pub fn is_exhausted(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM))
 }
 
