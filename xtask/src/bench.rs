@@ -33,7 +33,7 @@ use serde_json::{Value, json};
 
 use self::machine::Machine;
 use self::section::Section;
-use crate::{cargo, must, output_of, target, world};
+use crate::{output_of, world};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -128,13 +128,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         write(path, "")?;
     }
     let effort = if args.quick { QUICK } else { FULL };
-    let portwatch = match &args.portwatch {
-        Some(path) => path.clone(),
-        None => {
-            must(cargo().args(["build", "--quiet", "--release", "--package", "portwatch", "--bin", "portwatch"]))?;
-            target().join("release/portwatch")
-        }
-    };
+    let portwatch = args.portwatch.clone().map_or_else(crate::released, Ok)?;
     let version = output_of(Command::new(&portwatch).arg("--version"))?.trim().to_owned();
     let is_wanted = |key: &str| args.only.is_empty() || args.only.iter().any(|only| only == key);
     if !args.quick && PEERED.iter().any(|key| is_wanted(key)) {

@@ -104,6 +104,12 @@ fn cargo() -> Command {
     command
 }
 
+/// portwatch as it is released: built, and where it is.
+fn released() -> Result<PathBuf> {
+    must(cargo().args(["build", "--quiet", "--release", "--package", "portwatch", "--bin", "portwatch"]))?;
+    Ok(target().join("release/portwatch"))
+}
+
 /// The command as one line, for people.
 fn shown(command: &Command) -> String {
     let mut line = command.get_program().to_string_lossy().into_owned();

@@ -24,7 +24,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
-use crate::{cargo, find, must, output_of, target};
+use crate::{find, output_of};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -43,7 +43,7 @@ pub(crate) struct Args {
     /// Write the figures to a file, too
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// The portwatch to work against [default: a debug build of this workspace]
+    /// The portwatch to work against [default: a release build of this workspace]
     #[arg(long, value_name = "PATH")]
     portwatch: Option<PathBuf>,
 }
@@ -129,13 +129,7 @@ struct Row {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let portwatch = match &args.portwatch {
-        Some(path) => path.clone(),
-        None => {
-            must(cargo().args(["build", "--quiet", "--package", "portwatch", "--bin", "portwatch"]))?;
-            target().join("debug/portwatch")
-        }
-    };
+    let portwatch = args.portwatch.clone().map_or_else(crate::released, Ok)?;
     if args.peer_rounds > 0 {
         crate::bench::fetch_peers();
     }

@@ -10,7 +10,6 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::scenario::{self, keep};
-use crate::{cargo, must, target};
 
 const SCENARIO: &str = "soak::a_steady_load_leaves_the_agent_as_it_was";
 
@@ -28,10 +27,9 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    must(cargo().args(["build", "--quiet", "--release", "--package", "portwatch", "--bin", "portwatch"]))?;
     let mut variables = vec![
         ("PORTWATCH_TEST_SOAK", args.minutes.to_string()),
-        ("PORTWATCH_BIN", target().join("release/portwatch").to_string_lossy().into_owned()),
+        ("PORTWATCH_BIN", crate::released()?.to_string_lossy().into_owned()),
     ];
     variables.extend(args.seed.map(|seed| ("PORTWATCH_TEST_SEED", seed.to_string())));
     let (figures, passed) = scenario::play(SCENARIO, variables)?;
