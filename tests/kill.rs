@@ -1,12 +1,14 @@
 //! `kill` frees ports, says what it did, and ends nobody else.
 
 use std::net::SocketAddr;
+use std::thread;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use crate::agent::Agent;
 use crate::puppet::{Puppet, Stage};
-use crate::subject::{binary, portwatch};
+use crate::subject::{binary, command, finish, portwatch};
 use crate::{Test, test};
 
 /// Runs `kill --json` on a TCP port; the one outcome.
@@ -300,7 +302,7 @@ pub fn trials() -> Vec<Test> {
             let spare = supervisor.bind(&sock.address.to_string(), "reuseport");
             let target = format!("{}/tcp", sock.port());
             let (run, _) = crate::gate::run(
-                crate::subject::command(&["kill", &target, "--json"]),
+                command(&["kill", &target, "--json"]),
                 crate::gate::Moment::After(nix::libc::SYS_pidfd_send_signal),
                 |_| true,
                 || {
@@ -321,17 +323,15 @@ pub fn trials() -> Vec<Test> {
             holder.ignore_term();
             let (pid, mut holder, mut child) = (holder.pid, Some(holder), None);
             let target = format!("{}/tcp", sock.port());
-            let run = crate::gate::signals(
-                crate::subject::command(&["kill", &target, "--json", "--grace", "100ms"]),
-                |signalled, signal| {
+            let run =
+                crate::gate::signals(command(&["kill", &target, "--json", "--grace", "100ms"]), |signalled, signal| {
                     if (signalled, signal) == (pid, nix::libc::SIGKILL)
                         && let Some(holder) = holder.take()
                     {
                         child = Some(holder.fork());
                         holder.exit();
                     }
-                },
-            );
+                });
             let child = child.expect("no SIGKILL was about to be sent");
             let outcome = run.expect(0).json()[0].clone();
             assert_eq!(outcome["status"], "cleaned", "{outcome}");
@@ -344,7 +344,7 @@ pub fn trials() -> Vec<Test> {
             let spare = stranger.bind(&sock.address.to_string(), "reuseport");
             let target = format!("{}/tcp", sock.port());
             let (run, _) = crate::gate::run(
-                crate::subject::command(&["kill", &target, "--json", "--settle", "0"]),
+                command(&["kill", &target, "--json", "--settle", "0"]),
                 crate::gate::Moment::After(nix::libc::SYS_pidfd_send_signal),
                 |_| true,
                 || {
@@ -365,7 +365,7 @@ pub fn trials() -> Vec<Test> {
             let spare = stranger.bind("127.0.0.1:0", "reuseport");
             let targets = [spare.port(), sock.port()].map(|port| format!("{port}/tcp"));
             let (run, _) = crate::gate::run(
-                crate::subject::command(&["kill", &targets[0], &targets[1], "--json", "--settle", "0"]),
+                command(&["kill", &targets[0], &targets[1], "--json", "--settle", "0"]),
                 crate::gate::Moment::After(nix::libc::SYS_pidfd_send_signal),
                 |_| true,
                 || stranger.listen(spare.fd),
@@ -378,6 +378,28 @@ pub fn trials() -> Vec<Test> {
             assert_eq!((status, still), ("respawned", true), "{outcomes}");
             assert_eq!((killed, remaining), (Vec::new(), pids(&[&stranger])), "{outcomes}");
             assert!(stranger.is_alive());
+        }),
+        test("kill::who_receives_the_socket_after_its_holder_ended_ends_as_well", || {
+            let stage = Stage::new();
+            let (giver, taker, deaf) = (stage.puppet(), stage.puppet(), stage.puppet());
+            let (sock, other) = (giver.serve(), deaf.serve());
+            // As long as this one lives, the kill goes on.
+            deaf.ignore_term();
+            taker.open_mailbox();
+            giver.send_fd(sock.fd, &taker);
+            let targets = [sock.port(), other.port()].map(|port| format!("{port}/tcp"));
+            let run = command(&["kill", &targets[0], &targets[1], "--json", "--no-agent"]).spawn().expect("portwatch");
+            giver.wait();
+            // Until it has been looked, in vain, who else holds the socket: nothing tells.
+            thread::sleep(Duration::from_millis(300));
+            taker.receive_fd();
+            taker.wait();
+            deaf.close(other.fd);
+            let outcomes = finish(run).expect(0).json();
+            let outcomes = outcomes.as_array().expect("outcomes");
+            let outcome = outcomes.iter().find(|outcome| outcome["port"] == sock.port()).expect("its outcome");
+            let (status, killed, ..) = gist(outcome);
+            assert_eq!((status, killed), ("cleaned", pids(&[&giver, &taker])), "{outcome}");
         }),
         test("kill::bad_usage_is_exit_two_and_says_why_in_one_line", || {
             for arguments in [

@@ -298,7 +298,15 @@ impl Run {
         let has_kin = self.lives.iter().any(Life::is_kin_left);
         self.stranger
             || self.stale && (has_kin || unawaited())
-            || (has_kin || self.is_blind()) && self.scanned.elapsed() >= SCAN_EVERY
+            || (has_kin || self.is_blind() || self.has_ghost()) && self.scanned.elapsed() >= SCAN_EVERY
+    }
+
+    /// Whether nobody was seen to hold what is to be freed: passed on by one who ended, it may be about to be received.
+    fn has_ghost(&self) -> bool {
+        self.current.iter().any(|listener| {
+            let group = self.group_of.get(&key(&listener.socket));
+            listener.holders.is_empty() && group.is_some_and(|&group| self.plan.groups[group].wants(listener.socket.id))
+        })
     }
 
     /// Whether only full scans can tell of some port.
