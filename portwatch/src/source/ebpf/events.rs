@@ -324,10 +324,10 @@ impl Probes {
     /// Makes the kernel report forks, execs and exits of everyone who holds one of these, and the release of the UDP
     /// sockets among them.
     pub(crate) fn follow(&mut self, listeners: &[Listener]) {
+        // Once each, not once a socket; even if known: when a process ends, the kernel forgets its number by itself.
+        let holders: HashSet<u32> = listeners.iter().flat_map(|l| &l.holders).map(|h| h.process.id.pid).collect();
+        holders.into_iter().for_each(|pid| self.follow_process(pid));
         for listener in listeners {
-            for holder in &listener.holders {
-                self.follow_process(holder.process.id.pid);
-            }
             // One that is closed by now stays in the map until its place is needed.
             if listener.socket.proto == Protocol::Udp && self.udp.add(listener.socket.id) {
                 let _ = self.udp_bound.insert(listener.socket.id.cookie, 1, 0);
