@@ -55,6 +55,8 @@ pub(super) struct Ending {
     pub(super) people: Vec<Person>,
     /// That of the round first, then the neighbour's, if there is one.
     pub(super) ports: Vec<PortState>,
+    /// When the command was started, and when it had ended.
+    pub(super) begun: u64,
     pub(super) ended: u64,
     pub(super) code: Option<i32>,
 }
@@ -107,6 +109,14 @@ impl Ending {
 
     fn age(&self, moment: u64) -> u64 {
         self.ended.saturating_sub(moment)
+    }
+
+    /// Whether the first signal may have found somebody on its way out, where nobody writes down that it came.
+    fn may_have_met(&self, person: &Person) -> bool {
+        let Person { let_go, died, .. } = *person;
+        let gone = if died == 0 { self.ended } else { died };
+        let going = if let_go == 0 { gone } else { let_go };
+        gone >= self.begun && going <= self.begun + STALE_NS
     }
 
     fn anybody_signalled(&self) -> bool {
@@ -229,8 +239,7 @@ impl Verdict {
             self.lie(format!("{pid} is said to be killed, and never held the port"));
         } else if ended.is_empty() {
             self.lie(format!("{pid} is said to be killed, and lives"));
-        } else if !ending.anybody_signalled() && ended.iter().all(|p| ending.age(p.died.max(p.let_go)) > STALE_NS) {
-            // Else the signal may have found it on its way out, where nobody writes down that it came.
+        } else if !ending.anybody_signalled() && !ended.iter().any(|p| ending.may_have_met(p)) {
             self.lie(format!("{pid} is said to be killed, and nobody was signalled"));
         } else if !ended.iter().any(is_by_it) {
             self.coincidences += 1;

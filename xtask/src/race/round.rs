@@ -254,7 +254,7 @@ impl Stage {
         let ports = ports.map(|(port, inode)| look_at(port, inode.load(SeqCst))).collect::<Result<Vec<_>>>()?;
         // Those who had ended by then.
         self.reap(None)?;
-        let ending = Ending { people: self.people()?, ports, ended, code };
+        let ending = Ending { people: self.people()?, ports, begun: started, ended, code };
         let verdict = if contender.is_ours() {
             let outcomes: Option<Value> = serde_json::from_str(&text_of(&stdout)?).ok();
             Verdict::of(&ending).by_outcomes(&ending, outcomes.as_ref())

@@ -21,7 +21,7 @@ fn ended(pid: u32) -> Person {
 fn ending(people: Vec<Person>, listens: bool, code: i32) -> Ending {
     let old_listens = listens && people.iter().all(|p| p.took == 0);
     let ports = vec![PortState { port: 8000, listens, old_listens, bindable: !listens }];
-    Ending { people, ports, ended: END, code: Some(code) }
+    Ending { people, ports, begun: END / 4, ended: END, code: Some(code) }
 }
 
 fn outcome(status: &str, killed: &[u32], remaining: &[u32]) -> Value {
@@ -82,6 +82,17 @@ fn what_never_was_is_a_lie() {
     check(&ending(vec![ended(2), unnamed()], false, 0), &outcome("cleaned", &[2, 9], &[]), &[], None);
     let recycled = person(Part::Recycled, 9);
     check(&ending(vec![ended(2), unnamed(), recycled], false, 0), &outcome("cleaned", &[2, 9], &[]), &[never], None);
+    // It ended of itself: when the signal may have come, before there was a command, and long after its first signal.
+    let unstruck = |let_go, died| Person { let_go, died, ..holder(2) };
+    let nobody = "2 is said to be killed, and nobody was signalled";
+    for (let_go, died, lies) in [
+        (END / 4 - 1, END / 4 + 1, &[][..]),
+        (0, END / 4 + 1, &[]),
+        (END / 4 - 2, END / 4 - 1, &[nobody]),
+        (END / 2, END / 2, &[nobody]),
+    ] {
+        check(&ending(vec![unstruck(let_go, died)], false, 0), &outcome("cleaned", &[2], &[]), lies, None);
+    }
     let omitted = "2 was signalled and ended, and is not among the killed";
     check(&ending(vec![ended(2)], false, 0), &outcome("cleaned", &[], &[]), &[omitted], None);
     let code = "exit code Some(0) where the outcomes make 1";
