@@ -38,15 +38,16 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let mut variables = vec![("PORTWATCH_TEST_CHAOS", args.seconds.to_string())];
     variables.extend(args.seed.map(|seed| ("PORTWATCH_TEST_SEED", seed.to_string())));
     let mut rows = Vec::new();
-    if matches!(args.kernel.as_str(), "this" | "all") {
-        let (figures, passed) = scenario::play(SCENARIO, variables.iter().map(|(name, value)| (*name, value)))?;
-        rows.push(row(&scenario::release()?, figures, passed));
-    }
     if args.kernel != "this" {
         let limit = args.seconds + PATIENCE;
         for (release, figures, passed) in vm::play(&args.kernel, SCENARIO, &variables, limit)? {
             rows.push(row(&release, figures, passed));
         }
+    }
+    // By itself: the machine is slower beside those that it emulates.
+    if matches!(args.kernel.as_str(), "this" | "all") {
+        let (figures, passed) = scenario::play(SCENARIO, variables.iter().map(|(name, value)| (*name, value)))?;
+        rows.push(row(&scenario::release()?, figures, passed));
     }
     print!("{}", markdown(&rows));
     keep(&json!(rows), args.json.as_deref())?;

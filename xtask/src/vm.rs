@@ -67,7 +67,7 @@ fn prepare(name: &str) -> Result<(Vec<Kernel>, Binaries)> {
     Ok((kernels, Binaries::build()?))
 }
 
-/// Runs one scenario, with variables in its environment, on one kernel after the other: each one's release, the figures
+/// Runs one scenario, with variables in its environment, on the kernels side by side: each one's release, the figures
 /// that the scenario reported, and whether it passed.
 pub(crate) fn play(
     name: &str,
@@ -95,7 +95,13 @@ pub(crate) fn play(
         };
         Ok((kernel.version.clone(), figures, passed))
     };
-    kernels.iter().map(play_on).collect()
+    thread::scope(|scope| {
+        let playing: Vec<_> = kernels.iter().map(|kernel| scope.spawn(|| play_on(kernel))).collect();
+        playing
+            .into_iter()
+            .map(|played| played.join().unwrap_or_else(|_| bail!("the player of a kernel panicked")))
+            .collect()
+    })
 }
 
 fn test_on(kernel: &Kernel, binaries: &Binaries, args: &Args) -> Result<()> {
