@@ -28,7 +28,7 @@ use kernel::{Object, config, cookie_stored, cookie_typed, flags, follow, follow_
 use portwatch_ebpf::{
     AF_INET, AF_INET6, IPPROTO_MPTCP, IPPROTO_TCP, IPPROTO_UDP, Record, TCP_CLOSE, TCP_LISTEN, flag, kind,
 };
-use record::{current, current_netns, current_tgid, now, socket_record, task_record};
+use record::{current, current_netns, current_tgid, inode, now, socket_record, task_record};
 use ring::{count_lost, emit};
 
 /// Linux's `EADDRINUSE`, the same number on every architecture.
@@ -48,10 +48,10 @@ static PENDING: LruHashMap<u64, Record> = LruHashMap::with_max_entries(4 << 10, 
 #[map]
 static CALLS: LruHashMap<Call, Args> = LruHashMap::with_max_entries(4 << 10, 0);
 
-/// UDP sockets whose end is to be told although the kernel keeps no mark of their bind(): by cookie, or by address
-/// where there is none. With post_bind and sock_release, which see no marks, all UDP sockets.
+/// Inode numbers of UDP sockets whose end is to be told although the kernel keeps no mark of their bind(): by cookie, or
+/// by address where there is none. With post_bind and sock_release, which see no marks, all UDP sockets, and no inodes.
 #[map]
-static UDP_BOUND: HashMap<u64, u8> = HashMap::with_max_entries(64 << 10, 0);
+static UDP_BOUND: HashMap<u64, u64> = HashMap::with_max_entries(64 << 10, 0);
 
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -282,7 +282,7 @@ fn post_bind(ctx: &SockContext, family: u16, words: [u32; 4]) -> i32 {
         // SAFETY: the helper takes the context of a cgroup sock program; the port is readable in post_bind.
         let (cookie, port) = unsafe { (bpf_get_socket_cookie(ctx.as_ptr()), (*ctx.sock).src_port as u16) };
         let address = [words[0].to_ne_bytes(), words[1].to_ne_bytes(), words[2].to_ne_bytes(), words[3].to_ne_bytes()];
-        remember_udp(cookie);
+        remember_udp(cookie, 0);
         hold(ctx, current_tgid());
         let mut record = task_record(kind::OPENED);
         record.cookie = cookie;
@@ -384,15 +384,15 @@ fn listening<C: EbpfContext>(ctx: &C, sk: Object, cookie: u64) {
 fn udp_bound<C: EbpfContext>(ctx: &C, sk: Object, cookie: u64) {
     if flags(sk, IPPROTO_UDP) & flag::BOUND == 0 {
         // Port 0 of every address: bind() leaves no mark on the socket, so its end must be remembered.
-        remember_udp(if cookie != 0 { cookie } else { sk as u64 });
+        remember_udp(if cookie != 0 { cookie } else { sk as u64 }, inode(sk));
     }
     hold(ctx, current_tgid());
     emit(ctx, socket_record(kind::OPENED, sk, cookie));
 }
 
 #[inline(always)]
-fn remember_udp(key: u64) {
-    if UDP_BOUND.insert(key, 1, u64::from(BPF_ANY)).is_err() {
+fn remember_udp(key: u64, inode: u64) {
+    if UDP_BOUND.insert(key, inode, u64::from(BPF_ANY)).is_err() {
         count_lost();
     }
 }
@@ -403,7 +403,8 @@ fn udp_unbound<C: EbpfContext>(ctx: &C, sk: Object) {
         return;
     }
     let cookie = cookie_stored(sk);
-    let remembered = UDP_BOUND.remove(cookie).is_ok() || UDP_BOUND.remove(sk as u64).is_ok();
+    // Both: userspace remembers it by the cookie that it was given since.
+    let remembered = UDP_BOUND.remove(cookie).is_ok() | UDP_BOUND.remove(sk as u64).is_ok();
     if remembered || flags(sk, IPPROTO_UDP) & flag::BOUND != 0 {
         emit(ctx, socket_record(kind::CLOSED, sk, cookie));
     }

@@ -82,7 +82,7 @@ pub(crate) fn socket_record(kind: u8, sk: Object, cookie: u64) -> Record {
 
 /// Inode number of the socket behind `sk`; 0 once it is orphaned.
 #[inline(always)]
-fn inode(sk: Object) -> u64 {
+pub(crate) fn inode(sk: Object) -> u64 {
     let socket = follow(sk, offset!(sk_socket));
     if socket.is_null() { 0 } else { read(socket, offset!(socket_inode) + offset!(inode_ino)) }
 }

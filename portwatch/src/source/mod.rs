@@ -403,6 +403,9 @@ impl Live {
                 // the kernel has told.
                 let first = !std::mem::replace(&mut self.started, true);
                 let all_netns = lost > 0 || first;
+                if lost > 0 {
+                    probes.recall_udp();
+                }
                 let probes = RefCell::new(probes);
                 let snapshot = self.scanner.scan_with(
                     all_netns,

@@ -49,7 +49,7 @@ pub(crate) struct Probes {
     ring: AsyncFd<RingBuf<MapData>>,
     counters: CounterMap,
     holders: BpfHashMap<MapData, u32, u8>,
-    udp_bound: BpfHashMap<MapData, u64, u8>,
+    udp_bound: BpfHashMap<MapData, u64, u64>,
     /// UDP sockets that were bound since the start, or were there at the start.
     udp: KnownUdp,
     /// Processes put into `holders`, as far as userspace knows.
@@ -330,7 +330,7 @@ impl Probes {
         for listener in listeners {
             // One that is closed by now stays in the map until its place is needed.
             if listener.socket.proto == Protocol::Udp && self.udp.add(listener.socket.id) {
-                let _ = self.udp_bound.insert(listener.socket.id.cookie, 1, 0);
+                let _ = self.udp_bound.insert(listener.socket.id.cookie, listener.socket.id.inode, 0);
             }
         }
     }
@@ -339,6 +339,12 @@ impl Probes {
     fn follow_process(&mut self, pid: u32) {
         self.watched.insert(pid);
         let _ = self.holders.insert(pid, 1, 0);
+    }
+
+    /// After a loss: learns of the bound UDP sockets whose record was lost, and which had no cookie yet to ask for them by.
+    pub(crate) fn recall_udp(&mut self) {
+        let inodes = self.udp_bound.iter().filter_map(|entry| Some(entry.ok()?.1));
+        self.udp.inodes.extend(inodes.filter(|&inode| inode != 0));
     }
 
     /// Whether a UDP socket without a mark of bind() is known to be bound: seen when it was, or there from the start.
