@@ -1,6 +1,6 @@
 //! The agent: the same answers as without it, for everybody, whatever its clients do.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -236,6 +236,32 @@ pub fn trials() -> Vec<Test> {
             agent.check("its receipt and another listener", &stage, &[&giver, &taker, &child]);
             taker.serve_from_thread();
             agent.check("the end of its leader", &stage, &[&giver, &taker, &child]);
+        }),
+        test("agent::what_is_asked_at_once_is_each_answered_with_the_truth", || {
+            let stage = Stage::new();
+            let agent = Agent::start(&stage);
+            let giver = stage.puppet();
+            let socks: Vec<_> = (0..12).map(|_| giver.serve()).collect();
+            let child = giver.fork();
+            agent.check("a fork", &stage, &[&giver, &child]);
+            let mut clients: Vec<_> = socks.iter().map(|_| agent.connect().hello()).collect();
+            // They all ask before it takes in the first of them, about what no event has told.
+            agent.signal(Signal::STOP);
+            let is_closed = |n: usize| n.is_multiple_of(3);
+            socks.iter().enumerate().filter(|(n, _)| is_closed(*n)).for_each(|(_, sock)| giver.close(sock.fd));
+            for (client, sock) in clients.iter_mut().zip(&socks) {
+                client.say(&format!(r#"{{"request":"list","selection":{{"targets":["{}/tcp"]}}}}"#, sock.port()));
+            }
+            agent.signal(Signal::CONT);
+            for (n, client) in clients.iter_mut().enumerate() {
+                let answer = client.hear();
+                let holders = answer["holders"].as_array().expect("holders");
+                let pids: BTreeSet<u64> =
+                    holders.iter().filter_map(|holder| holder["process"]["id"]["pid"].as_u64()).collect();
+                let giver = (!is_closed(n)).then_some(giver.pid.into());
+                assert_eq!(pids, giver.into_iter().chain([child.pid.into()]).collect(), "{answer}");
+                assert_eq!(client.hear()["response"], "end");
+            }
         }),
         test("agent::an_ordinary_user_sees_everything_in_full", || {
             if !rustix::process::geteuid().is_root() {

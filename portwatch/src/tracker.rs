@@ -24,6 +24,9 @@ use crate::model::{BootNs, Change, Event, NetnsId, Process, ProcessId, Socket, S
 use crate::source::{Live, Probe, netns, process};
 use crate::table::Table;
 
+/// Which sockets a question is about.
+pub type Question<'a> = &'a dyn Fn(&Socket) -> bool;
+
 #[derive(Debug)]
 pub struct Tracker {
     live: Live,
@@ -133,16 +136,22 @@ impl Tracker {
         changes
     }
 
-    /// Reads the holders of these sockets anew: of a change of user, by which servers give up what they needed to bind their
-    /// port, and of another title, directory or parent the kernel tells nothing. Many processes are read for at most a fifth
-    /// of the time.
-    pub fn renew(&mut self, of: &dyn Fn(&Socket) -> bool) -> Vec<Change> {
-        let listeners = self.table.listeners().filter(|listener| of(&listener.socket));
-        let holders = listeners.flat_map(|listener| &listener.holders);
-        let known: HashMap<ProcessId, &Arc<Process>> =
-            holders.map(|holder| (holder.process.id, &holder.process)).collect();
+    /// Reads the holders of the sockets that each question is about anew: of a change of user, by which servers give up what
+    /// they needed to bind their port, and of another title, directory or parent the kernel tells nothing. For a question
+    /// about many processes they are read for at most a fifth of the time.
+    pub fn renew(&mut self, questions: &[Question<'_>]) -> Vec<Change> {
         let begun = Instant::now();
-        if known.len() > FEW_PROCESSES && begun < self.renew_at {
+        let mut known: HashMap<ProcessId, &Arc<Process>> = HashMap::new();
+        for about in questions {
+            let listeners = self.table.listeners().filter(|listener| about(&listener.socket));
+            let holders = listeners.flat_map(|listener| &listener.holders);
+            let asked: HashMap<ProcessId, &Arc<Process>> =
+                holders.map(|holder| (holder.process.id, &holder.process)).collect();
+            if asked.len() <= FEW_PROCESSES || begun >= self.renew_at {
+                known.extend(asked);
+            }
+        }
+        if known.is_empty() {
             return Vec::new();
         }
         let at = process::boot_ns_now();
@@ -155,26 +164,30 @@ impl Tracker {
             .collect()
     }
 
-    /// Looks whether who holds these sockets still has the descriptors for it: of one that is closed while others hold the
-    /// socket, as after passing it on, the kernel tells nothing. Where one is gone, or they are too many to look at, the table
-    /// asks for a snapshot.
-    pub fn doubt_holders(&mut self, of: &dyn Fn(&Socket) -> bool) {
-        let listeners = self.table.listeners().filter(|listener| of(&listener.socket) && listener.socket.id.inode != 0);
-        let held = listeners.flat_map(|listener| {
-            listener
-                .holders
-                .iter()
-                .flat_map(|holder| holder.fds.iter().map(|fd| (listener.socket.id, holder.process.id.pid, *fd)))
-        });
-        let held: Vec<(SocketId, u32, u32)> = held.take(MOST_LOOKED_AT + 1).collect();
+    /// Looks whether who holds the sockets that each question is about still has the descriptors for it: of one that is
+    /// closed while others hold the socket, as after passing it on, the kernel tells nothing. Where one is gone, or they are
+    /// too many to look at, the table asks for a snapshot.
+    pub fn doubt_holders(&mut self, questions: &[Question<'_>]) {
+        let mut held: HashSet<(SocketId, u32, u32)> = HashSet::new();
+        let mut doubted: HashSet<SocketId> = HashSet::new();
+        for about in questions {
+            let is_asked = |socket: &Socket| about(socket) && socket.id.inode != 0;
+            let listeners = self.table.listeners().filter(|listener| is_asked(&listener.socket));
+            let asked = listeners.flat_map(|listener| {
+                let holders = listener.holders.iter();
+                holders.flat_map(|holder| holder.fds.iter().map(|fd| (listener.socket.id, holder.process.id.pid, *fd)))
+            });
+            let asked: Vec<(SocketId, u32, u32)> = asked.take(MOST_LOOKED_AT + 1).collect();
+            match asked.first() {
+                // One row in doubt has all of them read anew.
+                Some((id, ..)) if asked.len() > MOST_LOOKED_AT => drop(doubted.insert(*id)),
+                _ => held.extend(asked),
+            }
+        }
         let is_gone = |(id, pid, fd): &(SocketId, u32, u32)| process::has_socket(*pid, *fd, id.inode) == Some(false);
-        let gone: Vec<SocketId> = match held.len() > MOST_LOOKED_AT {
-            // One row in doubt has all of them read anew.
-            true => held.into_iter().take(1).map(|(id, ..)| id).collect(),
-            false => held.into_iter().filter(is_gone).map(|(id, ..)| id).collect(),
-        };
+        doubted.extend(held.into_iter().filter(is_gone).map(|(id, ..)| id));
         let at = process::boot_ns_now();
-        gone.into_iter().for_each(|id| self.table.doubt(id, at));
+        doubted.into_iter().for_each(|id| self.table.doubt(id, at));
     }
 
     /// Waits for the next changes; there are none where a snapshot confirmed what was known, or could not be read

@@ -20,7 +20,7 @@ use crate::select::Selector;
 use crate::service::Watchdog;
 use crate::source::process;
 use crate::table::Table;
-use crate::tracker::Tracker;
+use crate::tracker::{Question, Tracker};
 use crate::wire::Status;
 
 /// The latest changes, kept once for all subscribers until each has read them. One that is further behind has to begin
@@ -157,6 +157,7 @@ impl Core {
     /// Ends only when events cannot be read any more.
     pub(super) async fn run(&mut self, mut questions: mpsc::Receiver<Ask>) -> anyhow::Result<()> {
         loop {
+            let mut asks = Vec::new();
             // Fair between the two: a flood of either does not starve the other.
             tokio::select! {
                 changes = self.tracker.next() => self.publish(changes?),
@@ -165,23 +166,27 @@ impl Core {
                     Step::Due => self.fire(),
                     Step::Done(done) => self.record(*done),
                 },
-                Some(ask) = questions.recv() => {
-                    if matches!(ask, Ask::Status { .. }) {
-                        self.answer(ask);
-                        continue;
-                    }
-                    // Whoever asks has seen things happen: they are in the answer.
-                    let changes = self.tracker.catch_up();
-                    self.publish(changes);
-                    if let Some(selector) = ask.selector() {
-                        self.tracker.doubt_holders(&|socket| selector.matches_socket(socket));
-                    }
-                    self.waiting.push((process::boot_ns_now(), ask));
-                }
+                1.. = questions.recv_many(&mut asks, super::ASKS) => self.take_in(asks),
             }
             self.troubles.set(About::Table, self.tracker.trouble().map(str::to_owned));
             self.answer_what_is_known();
         }
+    }
+
+    /// Takes in all that was asked by now. To look costs the same for many questions as for one, so that who asks again and
+    /// again does not keep others waiting.
+    fn take_in(&mut self, asks: Vec<Ask>) {
+        let (now, later): (Vec<Ask>, Vec<Ask>) = asks.into_iter().partition(|ask| matches!(ask, Ask::Status { .. }));
+        now.into_iter().for_each(|ask| self.answer(ask));
+        if later.is_empty() {
+            return;
+        }
+        // Whoever asks has seen things happen: they are in the answer.
+        let changes = self.tracker.catch_up();
+        self.publish(changes);
+        each_about(&later, |questions| self.tracker.doubt_holders(questions));
+        let asked = process::boot_ns_now();
+        self.waiting.extend(later.into_iter().map(|ask| (asked, ask)));
     }
 
     /// Answers every question, unless it is in doubt who holds what it is about: then the snapshot is waited for that
@@ -201,15 +206,16 @@ impl Core {
         }
         let (table, read_at) = (self.tracker.table(), self.tracker.read_at());
         let known = |asked: BootNs, ask: &Ask| asked <= read_at || !ask.is_in_doubt(table);
-        for (_, ask) in self.waiting.extract_if(.., |(asked, ask)| known(*asked, ask)).collect::<Vec<_>>() {
-            self.answer(ask);
-        }
+        let known = self.waiting.extract_if(.., |(asked, ask)| known(*asked, ask));
+        let known: Vec<Ask> = known.map(|(_, ask)| ask).collect();
+        each_about(&known, |questions| self.renew(questions));
+        known.into_iter().for_each(|ask| self.answer(ask));
     }
 
     /// Lets the rules that are due fire, each for its listener as it is now.
     fn fire(&mut self) {
         for Due { rule, id } in self.rules.take_due() {
-            self.renew(&|socket| same_socket(socket.id, id));
+            self.renew(&[&|socket| same_socket(socket.id, id)]);
             let Some(listener) = self.tracker.table().listeners().find(|it| same_socket(it.socket.id, id)) else {
                 continue;
             };
@@ -270,9 +276,6 @@ impl Core {
     /// A reply that nobody waits for any more is of no use to anybody.
     fn answer(&mut self, ask: Ask) {
         let now = process::boot_ns_now();
-        if let Some(selector) = ask.selector() {
-            self.renew(&|socket| selector.matches_socket(socket));
-        }
         match ask {
             Ask::List { selector, reply } => {
                 let _ = reply.send(Ok(self.listeners(&selector, now)));
@@ -297,15 +300,15 @@ impl Core {
             Ask::Killed(killed) => self.remember(*killed),
             Ask::Rules { reply } => {
                 let rules: Vec<Selector> = self.rules.selectors().cloned().collect();
-                self.renew(&|socket| rules.iter().any(|rule| rule.matches_socket(socket)));
+                self.renew(&[&|socket| rules.iter().any(|rule| rule.matches_socket(socket))]);
                 let _ = reply.send(Ok(self.rules.states(self.tracker.table().listeners())));
             }
             Ask::ReplaceRules { rules } => self.replace_rules(rules),
         }
     }
 
-    fn renew(&mut self, of: &dyn Fn(&Socket) -> bool) {
-        let changes = self.tracker.renew(of);
+    fn renew(&mut self, questions: &[Question<'_>]) {
+        let changes = self.tracker.renew(questions);
         if !changes.is_empty() {
             self.publish(changes);
         }
@@ -346,6 +349,13 @@ impl Core {
             history: self.history.as_ref().map(Recorder::health),
         }
     }
+}
+
+/// Which sockets each of these is about, for one look at all of them.
+fn each_about(asks: &[Ask], look: impl FnOnce(&[Question<'_>])) {
+    let each: Vec<_> =
+        asks.iter().filter_map(Ask::selector).map(|it| |socket: &Socket| it.matches_socket(socket)).collect();
+    look(&each.iter().map(|about| about as Question<'_>).collect::<Vec<_>>());
 }
 
 /// 0 where /proc does not tell.
