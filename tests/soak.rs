@@ -95,7 +95,8 @@ impl Soak {
     fn run(&mut self, call: &'static str, arguments: &[&str]) -> Option<Run> {
         self.count(call);
         let run = self.agent.portwatch(arguments);
-        if run.code == Some(4) && run.errors().contains("no answer within") {
+        let is_late = |said: &str| said.contains("no answer within") || said.contains("did not begin in that time");
+        if run.code == Some(4) && is_late(&run.errors()) {
             self.count("answered too late");
             return None;
         }

@@ -70,8 +70,8 @@ fn cgroup(data: &[u8]) {
         if let Some(container) = Container::of(path) {
             assert_eq!((container.id.len(), container.short_id().len()), (64, 12));
             // What runs in there is none of this host's units.
-            let before = path.split(container.id).next().unwrap_or_default();
-            assert_eq!(Unit::of(path), Unit::of(before).filter(|_| Unit::of(path).is_some()));
+            let before: Vec<&str> = path.split('/').take_while(|part| Container::of(part).is_none()).collect();
+            assert_eq!(Unit::of(path), Unit::of(&before.join("/")));
         }
     }
 }
