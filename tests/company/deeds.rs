@@ -162,8 +162,9 @@ fn fork(company: &mut Company, n: usize) {
 fn exec(company: &mut Company, n: usize) {
     let player = &mut company.players[n];
     player.puppet.exec();
-    // Its mailbox is closed, and so are some of its sockets.
+    // Its mailbox is closed, and so are its rings (io_uring_setup(2) makes them O_CLOEXEC) and some of its sockets.
     player.mailbox = None;
+    player.rings.clear();
     let pid = player.puppet.pid;
     let is_open = |sock: &Sock| {
         let link = std::fs::read_link(format!("/proc/{pid}/fd/{}", sock.fd));
