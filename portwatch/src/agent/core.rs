@@ -205,9 +205,8 @@ impl Core {
             return;
         }
         let (table, read_at) = (self.tracker.table(), self.tracker.read_at());
-        let known = |asked: BootNs, ask: &Ask| asked <= read_at || !ask.is_in_doubt(table);
-        let known = self.waiting.extract_if(.., |(asked, ask)| known(*asked, ask));
-        let known: Vec<Ask> = known.map(|(_, ask)| ask).collect();
+        let is_known = |(asked, ask): &mut (BootNs, Ask)| *asked <= read_at || !ask.is_in_doubt(table);
+        let known: Vec<Ask> = self.waiting.extract_if(.., is_known).map(|(_, ask)| ask).collect();
         each_about(&known, |questions| self.renew(questions));
         known.into_iter().for_each(|ask| self.answer(ask));
     }
