@@ -22,6 +22,7 @@ use super::attach::{Attached, attach, open_cgroup2};
 use super::counters::CounterMap;
 use super::links::CgroupLinks;
 use super::misses::Misses;
+use super::processes::Processes;
 use super::{Kernel, PodConfig, brief, record};
 use crate::model::{Attempt, BootNs, Event, Listener, Process, ProcessId, Protocol, Socket, SocketId};
 use crate::source::{Refusal, Tier, diag, netns, process};
@@ -30,9 +31,6 @@ const OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("CARGO_MANIFEST_D
 
 /// Records taken from the ring before the caller gets to see them.
 const BATCH: usize = 4096;
-
-/// Processes remembered with their details.
-const MAX_PROCESSES: usize = 16 << 10;
 
 /// How long a record may stay between being counted and being readable before the counts are compared again.
 const IN_FLIGHT: Duration = Duration::from_millis(5);
@@ -54,7 +52,7 @@ pub(crate) struct Probes {
     udp: KnownUdp,
     /// Processes put into `holders`, as far as userspace knows.
     watched: HashSet<u32>,
-    processes: HashMap<ProcessId, Arc<Process>>,
+    processes: Processes,
     received: u64,
     /// Records that found no room, as last looked at.
     dropped: u64,
@@ -101,7 +99,7 @@ impl Probes {
             udp_bound,
             udp: KnownUdp::default(),
             watched: HashSet::new(),
-            processes: HashMap::new(),
+            processes: Processes::default(),
             own_name: process::read(std::process::id()).map(|own| own.name).unwrap_or_default(),
             received: 0,
             dropped: 0,
@@ -250,7 +248,7 @@ impl Probes {
                 Event::Forked { at, parent: parent.id, child }
             }
             kind::EXECED => {
-                self.processes.remove(&id);
+                self.processes.forget(id);
                 Event::Execed { at, process: self.actor(record) }
             }
             kind::EXITED => {
@@ -291,21 +289,19 @@ impl Probes {
         // Processes change their uid and their name; these two tell of it.
         let name = record::name(&record.comm);
         let is_current = |process: &&Arc<Process>| process.uid == Some(record.task_uid) && process.name == name;
-        if let Some(process) = self.processes.get(&id).filter(is_current) {
+        if let Some(process) = self.processes.get(id).filter(is_current) {
             return Arc::clone(process);
         }
         match process::read_exact(id) {
-            Some(process) => self.remember(Arc::new(process)),
+            Some(process) => self.remember(process),
             // Not remembered: it is gone, or there was no descriptor to read it by.
             None => Arc::new(Process { uid: Some(record.task_uid), ..Process::bare(id, name) }),
         }
     }
 
-    fn remember(&mut self, process: Arc<Process>) -> Arc<Process> {
-        if self.processes.len() >= MAX_PROCESSES {
-            self.processes.clear();
-        }
-        self.processes.insert(process.id, Arc::clone(&process));
+    fn remember(&mut self, process: Process) -> Arc<Process> {
+        let process = Arc::new(process);
+        self.processes.add(Arc::clone(&process), &self.watched);
         process
     }
 
@@ -368,11 +364,11 @@ impl Probes {
 
     /// The process, from memory or from /proc.
     pub(crate) fn details(&mut self, id: ProcessId) -> Arc<Process> {
-        if let Some(process) = self.processes.get(&id) {
+        if let Some(process) = self.processes.get(id) {
             return Arc::clone(process);
         }
         match process::read_exact(id) {
-            Some(process) => self.remember(Arc::new(process)),
+            Some(process) => self.remember(process),
             None => Arc::new(Process::bare(id, "?")),
         }
     }

@@ -10,6 +10,7 @@ mod events;
 mod links;
 mod misses;
 mod offsets;
+mod processes;
 pub(crate) mod record;
 mod task_file;
 mod walk;
