@@ -1,4 +1,4 @@
-//! `cargo xtask vm`: the scenario tests, unchanged, on Debian's kernels under QEMU.
+//! `cargo xtask vm`: the scenario tests, unchanged, on Debian's kernels under QEMU, side by side.
 //!
 //! The kernels are Debian's packages, taken from whatever mirror this machine's own apt uses. A root file system of
 //! static binaries (busybox, the test binary, portwatch) is packed into an initramfs, whose init runs the tests and
@@ -15,7 +15,7 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use serde_json::Value;
 
 use self::image::Binaries;
@@ -30,8 +30,8 @@ pub(crate) struct Args {
     /// 5.10, 6.1, 6.12 or all
     #[arg(long, default_value = "all", value_parser = ["5.10", "6.1", "6.12", "all"])]
     kernel: String,
-    /// Longest time that one kernel may take, in seconds
-    #[arg(long, default_value_t = 1500)]
+    /// Longest time that they may take, in seconds
+    #[arg(long, default_value_t = 3000)]
     timeout: u64,
     /// Added to the kernel's command line, such as preempt=full (which shows what a preempted program misses)
     #[arg(long, default_value = "", value_name = "PARAMETERS")]
@@ -43,11 +43,15 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> Result<()> {
     let (kernels, binaries) = prepare(&args.kernel)?;
+    let tested = side_by_side(&kernels, |kernel| test_on(kernel, &binaries, args))?;
     let mut failures = Vec::new();
-    for kernel in &kernels {
-        if let Err(error) = test_on(kernel, &binaries, args) {
-            println!("{}: {error:#}", kernel.series);
-            failures.push(kernel.series);
+    for (kernel, outcome) in kernels.iter().zip(tested) {
+        match outcome {
+            Ok(passed) => println!("{passed}"),
+            Err(error) => {
+                println!("{}: {error:#}", kernel.series);
+                failures.push(kernel.series);
+            }
         }
     }
     if !failures.is_empty() {
@@ -67,8 +71,18 @@ fn prepare(name: &str) -> Result<(Vec<Kernel>, Binaries)> {
     Ok((kernels, Binaries::build()?))
 }
 
-/// Runs one scenario, with variables in its environment, on the kernels side by side: each one's release, the figures
-/// that the scenario reported, and whether it passed.
+/// Does the same on every kernel at once: an emulated machine seldom has work for more than one processor.
+fn side_by_side<T: Send>(kernels: &[Kernel], act: impl Fn(&Kernel) -> T + Sync) -> Result<Vec<T>> {
+    thread::scope(|scope| {
+        let acting: Vec<_> = kernels.iter().map(|kernel| scope.spawn(|| act(kernel))).collect();
+        let done =
+            acting.into_iter().map(|one| one.join().map_err(|_| anyhow!("a thread that runs a kernel panicked")));
+        done.collect()
+    })
+}
+
+/// Runs one scenario, with variables in its environment, on the kernels: each one's release, the figures that the
+/// scenario reported, and whether it passed.
 pub(crate) fn play(
     name: &str,
     scenario: &str,
@@ -95,34 +109,27 @@ pub(crate) fn play(
         };
         Ok((kernel.version.clone(), figures, passed))
     };
-    thread::scope(|scope| {
-        let playing: Vec<_> = kernels.iter().map(|kernel| scope.spawn(|| play_on(kernel))).collect();
-        playing
-            .into_iter()
-            .map(|played| played.join().unwrap_or_else(|_| bail!("the player of a kernel panicked")))
-            .collect()
-    })
+    side_by_side(&kernels, play_on)?.into_iter().collect()
 }
 
-fn test_on(kernel: &Kernel, binaries: &Binaries, args: &Args) -> Result<()> {
+/// Says that the tests passed on it, and in what time.
+fn test_on(kernel: &Kernel, binaries: &Binaries, args: &Args) -> Result<String> {
     let all_but_alike = || ALIKE.iter().flat_map(|area| ["--skip".to_owned(), (*area).to_owned()]).collect();
     let test_args = if args.test_args.is_empty() { all_but_alike() } else { args.test_args.clone() };
     let initramfs = image::pack(kernel, binaries, &[], &test_args)?;
     let started = Instant::now();
     let show = &mut |line: &str| println!("{} | {}", kernel.series, harmless(line));
     let (code, booted) = boot(kernel, &initramfs, &args.append, Duration::from_secs(args.timeout), show)?;
-    println!(
-        "{}: {} in {:.1} s from power-on to result, {:.1} s of them until init ran ({})",
-        kernel.series,
-        if code == 0 { "passed" } else { "FAILED" },
-        started.elapsed().as_secs_f64(),
-        booted.as_secs_f64(),
-        kernel.version
-    );
     if code != 0 {
         bail!("the tests exited {code}");
     }
-    Ok(())
+    Ok(format!(
+        "{}: passed in {:.1} s from power-on to result, {:.1} s of them until init ran ({})",
+        kernel.series,
+        started.elapsed().as_secs_f64(),
+        booted.as_secs_f64(),
+        kernel.version
+    ))
 }
 
 /// Boots the machine, shows each line of its console and returns the tests' exit code and how long init took to come up.
