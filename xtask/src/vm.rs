@@ -12,6 +12,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -30,8 +31,8 @@ pub(crate) struct Args {
     /// 5.10, 6.1, 6.12 or all
     #[arg(long, default_value = "all", value_parser = ["5.10", "6.1", "6.12", "all"])]
     kernel: String,
-    /// Longest time that they may take, in seconds
-    #[arg(long, default_value_t = 3000)]
+    /// Longest time that one kernel may take, in seconds
+    #[arg(long, default_value_t = 1800)]
     timeout: u64,
     /// Added to the kernel's command line, such as preempt=full (which shows what a preempted program misses)
     #[arg(long, default_value = "", value_name = "PARAMETERS")]
@@ -43,7 +44,9 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> Result<()> {
     let (kernels, binaries) = prepare(&args.kernel)?;
-    let tested = side_by_side(&kernels, |kernel| test_on(kernel, &binaries, args))?;
+    // An emulated machine has work for one processor or so. With more of them than there are, their tests wait.
+    let processors = thread::available_parallelism().map_or(1, usize::from);
+    let tested = side_by_side(&kernels, processors, |kernel| test_on(kernel, &binaries, args))?;
     let mut failures = Vec::new();
     for (kernel, outcome) in kernels.iter().zip(tested) {
         match outcome {
@@ -71,17 +74,24 @@ fn prepare(name: &str) -> Result<(Vec<Kernel>, Binaries)> {
     Ok((kernels, Binaries::build()?))
 }
 
-/// Does the same on every kernel at once: an emulated machine seldom has work for more than one processor.
-fn side_by_side<T: Send>(kernels: &[Kernel], act: impl Fn(&Kernel) -> T + Sync) -> Result<Vec<T>> {
-    thread::scope(|scope| {
-        let acting: Vec<_> = kernels.iter().map(|kernel| scope.spawn(|| act(kernel))).collect();
-        let done =
-            acting.into_iter().map(|one| one.join().map_err(|_| anyhow!("a thread that runs a kernel panicked")));
-        done.collect()
-    })
+/// Does the same on every kernel, on so many at a time; what came of each, in their order.
+fn side_by_side<T: Send>(kernels: &[Kernel], at_a_time: usize, act: impl Fn(&Kernel) -> T + Sync) -> Result<Vec<T>> {
+    let next = Mutex::new(kernels.iter().enumerate());
+    let take = || next.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let work = || std::iter::from_fn(take).map(|(n, kernel)| (n, act(kernel))).collect::<Vec<_>>();
+    let mut done = Vec::new();
+    thread::scope(|scope| -> Result<()> {
+        let workers: Vec<_> = (0..at_a_time).map(|_| scope.spawn(work)).collect();
+        for worker in workers {
+            done.extend(worker.join().map_err(|_| anyhow!("a thread that runs a kernel panicked"))?);
+        }
+        Ok(())
+    })?;
+    done.sort_by_key(|&(n, _)| n);
+    Ok(done.into_iter().map(|(_, outcome)| outcome).collect())
 }
 
-/// Runs one scenario, with variables in its environment, on the kernels: each one's release, the figures that the
+/// Runs one scenario, with variables in its environment, on the kernels at once: each one's release, the figures that the
 /// scenario reported, and whether it passed.
 pub(crate) fn play(
     name: &str,
@@ -109,7 +119,7 @@ pub(crate) fn play(
         };
         Ok((kernel.version.clone(), figures, passed))
     };
-    side_by_side(&kernels, play_on)?.into_iter().collect()
+    side_by_side(&kernels, kernels.len(), play_on)?.into_iter().collect()
 }
 
 /// Says that the tests passed on it, and in what time.
