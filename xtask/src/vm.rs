@@ -12,7 +12,6 @@ use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -49,12 +48,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let tested = side_by_side(&kernels, processors, |kernel| test_on(kernel, &binaries, args))?;
     let mut failures = Vec::new();
     for (kernel, outcome) in kernels.iter().zip(tested) {
-        match outcome {
-            Ok(passed) => println!("{passed}"),
-            Err(error) => {
-                println!("{}: {error:#}", kernel.series);
-                failures.push(kernel.series);
-            }
+        if let Err(error) = outcome {
+            println!("{}: {error:#}", kernel.series);
+            failures.push(kernel.series);
         }
     }
     if !failures.is_empty() {
@@ -76,19 +72,17 @@ fn prepare(name: &str) -> Result<(Vec<Kernel>, Binaries)> {
 
 /// Does the same on every kernel, on so many at a time; what came of each, in their order.
 fn side_by_side<T: Send>(kernels: &[Kernel], at_a_time: usize, act: impl Fn(&Kernel) -> T + Sync) -> Result<Vec<T>> {
-    let next = Mutex::new(kernels.iter().enumerate());
-    let take = || next.lock().unwrap_or_else(PoisonError::into_inner).next();
-    let work = || std::iter::from_fn(take).map(|(n, kernel)| (n, act(kernel))).collect::<Vec<_>>();
-    let mut done = Vec::new();
-    thread::scope(|scope| -> Result<()> {
-        let workers: Vec<_> = (0..at_a_time).map(|_| scope.spawn(work)).collect();
-        for worker in workers {
-            done.extend(worker.join().map_err(|_| anyhow!("a thread that runs a kernel panicked"))?);
-        }
-        Ok(())
-    })?;
-    done.sort_by_key(|&(n, _)| n);
-    Ok(done.into_iter().map(|(_, outcome)| outcome).collect())
+    let mut outcomes = Vec::new();
+    for some in kernels.chunks(at_a_time) {
+        thread::scope(|scope| -> Result<()> {
+            let acting: Vec<_> = some.iter().map(|kernel| scope.spawn(|| act(kernel))).collect();
+            for one in acting {
+                outcomes.push(one.join().map_err(|_| anyhow!("a thread that runs a kernel panicked"))?);
+            }
+            Ok(())
+        })?;
+    }
+    Ok(outcomes)
 }
 
 /// Runs one scenario, with variables in its environment, on the kernels at once: each one's release, the figures that the
@@ -122,24 +116,25 @@ pub(crate) fn play(
     side_by_side(&kernels, kernels.len(), play_on)?.into_iter().collect()
 }
 
-/// Says that the tests passed on it, and in what time.
-fn test_on(kernel: &Kernel, binaries: &Binaries, args: &Args) -> Result<String> {
+fn test_on(kernel: &Kernel, binaries: &Binaries, args: &Args) -> Result<()> {
     let all_but_alike = || ALIKE.iter().flat_map(|area| ["--skip".to_owned(), (*area).to_owned()]).collect();
     let test_args = if args.test_args.is_empty() { all_but_alike() } else { args.test_args.clone() };
     let initramfs = image::pack(kernel, binaries, &[], &test_args)?;
     let started = Instant::now();
     let show = &mut |line: &str| println!("{} | {}", kernel.series, harmless(line));
     let (code, booted) = boot(kernel, &initramfs, &args.append, Duration::from_secs(args.timeout), show)?;
-    if code != 0 {
-        bail!("the tests exited {code}");
-    }
-    Ok(format!(
-        "{}: passed in {:.1} s from power-on to result, {:.1} s of them until init ran ({})",
+    println!(
+        "{}: {} in {:.1} s from power-on to result, {:.1} s of them until init ran ({})",
         kernel.series,
+        if code == 0 { "passed" } else { "FAILED" },
         started.elapsed().as_secs_f64(),
         booted.as_secs_f64(),
         kernel.version
-    ))
+    );
+    if code != 0 {
+        bail!("the tests exited {code}");
+    }
+    Ok(())
 }
 
 /// Boots the machine, shows each line of its console and returns the tests' exit code and how long init took to come up.

@@ -56,13 +56,16 @@ mod tests {
         Arc::new(Process::bare(ProcessId { pid, start: 7 }, name.to_owned()))
     }
 
+    /// Those up to `last`, one after the other.
+    fn added(last: u32, followed: &HashSet<u32>) -> Processes {
+        let mut processes = Processes::default();
+        (1..=last).for_each(|pid| processes.add(process(pid, "a"), followed));
+        processes
+    }
+
     #[test]
     fn who_is_followed_stays_and_the_latest_of_the_others() {
-        let mut processes = Processes::default();
-        let followed: HashSet<u32> = (1..=1000).collect();
-        for pid in 1..=5000 {
-            processes.add(process(pid, "a"), &followed);
-        }
+        let processes = added(5000, &(1..=1000).collect());
         let known = |pid| processes.get(ProcessId { pid, start: 7 }).is_some();
         assert!((1..=1000).all(known));
         assert_eq!((1001..=5000).filter(|&pid| known(pid)).collect::<Vec<_>>(), (3977..=5000).collect::<Vec<_>>());
@@ -70,11 +73,7 @@ mod tests {
 
     #[test]
     fn they_are_forgotten_once_nobody_follows_them() {
-        let mut processes = Processes::default();
-        let followed: HashSet<u32> = (1..=2000).collect();
-        for pid in 1..=2000 {
-            processes.add(process(pid, "a"), &followed);
-        }
+        let mut processes = added(2000, &(1..=2000).collect());
         processes.add(process(2001, "a"), &HashSet::new());
         assert_eq!((processes.known.len(), processes.order.len()), (PASSING, PASSING));
         assert!(processes.get(ProcessId { pid: 2001, start: 7 }).is_some());
