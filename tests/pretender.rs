@@ -197,11 +197,11 @@ fn one_that_works_is_waited_for() {
 
 pub fn trials() -> Vec<Test> {
     vec![
-        test("agent::one_that_greets_and_hangs_is_left_aside_with_a_sentence", one_that_greets_and_hangs),
-        test("agent::a_watch_of_one_that_hangs_ends_by_signals_and_in_time", a_watch_ends_all_the_same),
-        test("agent::a_wait_for_one_that_hangs_ends_in_time", a_wait_ends_in_time),
-        test("agent::an_answer_that_is_cut_off_is_none", an_answer_that_is_cut_off),
-        test("agent::one_of_another_version_is_left_aside_with_both_versions", one_of_another_version),
-        test("agent::one_that_says_it_is_at_work_is_waited_for", one_that_works_is_waited_for),
+        test("pretender::one_that_greets_and_hangs_is_left_aside_with_a_sentence", one_that_greets_and_hangs),
+        test("pretender::a_watch_of_one_that_hangs_ends_by_signals_and_in_time", a_watch_ends_all_the_same),
+        test("pretender::a_wait_for_one_that_hangs_ends_in_time", a_wait_ends_in_time),
+        test("pretender::an_answer_that_is_cut_off_is_none", an_answer_that_is_cut_off),
+        test("pretender::one_of_another_version_is_left_aside_with_both_versions", one_of_another_version),
+        test("pretender::one_that_says_it_is_at_work_is_waited_for", one_that_works_is_waited_for),
     ]
 }

@@ -91,10 +91,10 @@ const STEPS: &[&[&str]] = &[
     // Building the fuzz targets takes minutes, and the tests hold the same properties; their lock must not go stale.
     &["fetch", "--quiet", "--locked", "--manifest-path", "portwatch/fuzz/Cargo.toml"],
     TESTS,
-    &["xtask", "vm", "--kernel", "all"],
     &["xtask", "chaos", "--seconds", "60"],
     &["xtask", "race", "--rounds", "200", "--peer-rounds", "0"],
     &["xtask", "bench", "--quick"],
+    &["xtask", "vm", "--kernel", "all"],
 ];
 
 /// The README's command: unit tests, and the scenarios on this very machine, as root.
