@@ -110,7 +110,7 @@ fn chmod(path: &Path, mode: u32) {
 fn invented(n: u64, name: &str) -> Listener {
     let process = Process {
         uid: Some(0),
-        command: vec![name.to_owned(), "x".repeat(200)],
+        command: [name.to_owned(), "x".repeat(200)].into(),
         ..Process::bare(ProcessId { pid: 1 << 22, start: 1 }, name)
     };
     let socket = Socket {

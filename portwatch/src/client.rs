@@ -1,6 +1,6 @@
 //! A connection to the agent.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::io;
 use std::iter;
@@ -16,8 +16,10 @@ use tokio_util::codec::{Framed, LinesCodec, LinesCodecError};
 
 use crate::history::Utc;
 use crate::kill::{Concern, Outcome, Plan, Progress};
-use crate::model::{BootNs, Change, Listener, Process, ProcessId, SocketId};
+use crate::model::{BootNs, Change, Listener, Process, ProcessId, Socket};
 use crate::source::netns::Unknown;
+use crate::table::is_moved;
+use crate::table::rows::{Found, Identity, Index};
 use crate::wire::{ErrorKind, Kill, Request, Response, Selection, VERSION};
 
 /// Where the agent listens unless told otherwise.
@@ -290,11 +292,50 @@ impl PlannedKill {
 pub struct Subscription {
     client: Client,
     /// What is open as far as was told, so that an interruption can be made good.
-    open: HashMap<SocketId, Listener>,
+    open: Open,
     /// After an interruption: what was lost, and what is open now as far as it was told anew.
-    anew: Option<(u64, HashMap<SocketId, Listener>)>,
+    anew: Option<(u64, Open)>,
     past: Past,
     narrowed: bool,
+}
+
+/// Listeners that are open, in the order in which they became known. Of each, the agent may learn a cookie or an inode
+/// after it has told of it, so what identifies one is matched as the table does it.
+#[derive(Debug, Default)]
+struct Open {
+    next: u64,
+    listeners: BTreeMap<u64, (Identity, Listener)>,
+    index: Index,
+}
+
+impl Open {
+    fn find(&self, socket: &Socket) -> Option<u64> {
+        let found = self.index.find(socket.id, socket.mptcp, |entry| self.listeners.get(&entry).map(|(it, _)| it));
+        match found {
+            Found::Same(entry) => Some(entry),
+            Found::Reused(_) | Found::Unknown => None,
+        }
+    }
+
+    /// In place of what was known of it.
+    fn put(&mut self, listener: Listener) {
+        let (id, mptcp) = (listener.socket.id, listener.socket.mptcp);
+        let entry = self.find(&listener.socket).unwrap_or(self.next);
+        self.next = self.next.max(entry + 1);
+        let known = self.listeners.remove(&entry).map(|(identity, _)| identity);
+        let mut identity = known.unwrap_or_else(|| Identity::new(id, mptcp));
+        identity.learn(id, mptcp);
+        self.index.add(&identity, entry);
+        self.listeners.insert(entry, (identity, listener));
+    }
+
+    fn remove(&mut self, socket: &Socket) {
+        if let Some(entry) = self.find(socket)
+            && let Some((identity, _)) = self.listeners.remove(&entry)
+        {
+            self.index.remove(&identity, entry);
+        }
+    }
 }
 
 /// What happened before a subscription began, oldest first, its times in [`Utc`].
@@ -313,12 +354,12 @@ impl Subscription {
     /// As [`Client::read_answer`].
     pub async fn begin(mut client: Client, selection: Selection, since: Option<Utc>) -> anyhow::Result<Subscription> {
         client.send(&Request::Watch { selection, since }).await?;
-        let mut open = HashMap::new();
+        let mut open = Open::default();
         let mut past = Past::default();
         loop {
             match client.read_answer().await? {
                 Response::Past { change } => past.changes.push(change),
-                Response::Listener { listener, .. } => drop(open.insert(listener.socket.id, listener)),
+                Response::Listener { listener, .. } => open.put(listener),
                 Response::Watching { more, narrowed, .. } => {
                     past.more = more;
                     return Ok(Subscription { client, open, anew: None, past, narrowed });
@@ -343,10 +384,10 @@ impl Subscription {
                     self.remember(&change);
                     return Ok(vec![change]);
                 }
-                Response::Lagged { lost } => self.anew = Some((lost, HashMap::new())),
+                Response::Lagged { lost } => self.anew = Some((lost, Open::default())),
                 Response::Listener { listener, .. } => {
                     if let Some((_, open)) = &mut self.anew {
-                        open.insert(listener.socket.id, listener);
+                        open.put(listener);
                     }
                 }
                 Response::Watching { at, .. } => {
@@ -366,33 +407,39 @@ impl Subscription {
 
     /// What is open now of what was asked for.
     pub fn listeners(&self) -> impl Iterator<Item = &Listener> {
-        self.open.values()
+        self.open.listeners.values().map(|(_, listener)| listener)
     }
 
     fn remember(&mut self, change: &Change) {
         match change {
             Change::Opened { listener, .. } | Change::Holders { listener, .. } => {
-                self.open.insert(listener.socket.id, listener.clone());
+                self.open.put(listener.clone());
             }
-            Change::Closed { listener, .. } => {
-                self.open.remove(&listener.socket.id);
-            }
+            Change::Closed { listener, .. } => self.open.remove(&listener.socket),
             Change::Conflict { .. } | Change::Resync { .. } => {}
         }
     }
 
-    fn catch_up(&mut self, at: BootNs, lost: u64, now: HashMap<SocketId, Listener>) -> Vec<Change> {
+    fn catch_up(&mut self, at: BootNs, lost: u64, now: Open) -> Vec<Change> {
         let before = std::mem::replace(&mut self.open, now);
         let mut changes = vec![Change::Resync { at, lost }];
-        for (id, listener) in &before {
-            if !self.open.contains_key(id) {
+        // By the entry that each has now; two that turned out to be one socket are one listener less.
+        let mut known: HashMap<u64, Listener> = HashMap::new();
+        for (_, listener) in before.listeners.into_values() {
+            let is_there = |entry: &u64| {
+                let now = self.open.listeners.get(entry).map(|(_, now)| now);
+                !known.contains_key(entry) && now.is_some_and(|now| !is_moved(&listener.socket, &now.socket))
+            };
+            if let Some(entry) = self.open.find(&listener.socket).filter(is_there) {
+                known.insert(entry, listener);
+            } else {
                 let by = listener.binder().map(|holder| Arc::clone(&holder.process));
-                changes.push(Change::Closed { at, listener: listener.clone(), by });
+                changes.push(Change::Closed { at, listener, by });
             }
         }
-        for (id, listener) in &self.open {
+        for (entry, (_, listener)) in &self.open.listeners {
             let listener = listener.clone();
-            match before.get(id) {
+            match known.get(entry) {
                 None => changes.push(Change::Opened { at, listener }),
                 Some(old) if old.holders != listener.holders => changes.push(Change::Holders { at, listener }),
                 Some(_) => {}
@@ -406,3 +453,6 @@ impl Subscription {
 fn is_nobody(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused | io::ErrorKind::NotADirectory)
 }
+
+#[cfg(test)]
+mod tests;

@@ -139,7 +139,8 @@ pub struct Process {
     /// The kernel's `comm`, at most 15 bytes.
     pub name: String,
     /// argv; empty for kernel threads, zombies, and processes gone before they could be read.
-    pub command: Vec<String>,
+    /// A fork shares it with its parent.
+    pub command: Arc<[String]>,
     pub exe: Option<String>,
     pub cwd: Option<String>,
     /// cgroup v2 path (or the systemd hierarchy's), e.g. `/system.slice/nginx.service`.
@@ -149,7 +150,16 @@ pub struct Process {
 impl Process {
     /// What is known of a process that was gone before it could be read.
     pub fn bare(id: ProcessId, name: impl Into<String>) -> Self {
-        Process { id, ppid: 0, uid: None, name: name.into(), command: Vec::new(), exe: None, cwd: None, cgroup: None }
+        Process {
+            id,
+            ppid: 0,
+            uid: None,
+            name: name.into(),
+            command: Arc::default(),
+            exe: None,
+            cwd: None,
+            cgroup: None,
+        }
     }
 }
 

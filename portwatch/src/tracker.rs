@@ -158,10 +158,12 @@ impl Tracker {
         let read = |(id, known): (ProcessId, &Arc<Process>)| process::read_exact(id).filter(|now| is_news(now, known));
         let renewed: Vec<Process> = known.into_iter().filter_map(read).collect();
         self.renew_at = Instant::now() + begun.elapsed() * REST;
-        renewed
-            .into_iter()
-            .flat_map(|process| self.table.apply(Event::Renewed { at, process: Arc::new(process) }))
-            .collect()
+        let mut changes = Vec::new();
+        for process in renewed.into_iter().map(Arc::new) {
+            self.live.learn(&process);
+            changes.extend(self.table.apply(Event::Renewed { at, process }));
+        }
+        changes
     }
 
     /// Looks whether who holds the sockets that each question is about still has the descriptors for it: of one that is

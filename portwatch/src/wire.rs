@@ -32,7 +32,7 @@ use crate::kill::{Concern, Plan, Step};
 use crate::mark::Mark;
 use crate::model::{Ancestor, BootNs, Change, Listener, NetnsId, ProcessId};
 use crate::rules;
-use crate::select::{Filters, Selector, Sets, Since, cgroup_path, glob, parse_targets, unit_glob};
+use crate::select::{Filters, Selector, Sets, Since, Target, cgroup_path, glob, parse_targets, unit_glob};
 use crate::source::{Refusal, Tier};
 
 /// The version of this protocol. Additions do not change it; a client that meets another version does its work itself.
@@ -360,10 +360,16 @@ impl Selection {
     /// # Errors
     /// A sentence that names the part which means nothing.
     pub fn selector(&self, own: Option<NetnsId>) -> Result<Selector, String> {
-        let targets = parse_targets(&self.targets, &Sets::new()).map_err(|bad| bad.to_string())?;
-        bounded("variables", self.env.len())?;
-        bounded("ancestors", self.descendants_of.len())?;
-        bounded("cgroups", self.cgroups.len())?;
+        let targets = read_targets("targets", &self.targets, MAX_TARGETS)?;
+        let except = read_targets("exceptions", &self.except, MAX_NUMBERS)?;
+        bounded("addresses", self.addresses.len(), MAX_ADDRESSES)?;
+        bounded("uids", self.uids.len(), MAX_NUMBERS)?;
+        bounded("pids", self.pids.len(), MAX_NUMBERS)?;
+        bounded("variables", self.env.len(), MAX_OF_ONE_KIND)?;
+        bounded("ancestors", self.descendants_of.len(), MAX_OF_ONE_KIND)?;
+        bounded("cgroups", self.cgroups.len(), MAX_OF_ONE_KIND)?;
+        bounded("containers", self.containers.len(), MAX_OF_ONE_KIND)?;
+        bounded("ports and addresses of containers", self.containers.iter().map(parts).sum(), MAX_NUMBERS)?;
         let netns = match self.netns {
             Scope::Own => Some(own.ok_or("your network namespace cannot be read; name one by its number, or all")?),
             Scope::All => None,
@@ -393,7 +399,7 @@ impl Selection {
                 descendants_of: self.descendants_of.clone(),
                 cgroups: self.cgroups.iter().map(|path| cgroup_path(path)).collect::<Result<_, _>>()?,
                 orphans: self.orphans,
-                except: parse_targets(&self.except, &Sets::new()).map_err(|bad| bad.to_string())?,
+                except,
                 netns,
             },
         ))
@@ -404,18 +410,43 @@ impl Selection {
 /// and what it has to compare every holder with.
 const MAX_OF_ONE_KIND: usize = 64;
 
-fn bounded(what: &str, count: usize) -> Result<(), String> {
-    if count > MAX_OF_ONE_KIND {
-        return Err(format!("{count} {what}; a selection may have {MAX_OF_ONE_KIND}"));
+/// Numbers: the task that owns the table compares every listener with each, which is soon done.
+const MAX_NUMBERS: usize = 1024;
+
+/// Addresses, and targets with one: the same, and not so soon done.
+const MAX_ADDRESSES: usize = 512;
+
+/// Targets: those without an address are one look-up whatever their number, but kept while a client watches.
+const MAX_TARGETS: usize = 4096;
+
+fn bounded(what: &str, count: usize, most: usize) -> Result<(), String> {
+    if count > most {
+        return Err(format!("{count} {what}; a selection may have {most}"));
     }
     Ok(())
+}
+
+fn read_targets(what: &str, words: &[String], most: usize) -> Result<Vec<Target>, String> {
+    let targets = parse_targets(words, &Sets::new()).map_err(|bad| bad.to_string())?;
+    bounded(what, targets.len(), most)?;
+    let placed = targets.iter().filter(|target| target.address.is_some()).count();
+    bounded(&format!("{what} with an address"), placed, MAX_ADDRESSES)?;
+    Ok(targets)
+}
+
+/// What has to be looked through of one container.
+fn parts(wanted: &Wanted) -> usize {
+    match wanted {
+        Wanted::Container(container) => container.ports.len() + container.addresses.len(),
+        Wanted::IdPrefix(_) => 0,
+    }
 }
 
 /// As much of a bad glob as an error shows, in characters.
 const SHOWN_GLOB: usize = 80;
 
 fn globs(texts: &[String], compile: fn(&str) -> Result<GlobMatcher, String>) -> Result<Vec<GlobMatcher>, String> {
-    bounded("globs of one kind", texts.len())?;
+    bounded("globs of one kind", texts.len(), MAX_OF_ONE_KIND)?;
     let bad = |text: &str, why| {
         let shown: String = text.chars().take(SHOWN_GLOB).collect();
         format!("bad glob '{}': {why}", shown.escape_debug())
@@ -498,13 +529,6 @@ mod tests {
         assert_eq!(error(targets("@dev")), "no set of ports is named '@dev'; known: none");
         let bad = Selection { cwds: vec!["[".into()], ..Selection::default() };
         assert!(error(bad).starts_with("bad glob '['"));
-        // Targets are kept small: a request has room for thousands.
-        let everywhere: Vec<String> =
-            (0..MAX_REQUEST / 8).map(|n| format!("127.0.{}.{}:1-65535", n / 256, n % 256)).collect();
-        let everything = vec!["1-65535".to_owned(); MAX_REQUEST / 8];
-        for targets in [everywhere, everything] {
-            Selection { targets, ..Selection::default() }.selector(Some(1)).unwrap();
-        }
         let hostile = Selection { cwds: vec!["[\u{1b}-\u{7}]".into()], ..Selection::default() };
         assert_eq!(error(hostile), r"bad glob '[\u{1b}-\u{7}]': invalid range; '\x1b' > '\x07'");
         assert!(Selection::default().selector(None).is_err());
@@ -513,5 +537,45 @@ mod tests {
         assert!(error(commands(vec!["{".repeat(30_000) + &"}".repeat(30_000)])).contains("is too long"));
         assert!(error(commands(vec!["{a,".repeat(100) + &"}".repeat(100)])).contains("is too deep"));
         assert!(error(commands(vec!["*".to_owned(); 100])).contains("100 globs"));
+    }
+
+    #[test]
+    fn every_list_of_a_selection_is_bounded() {
+        use crate::engine::Container;
+
+        let selection = Selection::default;
+        let targets = |count: usize, address: &str| vec![format!("{address}1-65535"); count];
+        let numbers = |count| -> Vec<u32> { (0..).take(count).collect() };
+        let prefix = || Wanted::IdPrefix("5eed".to_owned());
+        let within = |count: usize| {
+            let (id, name, image) = ("5eed".repeat(16), "web".to_owned(), String::new());
+            let addresses = vec!["::1".parse().unwrap(); count];
+            vec![Wanted::Container(Box::new(Container { id, name, image, ports: Vec::new(), addresses }))]
+        };
+        type Long<'a> = &'a dyn Fn(usize) -> Selection;
+        let lists: [(&str, usize, Long<'_>); 10] = [
+            ("targets", MAX_TARGETS, &|n| Selection { targets: targets(n, ""), ..selection() }),
+            // What one word lists counts as well.
+            ("targets", MAX_TARGETS, &|n| Selection { targets: vec![targets(n, "").join(",")], ..selection() }),
+            ("targets with an address", MAX_ADDRESSES, &|n| Selection {
+                targets: targets(n, "127.0.0.1:"),
+                ..selection()
+            }),
+            ("exceptions", MAX_NUMBERS, &|n| Selection { except: targets(n, ""), ..selection() }),
+            ("exceptions with an address", MAX_ADDRESSES, &|n| Selection {
+                except: targets(n, "127.0.0.1:"),
+                ..selection()
+            }),
+            ("addresses", MAX_ADDRESSES, &|n| Selection { addresses: vec!["::".parse().unwrap(); n], ..selection() }),
+            ("uids", MAX_NUMBERS, &|n| Selection { uids: numbers(n), ..selection() }),
+            ("pids", MAX_NUMBERS, &|n| Selection { pids: numbers(n), ..selection() }),
+            ("containers", MAX_OF_ONE_KIND, &|n| Selection { containers: vec![prefix(); n], ..selection() }),
+            ("ports and addresses of containers", MAX_NUMBERS, &|n| Selection { containers: within(n), ..selection() }),
+        ];
+        for (what, most, of) in lists {
+            assert!(of(most).selector(Some(1)).is_ok(), "{what}");
+            let error = of(most + 1).selector(Some(1)).unwrap_err();
+            assert_eq!(error, format!("{} {what}; a selection may have {most}", most + 1));
+        }
     }
 }

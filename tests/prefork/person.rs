@@ -82,7 +82,7 @@ pub(super) fn trials() -> Vec<Test> {
             let [(one, _), (other, _)] = strangers(&stage);
             let glob = format!("{}/nowhere*", stage.path("").display());
             let run = portwatch(&["kill", "--cwd", &glob]).expect(0);
-            let expected = "portwatch: nothing is listening that matches the selectors; nothing to free\n";
+            let expected = "portwatch: nothing that matches the selectors is listening; nothing to free\n";
             assert_eq!((run.text().as_str(), run.errors().as_str()), ("", expected));
             let run = portwatch(&["kill", "--pid", &one.pid.to_string(), "--json"]).expect(0);
             assert_eq!(run.json()[0]["killed"], serde_json::json!([one.pid]));

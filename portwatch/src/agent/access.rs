@@ -13,6 +13,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 
+use nix::errno::Errno;
 use nix::libc;
 use nix::sys::socket::{getsockopt, sockopt};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -117,9 +118,22 @@ fn known_uid(uid: u32) -> Result<u32, String> {
     Ok(uid)
 }
 
-/// Exactly the peer where the kernel gives that (6.5), else whoever has its PID, which is looked at at once.
+/// The peer, where it has not ended yet.
 fn pidfd_of(stream: &UnixStream, pid: u32) -> Option<OwnedFd> {
-    getsockopt(stream, sockopt::PeerPidfd).ok().or_else(|| open_pidfd(pid))
+    pinned(getsockopt(stream, sockopt::PeerPidfd), pid)
+}
+
+/// Exactly the peer where the kernel gives that (SO_PEERPIDFD, 6.5): all errors but that it knows no such option are of
+/// this peer. That it was reaped is EINVAL or ESRCH up to 6.15, and by then its PID may be somebody else's.
+///
+/// Older kernels leave whoever has its PID now: of a peer that connects and ends at once, and whose PID is given out anew
+/// before its connection is accepted, that is another process, whose namespaces and ancestors are taken for those of the
+/// one that asks. The uid is that of the connection even then.
+fn pinned(told: nix::Result<OwnedFd>, pid: u32) -> Option<OwnedFd> {
+    match told {
+        Err(Errno::ENOPROTOOPT) => open_pidfd(pid),
+        told => told.ok(),
+    }
 }
 
 fn open_pidfd(pid: u32) -> Option<OwnedFd> {
@@ -205,6 +219,17 @@ mod tests {
         for gone in [None, Some(recycled), Some(ProcessId { pid: u32::MAX, start: 1 })] {
             assert!(identity(gone).guards(false).is_err(), "{gone:?}");
         }
+    }
+
+    #[test]
+    fn of_a_peer_that_was_reaped_nobody_is_pinned_who_has_its_pid_now() {
+        let own = std::process::id();
+        for errno in [Errno::EINVAL, Errno::ESRCH, Errno::ENODATA, Errno::EMFILE] {
+            assert!(pinned(Err(errno), own).is_none(), "{errno}");
+        }
+        let old_kernel = pinned(Err(Errno::ENOPROTOOPT), own).unwrap();
+        assert!(process::is_alive(&old_kernel));
+        assert!(pinned(Ok(old_kernel), u32::MAX).is_some());
     }
 
     #[test]

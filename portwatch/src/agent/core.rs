@@ -1,5 +1,6 @@
 //! The one task that owns the table.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -27,24 +28,46 @@ use crate::wire::Status;
 /// anew: so many that do not read cost as much memory as one.
 const KEPT: usize = 4096;
 
-/// An answer, or why there is none, as a sentence.
-type Reply<T> = oneshot::Sender<Result<T, String>>;
+/// An answer, or why there is none.
+pub(super) type Reply<T> = oneshot::Sender<Result<T, Untold>>;
 
-/// A question to the task that owns the table.
+/// Why a question is not answered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Untold {
+    /// There are more listeners than were asked for at most.
+    More,
+    /// A sentence.
+    Trouble(String),
+}
+
+impl fmt::Display for Untold {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Untold::More => f.write_str("there are more listeners than were asked for"),
+            Untold::Trouble(trouble) => f.write_str(trouble),
+        }
+    }
+}
+
+/// A question to the task that owns the table. Of more listeners than `most` none is copied: the answer is
+/// [`Untold::More`].
 #[derive(Debug)]
 pub(super) enum Ask {
     List {
         selector: Box<Selector>,
+        most: usize,
         reply: Reply<Vec<Listener>>,
     },
     /// The same, each with out of whom it came when it opened.
     Who {
         selector: Box<Selector>,
+        most: usize,
         reply: Reply<Vec<(Listener, Vec<Ancestor>)>>,
     },
     /// What the selection picks, and every change from now on, whatever it is about; with `since`, what happened before.
     Watch {
         selector: Box<Selector>,
+        most: usize,
         since: Option<Utc>,
         reply: Reply<Subscription>,
     },
@@ -68,6 +91,18 @@ impl Ask {
         match self.selector() {
             Some(selector) => table.is_stale_about(&|socket| selector.matches_socket(socket)),
             None => table.is_stale(),
+        }
+    }
+
+    /// Whether who asked has gone meanwhile.
+    fn is_moot(&self) -> bool {
+        match self {
+            Ask::List { reply, .. } => reply.is_closed(),
+            Ask::Who { reply, .. } => reply.is_closed(),
+            Ask::Watch { reply, .. } => reply.is_closed(),
+            Ask::Status { reply } => reply.is_closed(),
+            Ask::Rules { reply } => reply.is_closed(),
+            Ask::Killed(_) | Ask::ReplaceRules { .. } => false,
         }
     }
 
@@ -175,7 +210,8 @@ impl Core {
 
     /// Takes in all that was asked by now. To look costs the same for many questions as for one, so that who asks again and
     /// again does not keep others waiting.
-    fn take_in(&mut self, asks: Vec<Ask>) {
+    fn take_in(&mut self, mut asks: Vec<Ask>) {
+        asks.retain(|ask| !ask.is_moot());
         let (now, later): (Vec<Ask>, Vec<Ask>) = asks.into_iter().partition(|ask| matches!(ask, Ask::Status { .. }));
         now.into_iter().for_each(|ask| self.answer(ask));
         if later.is_empty() {
@@ -192,7 +228,8 @@ impl Core {
     /// Answers every question, unless it is in doubt who holds what it is about: then the snapshot is waited for that
     /// settles it, which is due after four times as long as one takes. Where that cannot be read, this is the answer.
     fn answer_what_is_known(&mut self) {
-        if let Some(trouble) = self.tracker.trouble().map(str::to_owned) {
+        self.waiting.retain(|(_, ask)| !ask.is_moot());
+        if let Some(trouble) = self.tracker.trouble().map(|trouble| Untold::Trouble(trouble.to_owned())) {
             for (_, ask) in std::mem::take(&mut self.waiting) {
                 match ask {
                     Ask::List { reply, .. } => drop(reply.send(Err(trouble.clone()))),
@@ -276,22 +313,17 @@ impl Core {
     fn answer(&mut self, ask: Ask) {
         let now = process::boot_ns_now();
         match ask {
-            Ask::List { selector, reply } => {
-                let _ = reply.send(Ok(self.listeners(&selector, now)));
+            Ask::List { selector, most, reply } => {
+                let found = self.listeners(&selector, most, now);
+                let _ = reply.send(found.map(|found| found.into_iter().cloned().collect()));
             }
-            Ask::Who { selector, reply } => {
-                let all = self.tracker.table().listeners().filter(|listener| selector.matches(listener, now));
-                let _ = reply.send(Ok(all.map(|listener| (listener.clone(), self.lineages.of(listener))).collect()));
+            Ask::Who { selector, most, reply } => {
+                let with_lineage = |listener: &Listener| (listener.clone(), self.lineages.of(listener));
+                let found = self.listeners(&selector, most, now);
+                let _ = reply.send(found.map(|found| found.into_iter().map(with_lineage).collect()));
             }
-            Ask::Watch { selector, since, reply } => {
-                let changes = self.subscribers.subscribe();
-                let listeners = self.listeners(&selector, now);
-                self.metrics.subscribers(self.subscribers.receiver_count());
-                // In this very turn: what was published before is what the history has been told.
-                let past = since
-                    .zip(self.history.as_ref())
-                    .map(|(from, history)| history.replay(from, MAX_PAST + 1, selector.clone()));
-                let _ = reply.send(Ok(Subscription { at: now, listeners, changes, past }));
+            Ask::Watch { selector, most, since, reply } => {
+                let _ = reply.send(self.subscription(selector, most, since, now));
             }
             Ask::Status { reply } => {
                 let _ = reply.send(self.status());
@@ -321,8 +353,23 @@ impl Core {
         }
     }
 
-    fn listeners(&self, selector: &Selector, now: BootNs) -> Vec<Listener> {
-        self.tracker.table().listeners().filter(|listener| selector.matches(listener, now)).cloned().collect()
+    fn subscription(
+        &self,
+        selector: Box<Selector>,
+        most: usize,
+        since: Option<Utc>,
+        now: BootNs,
+    ) -> Result<Subscription, Untold> {
+        let listeners = self.listeners(&selector, most, now)?.into_iter().cloned().collect();
+        let changes = self.subscribers.subscribe();
+        self.metrics.subscribers(self.subscribers.receiver_count());
+        // In this very turn: what was published before is what the history has been told.
+        let past = since.zip(self.history.as_ref()).map(|(from, history)| history.replay(from, MAX_PAST + 1, selector));
+        Ok(Subscription { at: now, listeners, changes, past })
+    }
+
+    fn listeners(&self, selector: &Selector, most: usize, now: BootNs) -> Result<Vec<&Listener>, Untold> {
+        at_most(most, self.tracker.table().listeners().filter(|listener| selector.matches(listener, now)))
     }
 
     fn status(&self) -> Status {
@@ -350,6 +397,12 @@ impl Core {
     }
 }
 
+/// All of them, unless they are more than `most`: no more are looked at than tell that.
+fn at_most<T>(most: usize, mut all: impl Iterator<Item = T>) -> Result<Vec<T>, Untold> {
+    let few = all.by_ref().take(most).collect();
+    if all.next().is_some() { Err(Untold::More) } else { Ok(few) }
+}
+
 /// Which sockets each of these is about, for one look at all of them.
 fn each_about(asks: &[Ask], look: impl FnOnce(&[Question<'_>])) {
     let each: Vec<_> =
@@ -362,4 +415,38 @@ fn resident_bytes() -> u64 {
     let pages = std::fs::read_to_string("/proc/self/statm").ok();
     let pages = pages.and_then(|line| line.split(' ').nth(1)?.parse::<u64>().ok()).unwrap_or(0);
     pages * rustix::param::page_size() as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::select::Filters;
+
+    #[test]
+    fn of_too_many_no_more_are_looked_at_than_tell_that() {
+        let mut looked = 0;
+        let mut of = |most| {
+            looked = 0;
+            let told = at_most(most, (0..100).inspect(|_| looked += 1));
+            (told, looked)
+        };
+        assert_eq!(of(0), (Err(Untold::More), 1));
+        assert_eq!(of(64), (Err(Untold::More), 65));
+        assert_eq!(of(100), (Ok((0..100).collect()), 100));
+        assert_eq!(of(usize::MAX), (Ok((0..100).collect()), 100));
+        assert_eq!(at_most(0, std::iter::empty::<()>()), Ok(Vec::new()));
+    }
+
+    #[test]
+    fn a_question_is_moot_once_who_asked_is_gone() {
+        let all = || Box::new(Selector::new(Vec::new(), Filters::default()));
+        let (reply, answer) = oneshot::channel();
+        let list = Ask::List { selector: all(), most: 0, reply };
+        let (reply, _answer) = oneshot::channel();
+        let who = Ask::Who { selector: all(), most: 0, reply };
+        assert!(!list.is_moot() && !who.is_moot());
+        drop(answer);
+        assert!(list.is_moot() && !who.is_moot());
+        assert!(!Ask::ReplaceRules { rules: Vec::new() }.is_moot());
+    }
 }

@@ -25,11 +25,10 @@ use super::core::Ask;
 use crate::history::Requester;
 use crate::kill::{Choice, Guards, Job, Options, Outcome, Plan, Progress, concern};
 use crate::model::{BootNs, Listener, Process};
-use crate::render::cut;
 use crate::select::Selector;
 use crate::source::netns::Unknown;
 use crate::source::{Probe, Scanner, process, stat};
-use crate::wire::{ErrorKind, Kill, Response};
+use crate::wire::{ErrorKind, Kill, Response, Selection};
 
 /// Kills at once: of all users, and of one that is not root. The last few are root's.
 const KILLS: usize = 12;
@@ -173,7 +172,7 @@ pub(super) fn begin(
     let work = Work {
         by: Requester { uid: identity.uid, pid: identity.pid(), name },
         at: process::boot_ns_now(),
-        targets: request.selection.words(),
+        targets: targets(&request.selection),
         options,
         request,
         selector,
@@ -189,13 +188,26 @@ pub(super) fn begin(
     Ok(Begun { told, go })
 }
 
-/// As much of the targets of a kill that was refused as the log has of it, in columns: whoever may not have anything done
-/// may not fill the log either.
+/// As much of what a kill names as the log and history have of it: with 64 KiB for each port, anybody could fill them. In
+/// characters, for any number of those without a width fits into a column.
 const LOGGED: usize = 200;
 
+/// What is to be freed, as much of it as is written down.
+pub(super) fn targets(selection: &Selection) -> String {
+    logged(selection.words())
+}
+
+fn logged(mut text: String) -> String {
+    if let Some((end, _)) = text.char_indices().nth(LOGGED) {
+        text.truncate(end);
+        text.push('…');
+    }
+    text
+}
+
 pub(super) fn log_refusal(identity: Identity, targets: &str, reason: &str) {
-    let (uid, pid, targets) = (identity.uid, identity.pid(), cut(targets, LOGGED));
-    tracing::warn!(uid, pid, %targets, reason = %cut(reason, LOGGED), "kill refused");
+    let (uid, pid, reason) = (identity.uid, identity.pid(), logged(reason.to_owned()));
+    tracing::warn!(uid, pid, %targets, %reason, "kill refused");
 }
 
 /// What the thread of a kill needs.
@@ -344,5 +356,18 @@ mod tests {
         assert!(kills.enter(1000).is_some());
         drop((of_others, of_root));
         assert!(kills.under_way.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn nobody_fills_the_log() {
+        let of =
+            |word: &str, count| targets(&Selection { targets: vec![word.to_owned(); count], ..Selection::default() });
+        assert_eq!(of("8000", 3), "8000 8000 8000");
+        let cut = of("8000", 10_000);
+        assert!(cut.starts_with("8000 8000") && cut.ends_with('…'), "{cut}");
+        // Characters without a width count as well.
+        for text in [cut, of("\u{301}\u{200b}", 10_000), of("\u{1b}", 10_000)] {
+            assert_eq!(text.chars().count(), LOGGED + 1);
+        }
     }
 }

@@ -18,7 +18,7 @@ use tokio_util::codec::{Framed, LinesCodec, LinesCodecError};
 
 use super::AlreadyRunning;
 use super::access::Identity;
-use super::core::Ask;
+use super::core::{Ask, Reply, Untold};
 use super::kill::{self, Begun, Kills, Refusal};
 use super::load::{Answer, Load, Place, Turn};
 use super::policy::Policy;
@@ -92,31 +92,43 @@ impl Shared {
         Ok(answer.await?)
     }
 
-    /// Asks for what may be much. Answers that wait for their turn take no memory: then it is asked anew. `ask` is handed
-    /// the selector without what has to be looked up of processes, which is done afterwards.
-    async fn gather<'p, T: Send + 'static>(
+    /// Asks for what may be much: for few of it, and where it is more, anew once it is the peer's turn, unless it is
+    /// already. So what waits for its turn takes no memory. `ask` is handed the selector without what has to be looked up of
+    /// processes, which is done afterwards, and how many listeners are few.
+    async fn gather<'p, T>(
+        &self,
+        place: &'p Place,
+        mut turn: Option<Turn<'p>>,
+        selector: &Selector,
+        ask: impl Fn(Box<Selector>, usize, Reply<T>) -> Ask,
+    ) -> Result<Result<(T, Option<Turn<'p>>), Untold>, End> {
+        loop {
+            let most = if turn.is_some() { usize::MAX } else { few_for(selector) };
+            match self.ask(|reply| ask(Box::new(selector.clone().without_facts()), most, reply)).await? {
+                Err(Untold::More) if turn.is_none() => turn = Some(place.turn(Answer::List).await),
+                told => return Ok(told.map(|told| (told, turn))),
+            }
+        }
+    }
+
+    /// The same for listeners, of which those are left that the selector picks.
+    async fn gather_listeners<'p, T: Send + 'static>(
         &self,
         place: &'p Place,
         selector: &Selector,
         of: fn(&T) -> &Listener,
-        ask: impl Fn(Box<Selector>, oneshot::Sender<Result<Vec<T>, String>>) -> Ask,
-    ) -> Result<Result<(Vec<T>, Option<Turn<'p>>), String>, End> {
-        let ask = |reply| ask(Box::new(selector.clone().without_facts()), reply);
-        match self.ask(&ask).await? {
-            Ok(few) if few.len() <= few_for(selector) => return Ok(Ok((few, None))),
-            Ok(many) => drop(many),
-            Err(trouble) => return Ok(Err(trouble)),
+        ask: impl Fn(Box<Selector>, usize, Reply<Vec<T>>) -> Ask,
+    ) -> Result<Result<(Vec<T>, Option<Turn<'p>>), Untold>, End> {
+        let (all, mut turn) = match self.gather(place, None, selector, ask).await? {
+            Ok(gathered) => gathered,
+            Err(untold) => return Ok(Err(untold)),
+        };
+        if let Some(turn) = &mut turn
+            && all.len() <= FEW
+        {
+            turn.was_small();
         }
-        let mut turn = place.turn(Answer::List).await;
-        match self.ask(&ask).await? {
-            Ok(all) => {
-                if all.len() <= FEW {
-                    turn.was_small();
-                }
-                Ok(Ok((sifted(all, selector, of).await?, Some(turn))))
-            }
-            Err(trouble) => Ok(Err(trouble)),
-        }
+        Ok(Ok((sifted(all, selector, of).await?, turn)))
     }
 }
 
@@ -219,7 +231,7 @@ impl Peer {
                 Request::Kill(kill) => self.kill(*kill, identity, place).await?,
                 Request::Confirm {} => self.refuse(ErrorKind::Usage, "there is no plan to confirm").await?,
                 Request::Rules {} => self.rules(identity, place).await?,
-                Request::Watch { selection, since } => return self.watch(&selection, identity, place, since).await,
+                Request::Watch { selection, since } => return self.watch(selection, identity, place, since).await,
                 Request::Status {} => {
                     let status = self.status().await?;
                     self.send(&Response::Status(status)).await?;
@@ -323,16 +335,17 @@ impl Peer {
         // One that nobody is in any more may live on by a socket that somebody holds.
         let within = Selector::new(Vec::new(), Filters { netns: Some(id), ..Filters::default() });
         let shared = self.shared.clone();
-        let held = self.at_work(shared.ask(|reply| Ask::List { selector: Box::new(within), reply })).await??;
+        let ask = |reply| Ask::List { selector: Box::new(within), most: 0, reply };
+        let held = self.at_work(shared.ask(ask)).await??;
         drop(turn);
         match held {
-            Ok(held) if held.is_empty() => {
+            Ok(_) => {
                 self.send(&kill::refusal(&error)).await?;
                 self.flush().await?;
                 Ok(None)
             }
-            Ok(_) => Ok(Some(selector)),
-            Err(trouble) => {
+            Err(Untold::More) => Ok(Some(selector)),
+            Err(Untold::Trouble(trouble)) => {
                 self.refuse(ErrorKind::Failed, &trouble).await?;
                 Ok(None)
             }
@@ -341,12 +354,12 @@ impl Peer {
 
     async fn list(&mut self, selection: &Selection, identity: Identity, place: &Place) -> Result<(), End> {
         let Some(selector) = self.selector_of_now(selection, identity, place).await? else { return Ok(()) };
-        let ask = |selector, reply| Ask::List { selector, reply };
+        let ask = |selector, most, reply| Ask::List { selector, most, reply };
         let shared = self.shared.clone();
-        let gather = shared.gather(place, &selector, |listener| listener, ask);
+        let gather = shared.gather_listeners(place, &selector, |listener| listener, ask);
         let (listeners, _turn) = match self.at_work(gather).await?? {
             Ok(gathered) => gathered,
-            Err(trouble) => return self.refuse(ErrorKind::Failed, &trouble).await,
+            Err(untold) => return self.refuse(ErrorKind::Failed, &untold.to_string()).await,
         };
         let told = listeners.into_iter().map(|listener| (listener, Vec::new(), Vec::new()));
         self.tell(told, selector.shows_only().is_some()).await
@@ -354,12 +367,12 @@ impl Peer {
 
     async fn who(&mut self, selection: &Selection, identity: Identity, place: &Place) -> Result<(), End> {
         let Some(selector) = self.selector_of_now(selection, identity, place).await? else { return Ok(()) };
-        let ask = |selector, reply| Ask::Who { selector, reply };
+        let ask = |selector, most, reply| Ask::Who { selector, most, reply };
         let shared = self.shared.clone();
-        let gather = shared.gather(place, &selector, |(listener, _)| listener, ask);
+        let gather = shared.gather_listeners(place, &selector, |(listener, _)| listener, ask);
         let (listeners, turn) = match self.at_work(gather).await?? {
             Ok(gathered) => gathered,
-            Err(trouble) => return self.refuse(ErrorKind::Failed, &trouble).await,
+            Err(untold) => return self.refuse(ErrorKind::Failed, &untold.to_string()).await,
         };
         let look = move || -> Vec<_> {
             let looked = |(listener, lineage)| {
@@ -446,7 +459,7 @@ impl Peer {
     }
 
     async fn kill(&mut self, request: Kill, identity: Identity, place: &Place) -> Result<(), End> {
-        let (is_asked, targets) = (request.confirm && !request.dry_run, request.selection.words());
+        let (is_asked, targets) = (request.confirm && !request.dry_run, kill::targets(&request.selection));
         let mut begun = match self.begin(request, identity) {
             Ok(begun) => begun,
             Err((kind, message)) => {
@@ -486,7 +499,7 @@ impl Peer {
         let shared = self.shared.clone();
         let rules = match self.at_work(shared.ask(|reply| Ask::Rules { reply })).await?? {
             Ok(rules) => rules,
-            Err(trouble) => return self.refuse(ErrorKind::Failed, &trouble).await,
+            Err(untold) => return self.refuse(ErrorKind::Failed, &untold.to_string()).await,
         };
         let look = move || {
             let mut rules = rules;
@@ -538,4 +551,61 @@ async fn sifted<T: Send + 'static>(
 fn ancestors_of(listener: &Listener) -> Vec<Vec<Ancestor>> {
     let stat = |pid| stat::read(pid).ok();
     listener.holders.iter().map(|holder| stat::lineage(holder.process.id.pid, &stat)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::task::{LocalSet, yield_now};
+
+    use super::*;
+    use crate::config::Access;
+
+    /// The next question: how many listeners it takes at most, and where the answer goes.
+    async fn asked(questions: &mut mpsc::Receiver<Ask>) -> (usize, Reply<Vec<Listener>>) {
+        match questions.recv().await {
+            Some(Ask::List { most, reply, .. }) => (most, reply),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn what_waits_for_its_turn_takes_no_memory() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        LocalSet::new().block_on(&runtime, async {
+            let (asks, mut questions) = mpsc::channel(64);
+            let (load, kills, policy) = (Load::new(8192), Kills::default(), Policy::new(Access::default()));
+            let shared = Shared { asks, load: load.clone(), kills, policy, marks: Path::new("").into() };
+            let list = move |shared: Shared| async move {
+                let place = shared.load.enter(1000).unwrap();
+                let selector = Selector::new(Vec::new(), Filters::default());
+                let ask = |selector, most, reply| Ask::List { selector, most, reply };
+                let gathered = shared.gather_listeners(&place, &selector, |listener| listener, ask).await;
+                gathered.map(|gathered| gathered.map(|(all, turn)| (all.len(), turn.is_some())))
+            };
+            // All turns of the user are taken.
+            let place = load.enter(1000).unwrap();
+            let mut turns = Vec::new();
+            for _ in 0..8 {
+                turns.push(place.turn(Answer::List).await);
+            }
+            let listing = tokio::task::spawn_local(list(shared.clone()));
+            let (most, reply) = asked(&mut questions).await;
+            assert_eq!(most, FEW);
+            reply.send(Err(Untold::More)).unwrap();
+            for _ in 0..10 {
+                yield_now().await;
+            }
+            assert!(questions.try_recv().is_err(), "asked anew before its turn");
+            drop(turns);
+            let (most, reply) = asked(&mut questions).await;
+            assert_eq!(most, usize::MAX);
+            reply.send(Ok(Vec::new())).unwrap();
+            assert_eq!(listing.await.unwrap().unwrap(), Ok((0, true)));
+
+            let listing = tokio::task::spawn_local(list(shared));
+            let (_, reply) = asked(&mut questions).await;
+            reply.send(Ok(Vec::new())).unwrap();
+            assert_eq!(listing.await.unwrap().unwrap(), Ok((0, false)), "few need no turn");
+        });
+    }
 }

@@ -148,9 +148,9 @@ impl Socket {
         let shown = place.path.display().to_string();
         let trouble = loop {
             if let Some(vigil) = &place.vigil {
-                vigil.over(&place.path);
-                if self.is_own {
-                    vigil.over(&lock_path(&place.path));
+                match self.is_own {
+                    true => vigil.over(&[&place.path, &lock_path(&place.path)]),
+                    false => vigil.over(&[&place.path]),
                 }
             }
             if place.is_ours() {

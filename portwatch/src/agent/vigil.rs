@@ -24,19 +24,24 @@ impl Vigil {
         Ok(Vigil(unsafe { AsyncFd::register_with_interest(inotify, Interest::READABLE) }?))
     }
 
-    /// Watches over `path` as the file system is now. Call it before looking whether the file is there: whatever happens
-    /// after that look is told then.
-    pub(super) fn over(&self, path: &Path) {
+    /// Watches over these files of one directory as the file system is now. Call it before looking whether they are there:
+    /// whatever happens after that look is told then.
+    pub(super) fn over(&self, files: &[&Path]) {
         let gone = WatchFlags::DELETE_SELF | WatchFlags::MOVE_SELF;
-        let mut is_there = self.watch(path, gone | WatchFlags::ATTRIB);
-        for directory in path.ancestors().skip(1) {
-            // In the nearest one that is there, something may be made that leads to the file.
-            let flags = WatchFlags::CREATE | WatchFlags::MOVED_TO | WatchFlags::ATTRIB;
-            is_there |= self.watch(directory, if is_there { gone } else { gone | flags } | WatchFlags::ONLYDIR);
+        for (nth, path) in files.iter().enumerate() {
+            // What watches the directory for the first file goes on watching it for that one.
+            let also = if nth == 0 { WatchFlags::empty() } else { WatchFlags::MASK_ADD };
+            let mut is_there = self.watch(path, gone | WatchFlags::ATTRIB | also);
+            for directory in path.ancestors().skip(1) {
+                // In the nearest one that is there, something may be made that leads to the file.
+                let made = WatchFlags::CREATE | WatchFlags::MOVED_TO | WatchFlags::ATTRIB;
+                let flags = if is_there { gone } else { gone | made };
+                is_there |= self.watch(directory, flags | WatchFlags::ONLYDIR | also);
+            }
         }
     }
 
-    /// Whether there is something to watch; the flags replace those of an earlier watch.
+    /// Whether there is something to watch. The flags replace those of an earlier watch, unless they say to add to them.
     fn watch(&self, path: &Path, flags: WatchFlags) -> bool {
         inotify::add_watch(self.0.get_ref(), path, flags).is_ok()
     }
@@ -70,10 +75,14 @@ mod tests {
 
     /// Whether something was told of what `act` does.
     fn tells(path: &Path, act: impl FnOnce()) -> bool {
+        tells_of(&[path], act)
+    }
+
+    fn tells_of(files: &[&Path], act: impl FnOnce()) -> bool {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
             let vigil = Vigil::new().unwrap();
-            vigil.over(path);
+            vigil.over(files);
             act();
             // inotify queues an event before the system call that causes it returns.
             tokio::time::timeout(Duration::from_millis(20), vigil.stirred()).await.is_ok()
@@ -111,5 +120,33 @@ mod tests {
         assert!(tells(&file, || fs::create_dir(at("a/b")).unwrap()));
         assert!(tells(&file, make));
         assert!(!tells(&file, || {}));
+    }
+
+    #[test]
+    fn of_two_files_the_one_that_is_there_does_not_hide_that_the_other_is_made() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        let (socket, lock) = (at("agent.sock"), at("agent.sock.lock"));
+        for (made, there) in [(&socket, &lock), (&lock, &socket)] {
+            fs::write(there, "").unwrap();
+            assert!(tells_of(&[&socket, &lock], || fs::write(made, "").unwrap()), "{made:?}");
+            assert!(!tells_of(&[&socket, &lock], || fs::write(at("other"), "").unwrap()), "{made:?}");
+            assert!(tells_of(&[&socket, &lock], || fs::remove_file(made).unwrap()), "{made:?}");
+            fs::remove_file(there).unwrap();
+            fs::remove_file(at("other")).unwrap();
+        }
+        // Nor does a watch from the time when it was gone tell of the others once it is there.
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let stirred = async |vigil: &Vigil| tokio::time::timeout(Duration::from_millis(20), vigil.stirred()).await;
+            let vigil = Vigil::new().unwrap();
+            fs::write(&lock, "").unwrap();
+            vigil.over(&[&socket, &lock]);
+            fs::write(&socket, "").unwrap();
+            assert!(stirred(&vigil).await.is_ok());
+            vigil.over(&[&socket, &lock]);
+            fs::write(at("other"), "").unwrap();
+            assert!(stirred(&vigil).await.is_err());
+        });
     }
 }

@@ -84,7 +84,8 @@ pub(crate) fn run(args: &HistoryArgs, globals: &Globals) -> anyhow::Result<ExitC
     } else if lives.is_empty() {
         let last = args.last.map(|last| format!(" in the last {}", render::span(last))).unwrap_or_default();
         let (of_yours, own_only) = if narrowed { (" of yours", format!("; {OWN_ONLY}")) } else { Default::default() };
-        note(&format!("the history knows of nothing{of_yours}{}{last}{own_only}", selection(&args.targets, &selector)));
+        let (filters, targets) = selection(&args.targets, &selector);
+        note(&format!("the history knows of nothing{of_yours}{filters}{targets}{last}{own_only}"));
     } else {
         print(&render::history::table(&lives, &view))?;
     }

@@ -28,7 +28,7 @@ use self::leaks::LeakArgs;
 use self::way::End;
 pub(crate) use self::way::{Way, open_scanner};
 use super::progress::Display;
-use super::{Users, note, print, selection, selector, view, view_on};
+use super::{Users, note, nothing, print, selector, view, view_on};
 use crate::cli::{Globals, Selectors, TARGETS, duration};
 use crate::exit_codes::{self, NO, USAGE, Usage};
 
@@ -275,7 +275,7 @@ fn nothing_there(args: &KillArgs, selector: &Selector) -> anyhow::Result<ExitCod
     if args.json {
         print("[]\n")?;
     } else if !args.quiet {
-        note(&format!("nothing is listening{}; nothing to free", selection(&args.targets, selector)));
+        note(&format!("{}; nothing to free", nothing(&args.targets, selector, "")));
     }
     Ok(ExitCode::SUCCESS)
 }

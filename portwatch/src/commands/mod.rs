@@ -354,21 +354,21 @@ pub(crate) const OWN_ONLY: &str = "this agent tells users of their own only (try
 
 /// The sentence that there is nothing.
 fn nothing_listens(targets: &[String], selector: &Selector, narrowed: bool) -> String {
-    let selection = selection(targets, selector);
-    match narrowed {
-        true => format!("nothing of yours is listening{selection}; {OWN_ONLY}"),
-        false => format!("nothing is listening{selection}"),
-    }
+    let nothing = nothing(targets, selector, if narrowed { " of yours" } else { "" });
+    if narrowed { format!("{nothing}; {OWN_ONLY}") } else { nothing }
 }
 
-/// What the selection was, for the sentence that nothing was found.
-pub(crate) fn selection(targets: &[String], selector: &Selector) -> String {
-    let all = selector.is_empty();
-    match (targets.is_empty(), all) {
-        (true, true) => String::new(),
-        (true, false) => " that matches the selectors".to_owned(),
-        (false, _) => format!(" on {}", render::escape(&targets.join(" "))),
-    }
+/// The same of what is `of_yours`.
+pub(crate) fn nothing(targets: &[String], selector: &Selector, of_yours: &str) -> String {
+    let (filters, targets) = selection(targets, selector);
+    format!("nothing{of_yours}{filters} is listening{targets}")
+}
+
+/// What the selection was, for such sentences: something may well listen on a port of which a filter wants nothing.
+pub(crate) fn selection(targets: &[String], selector: &Selector) -> (&'static str, String) {
+    let filters = if selector.has_filters() { " that matches the selectors" } else { "" };
+    let targets = render::escape(&targets.join(" ")).into_owned();
+    (filters, if targets.is_empty() { targets } else { format!(" on {targets}") })
 }
 
 /// The users of this host, each looked up once.

@@ -119,7 +119,7 @@ fn processes() -> impl Strategy<Value = Process> {
     (any::<[u64; 4]>(), proptest::option::of(any::<u32>()), texts).prop_map(|(numbers, uid, texts)| {
         let (name, command, exe, cwd) = texts;
         let id = ProcessId { pid: numbers[0] as u32, start: numbers[1] };
-        Process { id, ppid: numbers[2] as u32, uid, name, command, cgroup: exe.clone(), exe, cwd }
+        Process { id, ppid: numbers[2] as u32, uid, name, command: command.into(), cgroup: exe.clone(), exe, cwd }
     })
 }
 

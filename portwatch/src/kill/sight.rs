@@ -104,5 +104,5 @@ fn namespace(netns: NetnsId, plan: &Plan) -> Option<File> {
     };
     here.flat_map(|listener| &listener.holders)
         .find_map(|holder| of(&holder.process))
-        .or_else(|| netns::visible().ok()?.found.remove(&netns))
+        .or_else(|| netns::open(netns).ok())
 }

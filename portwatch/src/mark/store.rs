@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use rustix::fs::{AtFlags, CWD, Dir, Mode, OFlags, mkdirat, openat, renameat, statat, unlinkat};
+use rustix::fs::{AtFlags, CWD, Dir, Mode, OFlags, chmodat, mkdirat, openat, renameat, statat, unlinkat};
 use rustix::io::Errno;
 
 use super::file;
@@ -23,6 +23,9 @@ const OF_ALL: usize = 1024;
 
 const SUFFIX: &str = ".json";
 
+/// rwxr-xr-x.
+const PASSABLE: Mode = Mode::from_raw_mode(0o755);
+
 /// A directory of marks.
 #[derive(Debug)]
 pub struct Store {
@@ -31,15 +34,18 @@ pub struct Store {
 }
 
 impl Store {
-    /// The directory that `names` lead to from `base`, each made where it is not there. `euid` is who runs this.
+    /// The directory that `names` lead to from `base`, each made where it is not there: the last is its owner's alone, the
+    /// others may be gone through, as the agent's clients must. `euid` is who runs this.
     ///
     /// # Errors
     /// It cannot be opened, or others may write in it.
     pub fn open(base: &Path, names: &[&str], euid: u32) -> io::Result<Store> {
         let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
         let mut directory = openat(CWD, base, flags, Mode::empty())?;
-        for name in names {
+        for (n, name) in names.iter().enumerate() {
             match mkdirat(&directory, *name, Mode::RWXU) {
+                // Whatever the umask.
+                Ok(()) if n + 1 < names.len() => chmodat(&directory, *name, PASSABLE, AtFlags::empty())?,
                 Ok(()) | Err(Errno::EXIST) => {}
                 Err(errno) => return Err(errno.into()),
             }
@@ -146,7 +152,7 @@ mod tests {
         assert_eq!(open().find(7, "job").unwrap().unwrap(), b"two\n");
         assert_eq!((open().find(8, "job").unwrap(), open().find(7, "jo").unwrap()), (None, None));
         let mode = |name: &str| fs::metadata(base.path().join(name)).unwrap().permissions().mode() & 0o7777;
-        assert_eq!((mode("portwatch"), mode("portwatch/marks")), (0o700, 0o700));
+        assert_eq!((mode("portwatch"), mode("portwatch/marks")), (0o755, 0o700));
         assert_eq!(mode("portwatch/marks/7-job.json"), 0o600);
     }
 

@@ -10,11 +10,11 @@
 //! both supervisors were killed, it is stale, and removed by whoever meets it.
 
 use std::ffi::OsString;
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, Read as _, Write as _};
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -294,16 +294,18 @@ fn place_in(variable: &dyn Fn(&str) -> Option<OsString>, uid: u32, part: &str) -
     let base = crate::place::of_user(variable, uid)?
         .context("there is no place to remember servers: set XDG_RUNTIME_DIR to a directory of yours, or HOME")?
         .join("portwatch");
-    // The agent's directory is open to all; what is in here is not.
-    make(&base, uid, 0o022)?;
+    // The agent's directory is open to all, whoever makes it; what is in here is not.
+    make(&base, uid, 0o755)?;
     let directory = base.join(part);
-    make(&directory, uid, 0o077)?;
+    make(&directory, uid, 0o700)?;
     Ok(directory)
 }
 
-/// Makes a directory of this user's, or checks one that is there.
-fn make(path: &Path, uid: u32, forbidden: u32) -> anyhow::Result<()> {
-    match DirBuilder::new().mode(0o700).create(path) {
+/// Makes a directory of this user's, or checks that nobody may do more in one that is there.
+fn make(path: &Path, uid: u32, wanted: u32) -> anyhow::Result<()> {
+    let made = DirBuilder::new().mode(0o700).create(path);
+    // Whatever the umask.
+    match made.and_then(|()| fs::set_permissions(path, Permissions::from_mode(wanted))) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
             return Err(error).with_context(|| format!("cannot make {}", shown(path)));
         }
@@ -312,7 +314,7 @@ fn make(path: &Path, uid: u32, forbidden: u32) -> anyhow::Result<()> {
     let found = fs::symlink_metadata(path).with_context(|| format!("cannot look at {}", shown(path)))?;
     let mode = found.mode();
     anyhow::ensure!(
-        found.is_dir() && found.uid() == uid && mode & forbidden == 0,
+        found.is_dir() && found.uid() == uid && mode & 0o077 & !wanted == 0,
         "{} is not a directory of yours alone (uid {}, mode {:o}); remove it, or set XDG_RUNTIME_DIR to another place",
         shown(path),
         found.uid(),
@@ -327,7 +329,7 @@ fn shown(path: &Path) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::{PermissionsExt as _, symlink};
+    use std::os::unix::fs::symlink;
 
     use super::*;
 
@@ -409,7 +411,9 @@ mod tests {
         let variable = |name: &str| (name == "XDG_RUNTIME_DIR").then(|| own.clone().into_os_string());
         let place = place_in(&variable, uid, "servers").unwrap();
         assert_eq!(place, own.join("portwatch/servers"));
-        assert_eq!(fs::metadata(&place).unwrap().mode() & 0o7777, 0o700);
+        let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o7777;
+        // Another user's client finds its way to the agent's socket, also if this was here first.
+        assert_eq!((mode(&own.join("portwatch")), mode(&place)), (0o755, 0o700));
         fs::set_permissions(&place, fs::Permissions::from_mode(0o755)).unwrap();
         let error = place_in(&variable, uid, "servers").unwrap_err().to_string();
         assert!(error.contains("is not a directory of yours alone"), "{error}");

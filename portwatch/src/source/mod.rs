@@ -222,6 +222,10 @@ pub struct Live {
     ring_bytes: Option<u32>,
     /// Records lost by the probes that these replaced.
     lost_before: u64,
+    /// Those of them that no snapshot has made good.
+    unmended: u64,
+    /// When to look for what the kernel does not tell.
+    look_at: tokio::time::Instant,
 }
 
 /// What a live source tells at once.
@@ -271,7 +275,7 @@ impl Live {
                         None => Scanner::open(Probe::Only(Tier::Poll)),
                     };
                     let feed = Feed::Ebpf(Box::new(probes));
-                    return Ok(Live { feed, scanner, refusals, started: false, probe, ring_bytes, lost_before: 0 });
+                    return Ok(Live::new(feed, scanner, refusals, probe, ring_bytes));
                 }
                 Err(error) => refusals.push(Refusal { tier, reason: format!("{error:#}") }),
             }
@@ -295,7 +299,12 @@ impl Live {
             None => Scanner::open(Probe::Only(Tier::Poll)),
         };
         let feed = Feed::Poll(interval);
-        Ok(Live { feed, scanner, refusals, started: false, probe, ring_bytes, lost_before: 0 })
+        Ok(Live::new(feed, scanner, refusals, probe, ring_bytes))
+    }
+
+    fn new(feed: Feed, scanner: Scanner, refusals: Vec<Refusal>, probe: Probe, ring_bytes: Option<u32>) -> Live {
+        let look_at = tokio::time::Instant::now();
+        Live { feed, scanner, refusals, started: false, probe, ring_bytes, lost_before: 0, unmended: 0, look_at }
     }
 
     pub fn tier(&self) -> Tier {
@@ -331,14 +340,13 @@ impl Live {
     }
 
     /// Attaches all probes anew where one was taken off. What that may have cost nobody counted: it is one record or more.
-    fn mend(&mut self) -> anyhow::Result<u64> {
-        if !self.is_broken() {
-            return Ok(0);
+    fn mend(&mut self) -> anyhow::Result<()> {
+        if self.is_broken() {
+            let anew =
+                Live::open(self.probe, self.ring_bytes).context("a probe was taken off and cannot be attached anew")?;
+            *self = Live { lost_before: self.lost() + 1, unmended: self.unmended + 1, ..anew };
         }
-        let anew =
-            Live::open(self.probe, self.ring_bytes).context("a probe was taken off and cannot be attached anew")?;
-        *self = Live { lost_before: self.lost() + 1, ..anew };
-        Ok(1)
+        Ok(())
     }
 
     /// What happened next, and how many records were lost before now: more than 0 demands a [`Self::refresh`], as the
@@ -349,11 +357,15 @@ impl Live {
                 let told = if probes.sees_udp() {
                     probes.next().await
                 } else {
-                    // UDP has to be looked for; everything else is told.
-                    match tokio::time::timeout(POLL_INTERVAL, probes.next()).await {
-                        Ok(told) => told,
-                        Err(_) => return Ok(Batch { must_refresh: true, ..Batch::default() }),
-                    }
+                    // UDP has to be looked for, however much else is told.
+                    let is_due = tokio::time::Instant::now() >= self.look_at;
+                    let told =
+                        if is_due { None } else { tokio::time::timeout_at(self.look_at, probes.next()).await.ok() };
+                    let Some(told) = told else {
+                        self.look_at = tokio::time::Instant::now() + POLL_INTERVAL;
+                        return Ok(Batch { must_refresh: true, ..Batch::default() });
+                    };
+                    told
                 };
                 let (events, lost) = told?;
                 Ok(Batch { events, lost, must_refresh: lost > 0 })
@@ -389,41 +401,62 @@ impl Live {
         }
     }
 
+    /// What was read of a process anew, so that no snapshot takes it back.
+    pub fn learn(&mut self, process: &Arc<Process>) {
+        if let Feed::Ebpf(probes) = &mut self.feed {
+            probes.learn(process);
+        }
+    }
+
     /// Reads a snapshot now. `holders` are the processes that hold something as far as is known, by pid: the kernel
     /// goes on to report these, and those that the snapshot adds.
     ///
     /// Events that came until the snapshot was read are returned before it: it shows that a socket is gone, they tell
     /// who closed it and when. Where they are newer than the beginning of the snapshot, the table believes them.
     pub fn refresh(&mut self, holders: &HashSet<u32>, lost: u64) -> anyhow::Result<Vec<Event>> {
-        let lost = lost + self.mend()?;
+        self.mend()?;
+        let lost = lost + self.unmended;
+        let mut is_sure = true;
         let mut snapshot = match &mut self.feed {
             Feed::Ebpf(probes) => {
-                probes.follow_only(holders);
+                probes.follow_only(holders, lost > 0);
                 // Only after a loss does it matter which sockets without holder other namespaces have: of all others
                 // the kernel has told.
-                let first = !std::mem::replace(&mut self.started, true);
+                let first = !self.started;
                 let all_netns = lost > 0 || first;
                 if lost > 0 {
                     probes.recall_udp();
                 }
                 let probes = RefCell::new(probes);
-                let snapshot = self.scanner.scan_with(
-                    all_netns,
-                    &|_| true,
-                    &|id| first || probes.borrow().knows_udp(id),
-                    &mut |id| probes.borrow_mut().details(id),
-                )?;
-                let probes = probes.into_inner();
-                probes.follow(&snapshot.listeners);
+                let mut scan = || {
+                    self.scanner.scan_with(
+                        all_netns,
+                        &|_| true,
+                        &|id| first || probes.borrow().knows_udp(id),
+                        &mut |id| probes.borrow_mut().details(id),
+                    )
+                };
+                let mut snapshot = scan()?;
+                let follow = |snapshot: &Snapshot| probes.borrow_mut().follow(&snapshot.listeners, lost > 0);
+                if follow(&snapshot) {
+                    // What somebody new did between this look and now, nobody tells.
+                    snapshot = scan()?;
+                    is_sure = !follow(&snapshot);
+                }
                 snapshot
             }
             Feed::Poll(_) => self.scanner.scan(true, &|_| true)?,
         };
         // With none left, what was read may lack what could not be opened.
         process::check_descriptors().context("no descriptors left to read it by")?;
+        (self.started, self.unmended) = (true, 0);
         snapshot.lost = lost;
-        let mut events = self.pending(process::boot_ns_now());
+        let at = process::boot_ns_now();
+        let mut events = self.pending(at);
         events.push(Event::Snapshot(snapshot));
+        if !is_sure {
+            events.push(Event::Unsure { at });
+        }
         Ok(events)
     }
 }

@@ -4,11 +4,12 @@
 //! under `/run/netns` (ip-netns) and `/run/docker/netns`.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fmt;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use nix::sched::{CloneFlags, setns};
@@ -16,6 +17,7 @@ use rustix::fs::{CWD, Mode, OFlags};
 
 use crate::model::NetnsId;
 use crate::source::diag::Dump;
+use crate::source::process;
 
 /// Where namespaces are kept mounted, with or without a process in them.
 const MOUNT_DIRS: [&str; 2] = ["/run/netns", "/run/docker/netns"];
@@ -42,12 +44,25 @@ pub fn of_pid(pid: u32) -> io::Result<NetnsId> {
     id_of(Path::new(&format!("/proc/{pid}/ns/net")))
 }
 
-/// The namespaces that can be seen, each with a descriptor that keeps it alive.
+/// Namespaces that one look keeps alive, with a descriptor each: more than most hosts have. Anybody can make thousands.
+const HELD: usize = 32;
+
+/// The namespaces that can be seen.
 #[derive(Debug, Default)]
 pub struct Namespaces {
-    pub found: BTreeMap<NetnsId, File>,
+    found: BTreeMap<NetnsId, Seen>,
+    /// How many more may be kept alive.
+    may_hold: usize,
     /// How many processes and mounts could not be looked at for want of permission.
     pub denied: usize,
+}
+
+#[derive(Debug)]
+enum Seen {
+    /// It is kept alive.
+    Held(File),
+    /// It may end at any time. Where it was seen, each process and each mount: one may be gone before another.
+    At(Vec<PathBuf>),
 }
 
 /// Finds every network namespace that can be seen.
@@ -55,55 +70,58 @@ pub struct Namespaces {
 /// # Errors
 /// When `/proc` cannot be read.
 pub fn visible() -> anyhow::Result<Namespaces> {
-    let mut namespaces = Namespaces::default();
-    for entry in fs::read_dir("/proc").context("cannot read /proc; is it mounted?")?.map_while(Result::ok) {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
-        match of_pid(pid) {
-            Ok(id) => namespaces.add(id, Path::new(&format!("/proc/{pid}/ns/net"))),
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => namespaces.denied += 1,
-            // Gone; or the leader has exited while other threads go on.
-            Err(_) => namespaces.add_threads(pid),
-        }
-    }
-    for dir in MOUNT_DIRS {
-        for entry in fs::read_dir(dir).into_iter().flatten().map_while(Result::ok) {
-            let path = entry.path();
-            match id_of_mount(&path) {
-                Ok(Some(id)) => namespaces.add(id, &path),
-                Ok(None) => {}
-                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => namespaces.denied += 1,
-                Err(_) => {}
-            }
-        }
-    }
-    Ok(namespaces)
+    Namespaces::look(HELD)
 }
 
 impl Namespaces {
-    fn add_threads(&mut self, pid: u32) {
-        for thread in fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().map_while(Result::ok) {
-            let path = thread.path().join("ns/net");
-            if let Ok(id) = id_of(&path) {
-                self.add(id, &path);
-                return;
+    pub(super) fn look(may_hold: usize) -> anyhow::Result<Namespaces> {
+        let mut namespaces = Namespaces { may_hold, ..Namespaces::default() };
+        for way in ways()? {
+            match way {
+                Ok((id, path)) => namespaces.add(id, path),
+                Err(_) => namespaces.denied += 1,
             }
+        }
+        Ok(namespaces)
+    }
+
+    fn add(&mut self, id: NetnsId, path: PathBuf) {
+        match self.found.get_mut(&id) {
+            Some(Seen::Held(_)) => {}
+            Some(Seen::At(paths)) => paths.push(path),
+            None if self.may_hold > 0 => match open_at(&path) {
+                Ok((id, file)) => {
+                    if let Entry::Vacant(place) = self.found.entry(id) {
+                        place.insert(Seen::Held(file));
+                        self.may_hold -= 1;
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => self.denied += 1,
+                Err(_) => {}
+            },
+            None => drop(self.found.insert(id, Seen::At(vec![path]))),
         }
     }
 
-    fn add(&mut self, id: NetnsId, path: &Path) {
-        if self.found.contains_key(&id) {
-            return;
+    pub fn ids(&self) -> impl Iterator<Item = NetnsId> {
+        self.found.keys().copied()
+    }
+
+    /// A descriptor of one of them. `None`: all who were seen in it have left.
+    ///
+    /// # Errors
+    /// For want of descriptors.
+    pub fn open(&self, id: NetnsId) -> io::Result<Option<File>> {
+        let paths = match self.found.get(&id) {
+            Some(Seen::Held(file)) => return file.try_clone().map(Some),
+            Some(Seen::At(paths)) => paths,
+            None => return Ok(None),
+        };
+        let file = paths.iter().find_map(|path| open_at(path).ok().filter(|(found, _)| *found == id));
+        if file.is_none() {
+            process::check_descriptors()?;
         }
-        // Between two looks the process may have gone to another namespace: the descriptor says which one it is of.
-        match File::open(path) {
-            Ok(file) => {
-                if let Some(id) = file.metadata().ok().and_then(|meta| inode_of(&meta)) {
-                    self.found.entry(id).or_insert(file);
-                }
-            }
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => self.denied += 1,
-            Err(_) => {}
-        }
+        Ok(file.map(|(_, file)| file))
     }
 }
 
@@ -119,21 +137,33 @@ impl fmt::Display for Unknown {
 
 impl std::error::Error for Unknown {}
 
-/// A descriptor of a network namespace that can be seen.
+/// A descriptor of a network namespace that can be seen. No other is opened.
 ///
 /// # Errors
 /// When nobody visible is in it, nor is it mounted: `PermissionDenied` in the chain where some processes could not be
-/// looked at, else [`Unknown`].
+/// looked at, else [`Unknown`]. Neither for want of descriptors.
 pub fn open(id: NetnsId) -> anyhow::Result<File> {
-    let mut namespaces = visible()?;
-    match namespaces.found.remove(&id) {
-        Some(namespace) => Ok(namespace),
-        None if namespaces.denied > 0 => Err(io::Error::from(io::ErrorKind::PermissionDenied)).with_context(|| {
+    let mut denied = 0;
+    for way in ways()? {
+        let opened = match way {
+            Ok((found, _)) if found != id => continue,
+            Ok((_, path)) => open_at(&path),
+            Err(error) => Err(error),
+        };
+        match opened {
+            Ok((found, file)) if found == id => return Ok(file),
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => denied += 1,
+            Ok(_) | Err(_) => {}
+        }
+    }
+    process::check_descriptors().with_context(|| format!("no descriptors left to find network namespace {id} by"))?;
+    if denied > 0 {
+        return Err(io::Error::from(io::ErrorKind::PermissionDenied)).with_context(|| {
             let next = try_sudo();
             format!("cannot find network namespace {id} among those you may see (others take CAP_SYS_PTRACE){next}")
-        }),
-        None => Err(Unknown(id).into()),
+        });
     }
+    Err(Unknown(id).into())
 }
 
 /// Root of a user namespace is root, and has no powers over others.
@@ -175,8 +205,51 @@ pub fn enter<T: Send>(namespace: &File, act: impl FnOnce() -> anyhow::Result<T> 
     })
 }
 
+/// Every way to a namespace: by each process, then by each mount, one at a time. Nothing is opened that stays open. An
+/// error is one that may not be looked at.
+fn ways() -> anyhow::Result<impl Iterator<Item = io::Result<(NetnsId, PathBuf)>>> {
+    let processes = fs::read_dir("/proc").context("cannot read /proc; is it mounted?")?.map_while(Result::ok);
+    let by_process = processes.filter_map(|entry| {
+        let pid = entry.file_name().to_str()?.parse::<u32>().ok()?;
+        let path = PathBuf::from(format!("/proc/{pid}/ns/net"));
+        match id_of(&path) {
+            Ok(id) => Some(Ok((id, path))),
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Some(Err(error)),
+            // Gone; or the leader has exited while other threads go on.
+            Err(_) => by_thread(pid).map(Ok),
+        }
+    });
+    let mounts = MOUNT_DIRS.into_iter().flat_map(|dir| fs::read_dir(dir).into_iter().flatten().map_while(Result::ok));
+    let by_mount = mounts.filter_map(|entry| {
+        let path = entry.path();
+        match id_of_mount(&path) {
+            Ok(id) => Some(Ok((id?, path))),
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Some(Err(error)),
+            Err(_) => None,
+        }
+    });
+    Ok(by_process.chain(by_mount))
+}
+
+fn by_thread(pid: u32) -> Option<(NetnsId, PathBuf)> {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).ok()?.map_while(Result::ok);
+    let mut paths = threads.map(|thread| thread.path().join("ns/net"));
+    paths.find_map(|path| Some((id_of(&path).ok()?, path)))
+}
+
+/// The namespace that is to be found there now: between two looks a process may have gone to another.
+fn open_at(path: &Path) -> io::Result<(NetnsId, File)> {
+    let file = File::open(path)?;
+    let id = inode_of(&file.metadata()?).ok_or_else(past_32_bits)?;
+    Ok((id, file))
+}
+
 fn id_of(path: &Path) -> io::Result<NetnsId> {
-    fs::metadata(path).and_then(|meta| inode_of(&meta).ok_or_else(|| io::Error::other("inode past 32 bits")))
+    fs::metadata(path).and_then(|meta| inode_of(&meta).ok_or_else(past_32_bits))
+}
+
+fn past_32_bits() -> io::Error {
+    io::Error::other("inode past 32 bits")
 }
 
 fn inode_of(meta: &fs::Metadata) -> Option<NetnsId> {
@@ -208,7 +281,7 @@ mod tests {
     fn own_is_seen_in_every_way() {
         let own = own().unwrap();
         assert_eq!(of_pid(std::process::id()).unwrap(), own);
-        assert!(visible().unwrap().found.contains_key(&own));
+        assert!(visible().unwrap().ids().any(|id| id == own));
         open(own).unwrap();
         assert_eq!(of_pid(0).unwrap_err().kind(), io::ErrorKind::NotFound);
     }

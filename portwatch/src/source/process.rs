@@ -18,8 +18,12 @@ use super::stat::{self, Stat};
 use crate::model::{BootNs, Process, ProcessId};
 use crate::render::Clock;
 
-/// More of a command line than this many bytes is cut off.
-pub const MAX_COMMAND_BYTES: usize = 128 * 1024;
+/// More of a command line than this many bytes is cut off: far more than people give to a server, and so little that the
+/// processes of one user do not fill the memory that an agent may have.
+pub const MAX_COMMAND_BYTES: usize = 32 * 1024;
+
+/// More arguments than this are cut off: an empty one takes a byte of its process, and more here.
+const MAX_ARGUMENTS: usize = 1024;
 
 /// The kernel's limit on arguments and environment together is a quarter of the stack, 2 MiB as a rule.
 const MAX_ENVIRONMENT_BYTES: usize = 2 * 1024 * 1024;
@@ -175,7 +179,7 @@ fn details(pid: u32, dir: BorrowedFd<'_>, stat: Stat) -> Process {
         // Of a directory whose process has just gone, root seems to be the owner.
         uid: if command.is_some() { uid } else { None },
         name: stat.name,
-        command: parse_command(&command.unwrap_or_default()),
+        command: parse_command(&command.unwrap_or_default()).into(),
         exe: read_link(dir, c"exe").map(|path| parse_exe(&path)),
         cwd: read_link(dir, c"cwd").map(|path| String::from_utf8_lossy(&path).into_owned()),
         cgroup: cgroup.and_then(|lines| parse_cgroup(&lines)),
@@ -189,7 +193,8 @@ pub(crate) fn parse_command(bytes: &[u8]) -> Vec<String> {
     if end == 0 {
         return Vec::new();
     }
-    bytes[..end].split(|&byte| byte == 0).map(|argument| String::from_utf8_lossy(argument).into_owned()).collect()
+    let arguments = bytes[..end].split(|&byte| byte == 0).take(MAX_ARGUMENTS);
+    arguments.map(|argument| String::from_utf8_lossy(argument).into_owned()).collect()
 }
 
 /// The kernel marks the path of a program that was replaced or removed.
@@ -270,6 +275,7 @@ mod tests {
         ] {
             assert_eq!(parse_command(bytes), expected);
         }
+        assert_eq!(parse_command(&b"a\0".repeat(10_000)).len(), MAX_ARGUMENTS);
     }
 
     #[test]
@@ -318,7 +324,7 @@ mod tests {
         let own = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
         assert_eq!(effective_ids(open_exact(process.id).unwrap().as_fd()), Some(own));
         assert_eq!(process.name, "sh");
-        assert_eq!(process.command, ["weird \x1b[31m", "-c", "echo ready; read line"]);
+        assert_eq!(process.command[..], ["weird \x1b[31m", "-c", "echo ready; read line"]);
         let exe = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap();
         assert_eq!(process.exe.as_deref(), exe.to_str());
         assert_eq!(process.cwd.as_deref(), cwd.to_str());
@@ -328,7 +334,7 @@ mod tests {
 
         let fine = ProcessId { pid, start: process.id.start + 1234 };
         assert_eq!(read_exact(fine), Some(Process { id: fine, ..process.clone() }));
-        assert_eq!(command(fine), Some(process.command.clone()));
+        assert_eq!(command(fine), Some(process.command.to_vec()));
         assert_eq!(variable(fine, "WEIRD").as_deref(), Some("a=b\nc"));
         assert_eq!((variable(fine, "WEIR"), variable(fine, "")), (None, None));
         let own = nix::unistd::geteuid().as_raw();
@@ -366,7 +372,7 @@ mod tests {
         let process = read(child.id()).unwrap();
         child.kill().unwrap();
         child.wait().unwrap();
-        assert_eq!(process.command.len(), 5);
+        assert_eq!(process.command.len(), 4);
         assert_eq!(process.command.iter().map(|argument| argument.len() + 1).sum::<usize>(), MAX_COMMAND_BYTES + 1);
     }
 }

@@ -150,8 +150,10 @@ pub(super) fn dump_all(
     let mut all = Dumped { sockets: own.sockets, complete: vec![own.netns], notes: Vec::from_iter(own.fallback) };
     let mut refused = 0;
     let mut why = String::new();
-    for (_, namespace) in others.found.iter().filter(|&(&id, _)| id != own.netns) {
-        match netns::dump_in(namespace, dump) {
+    for id in others.ids().filter(|&id| id != own.netns) {
+        // One at a time: anybody can make thousands. One that nobody is in any more is left out.
+        let Some(namespace) = others.open(id).transpose() else { continue };
+        match namespace.map_err(anyhow::Error::from).and_then(|namespace| netns::dump_in(&namespace, dump)) {
             Ok(dump) => {
                 all.sockets.extend(dump.sockets);
                 all.complete.push(dump.netns);

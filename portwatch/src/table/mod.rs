@@ -36,7 +36,7 @@
 //! Memory is bounded but for the rows. An event costs O(log rows), Forked, Execed and Exited that for each row held.
 
 mod memory;
-mod rows;
+pub(crate) mod rows;
 mod snapshot;
 #[cfg(test)]
 mod tests;
@@ -344,8 +344,13 @@ impl Table {
 
     fn execed(&mut self, at: BootNs, process: Arc<Process>, out: &mut Vec<Change>) {
         self.stir(process.id, at);
+        // Descriptors may have closed, also where the process has been read since.
+        for id in self.rows.held_by(process.id) {
+            if self.rows.get(id).is_some_and(|row| row.read_at <= at) {
+                self.mark_row(id, at);
+            }
+        }
         if self.rows.renew_details(key(process.id), at) {
-            self.rows.held_by(process.id).into_iter().for_each(|id| self.mark_row(id, at));
             self.replace(at, &process, |old| *old != *process, out);
         }
     }
@@ -475,7 +480,7 @@ impl Table {
 }
 
 /// A socket that has stopped listening since and begun again elsewhere: these never change while it listens.
-fn is_moved(old: &Socket, new: &Socket) -> bool {
+pub(crate) fn is_moved(old: &Socket, new: &Socket) -> bool {
     (old.proto, old.netns, old.address, old.port) != (new.proto, new.netns, new.address, new.port)
 }
 

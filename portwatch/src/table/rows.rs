@@ -19,7 +19,7 @@ pub(super) fn key(id: ProcessId) -> ProcessKey {
 
 /// Everything known of which socket a row (or a closed row) is.
 #[derive(Clone, Debug)]
-pub(super) struct Identity {
+pub(crate) struct Identity {
     /// 0 while unknown.
     inode: u64,
     /// The second only for MPTCP (parent and subflow, in the order of learning); 0 while unknown.
@@ -28,7 +28,7 @@ pub(super) struct Identity {
 }
 
 impl Identity {
-    pub(super) fn new(id: SocketId, mptcp: bool) -> Self {
+    pub(crate) fn new(id: SocketId, mptcp: bool) -> Self {
         Identity { inode: id.inode, cookies: [id.cookie, 0], mptcp }
     }
 
@@ -39,7 +39,7 @@ impl Identity {
         id.cookie == 0 || first == 0 || ((self.mptcp || mptcp) && second == 0)
     }
 
-    fn learn(&mut self, id: SocketId, mptcp: bool) {
+    pub(crate) fn learn(&mut self, id: SocketId, mptcp: bool) {
         self.mptcp |= mptcp;
         if self.inode == 0 {
             self.inode = id.inode;
@@ -55,7 +55,7 @@ impl Identity {
 
 /// What an identity means to an [`Index`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Found {
+pub(crate) enum Found {
     Same(u64),
     /// Another socket that had the same inode before: inode numbers are reused, cookies are not.
     Reused(u64),
@@ -64,13 +64,13 @@ pub(super) enum Found {
 
 /// Cookie and inode → whatever is identified by them.
 #[derive(Debug, Default)]
-pub(super) struct Index {
+pub(crate) struct Index {
     by_cookie: HashMap<u64, u64>,
     by_inode: HashMap<u64, u64>,
 }
 
 impl Index {
-    pub(super) fn find<'a>(
+    pub(crate) fn find<'a>(
         &self,
         id: SocketId,
         mptcp: bool,
@@ -86,7 +86,7 @@ impl Index {
         }
     }
 
-    pub(super) fn add(&mut self, identity: &Identity, entry: u64) {
+    pub(crate) fn add(&mut self, identity: &Identity, entry: u64) {
         for cookie in identity.cookies.into_iter().filter(|&cookie| cookie != 0) {
             self.by_cookie.insert(cookie, entry);
         }
@@ -96,7 +96,7 @@ impl Index {
     }
 
     /// Forgets `entry`, but not a later one that took over its inode.
-    pub(super) fn remove(&mut self, identity: &Identity, entry: u64) {
+    pub(crate) fn remove(&mut self, identity: &Identity, entry: u64) {
         for cookie in identity.cookies {
             if self.by_cookie.get(&cookie) == Some(&entry) {
                 self.by_cookie.remove(&cookie);

@@ -25,10 +25,10 @@ impl Peer {
         selector.show_only(self.shared.policy.only(identity));
         let turn = self.at_work(place.turn(Answer::History)).await?;
         let shared = self.shared.clone();
-        let ask = shared.ask(|reply| Ask::List { selector: Box::new(selector), reply });
+        let ask = shared.ask(|reply| Ask::List { selector: Box::new(selector), most: usize::MAX, reply });
         let listeners = match self.at_work(ask).await?? {
             Ok(listeners) => listeners,
-            Err(trouble) => return self.refuse(ErrorKind::Failed, &trouble).await,
+            Err(untold) => return self.refuse(ErrorKind::Failed, &untold.to_string()).await,
         };
         let marks = self.shared.marks.to_path_buf();
         let keep = move || {

@@ -6,7 +6,7 @@ use futures_util::StreamExt as _;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::time::timeout;
 
-use super::{End, Identity, LAST, NO_HISTORY, Peer, READING, few_for, sifted};
+use super::{End, Identity, LAST, NO_HISTORY, Peer, READING, sifted};
 use crate::agent::core::{Ask, MAX_PAST, Past, Subscription};
 use crate::agent::load::{Answer, Place};
 use crate::history::Utc;
@@ -17,33 +17,31 @@ use crate::wire::{ErrorKind, Response, Selection};
 impl Peer {
     pub(super) async fn watch(
         &mut self,
-        selection: &Selection,
+        selection: Selection,
         identity: Identity,
         place: &Place,
         mut since: Option<Utc>,
     ) -> Result<(), End> {
-        let Some(mut selector) = self.selector_of_now(selection, identity, place).await? else { return Ok(()) };
+        let Some(mut selector) = self.selector_of_now(&selection, identity, place).await? else { return Ok(()) };
+        // A subscriber may stay for long.
+        drop(selection);
         loop {
             // After an interruption, the past is what was told already.
             let since = since.take().map(|since| since.min(LAST));
-            let mut turn = match since {
+            let turn = match since {
                 Some(_) => Some(self.at_work(place.turn(Answer::History)).await?),
                 None => None,
             };
             // The configuration may have been read anew.
             selector.show_only(self.shared.policy.only(identity));
-            let Subscription { at, listeners, mut changes, past } = loop {
-                let plain = Box::new(selector.clone().without_facts());
-                let shared = self.shared.clone();
-                match self.at_work(shared.ask(|reply| Ask::Watch { selector: plain, since, reply })).await?? {
-                    Ok(subscription) if subscription.listeners.len() > few_for(&selector) && turn.is_none() => {
-                        drop(subscription);
-                    }
-                    Ok(subscription) => break subscription,
-                    Err(trouble) => return self.refuse(ErrorKind::Failed, &trouble).await,
-                }
-                turn = Some(self.at_work(place.turn(Answer::List)).await?);
+            let shared = self.shared.clone();
+            let ask = |selector, most, reply| Ask::Watch { selector, most, since, reply };
+            let gather = shared.gather(place, turn, &selector, ask);
+            let (subscription, turn) = match self.at_work(gather).await?? {
+                Ok(gathered) => gathered,
+                Err(untold) => return self.refuse(ErrorKind::Failed, &untold.to_string()).await,
             };
+            let Subscription { at, listeners, mut changes, past } = subscription;
             let more = match (since, past) {
                 (Some(_), Some(past)) => match self.tell_past(past, &selector).await? {
                     Some(more) => more,

@@ -92,7 +92,7 @@ fn a_port_with_nothing_in_the_way_has_no_findings() {
 #[test]
 fn a_listener_is_told_with_its_holders() {
     let mut nginx = process(7, "nginx", 33);
-    nginx.command = vec!["nginx:".into(), "master".into()];
+    nginx.command = ["nginx:".into(), "master".into()].into();
     nginx.cgroup = Some("/system.slice/nginx.service".into());
     let workers = (8..10).map(|pid| process(pid, "nginx", 33));
     let listeners = vec![listener(99, std::iter::once(nginx).chain(workers).collect())];

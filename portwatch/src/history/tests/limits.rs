@@ -49,7 +49,7 @@ fn the_oldest_goes_when_there_is_no_room() {
     let open = listener(9000, Some(1), alive("open"));
     run.opened(&open);
     for n in 1..=3000 {
-        let process = Process { command: vec![long.clone()], ..Process::clone(&gone(1, "web")) };
+        let process = Process { command: [long.clone()].into(), ..Process::clone(&gone(1, "web")) };
         let mut web = listener(8000, Some(n * SECOND), Arc::new(process));
         web.socket.id = SocketId { inode: n, cookie: n };
         run.opened(&web).closed((n + 1) * SECOND, &web);

@@ -45,7 +45,7 @@ fn everything_of_a_listener_is_kept() {
     let mut run = lab.begin(0);
     let process = Process {
         ppid: 7,
-        command: vec!["/usr/bin/web".to_owned(), "--port=80".to_owned(), String::new()],
+        command: ["/usr/bin/web".to_owned(), "--port=80".to_owned(), String::new()].into(),
         exe: Some("/usr/bin/web".to_owned()),
         cwd: Some("/srv".to_owned()),
         cgroup: Some("/system.slice/web.service".to_owned()),
@@ -281,7 +281,7 @@ fn hostile_strings_are_bounded_and_kept_as_they_are() {
     let names = ["'); DROP TABLE life; --", "a\0b", "\u{1b}[2J\u{202e}", "\u{fffd}", "é".repeat(1 << 16).leak()];
     for (port, name) in (8000..).zip(names) {
         let process = Process {
-            command: vec![name.to_owned(), "x".repeat(1 << 20)],
+            command: [name.to_owned(), "x".repeat(1 << 20)].into(),
             exe: Some(name.to_owned()),
             cwd: Some(name.to_owned()),
             cgroup: Some(name.to_owned()),

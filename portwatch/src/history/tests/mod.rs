@@ -178,14 +178,14 @@ fn on(targets: &[&str]) -> Selector {
 /// A process that is there: this one.
 fn alive(name: &str) -> Arc<Process> {
     let id = stat::read(std::process::id()).unwrap().id();
-    Arc::new(Process { uid: Some(1000), command: vec![name.to_owned()], ..Process::bare(id, name) })
+    Arc::new(Process { uid: Some(1000), command: [name.to_owned()].into(), ..Process::bare(id, name) })
 }
 
 /// A process that is gone.
 fn gone(pid: u32, name: &str) -> Arc<Process> {
     assert!(pid < 300);
     let id = ProcessId { pid: (1 << 22) + pid, start: 7 };
-    Arc::new(Process { uid: Some(1000), command: vec![name.to_owned()], ..Process::bare(id, name) })
+    Arc::new(Process { uid: Some(1000), command: [name.to_owned()].into(), ..Process::bare(id, name) })
 }
 
 /// On 127.0.0.1, its socket numbered as its port.

@@ -84,11 +84,12 @@ impl Attach<'_> {
                 .map_err(|e| refused("fentry/udp_lib_unhash", &e))?;
             Ok(())
         });
+        // A module on some kernels, and then absent from the kernel's own BTF.
+        let udp6 =
+            if Path::new("/proc/net/if_inet6").exists() { self.exit_of("bind6_exit", "__inet6_bind") } else { Ok(()) };
+        let udp = udp.and(udp6);
         self.sees_udp = udp.is_ok();
         self.gap("UDP is looked at every 500 ms", udp);
-        // A module on some kernels, and then absent from the kernel's own BTF.
-        let udp6 = self.exit_of("bind6_exit", "__inet6_bind");
-        self.gap("UDP over IPv6", udp6);
         let conflicts = self
             .exit_of("tcp_get_port_exit", "inet_csk_get_port")
             .and_then(|()| self.exit_of("udp_get_port_exit", "udp_lib_get_port"));

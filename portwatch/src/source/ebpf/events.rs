@@ -35,6 +35,12 @@ const BATCH: usize = 4096;
 /// How long a record may stay between being counted and being readable before the counts are compared again.
 const IN_FLIGHT: Duration = Duration::from_millis(5);
 
+/// Between two looks for it where nobody else can be let run meanwhile.
+const GLANCE: Duration = Duration::from_micros(50);
+
+/// Of bpf(2), `BPF_MAP_UPDATE_ELEM`: only where there is none.
+const BPF_NOEXIST: u64 = 1;
+
 /// The parent of all kernel threads (`rest_init` in init/main.c starts it second).
 const KTHREADD: u32 = 2;
 
@@ -157,12 +163,20 @@ impl Probes {
 
     /// What is in the ring now, up to the first batch that reaches past `at`.
     pub(crate) fn pending(&mut self, at: BootNs) -> Vec<Event> {
+        let begun = std::time::Instant::now();
         let mut events = Vec::new();
         loop {
             let batch = self.drain();
-            let is_last = batch.last().is_none_or(|event| event.at() > at);
+            let is_done = match batch.last() {
+                Some(last) => last.at() > at,
+                // Somebody may be between counting a record and submitting it, which holds up all after it.
+                None => !self.is_in_flight() || begun.elapsed() >= IN_FLIGHT,
+            };
+            if batch.is_empty() && !is_done {
+                std::thread::sleep(GLANCE);
+            }
             events.extend(batch);
-            if is_last {
+            if is_done {
                 return events;
             }
         }
@@ -223,20 +237,31 @@ impl Probes {
         (dropped, counters.produced > self.received + counters.dropped)
     }
 
+    fn is_in_flight(&self) -> bool {
+        let counters = self.counters.sum();
+        counters.produced > self.received + counters.dropped
+    }
+
     fn event(&mut self, record: &Record) -> Option<Event> {
         let at = record.at;
         let id = record::actor(record);
         Some(match record.kind {
             kind::OPENED => {
                 let socket = record::socket(record)?;
-                self.watched.insert(id.pid);
                 if socket.proto == Protocol::Udp {
                     self.udp.add(socket.id);
                 }
-                Event::Opened { at, socket, by: self.actor(record) }
+                // Of one that was not followed, what is remembered may be of before an exec.
+                let is_news = self.watched.insert(id.pid);
+                let by = if is_news { self.read(record) } else { None };
+                Event::Opened { at, socket, by: by.unwrap_or_else(|| self.actor(record)) }
             }
             kind::CLOSED => {
-                self.udp.remove(record::id(record));
+                let socket = record::id(record);
+                if self.udp.remove(socket) {
+                    // Where `follow` put it there after the kernel had removed it. No other socket has this cookie.
+                    let _ = self.udp_bound.remove(&socket.cookie);
+                }
                 Event::Closed { at, id: record::id(record), by: self.closer(record) }
             }
             kind::FORKED => {
@@ -248,8 +273,9 @@ impl Probes {
                 Event::Forked { at, parent: parent.id, child }
             }
             kind::EXECED => {
-                self.processes.forget(id);
-                Event::Execed { at, process: self.actor(record) }
+                let bare = || Process { uid: Some(record.task_uid), ..Process::bare(id, record::name(&record.comm)) };
+                let process = self.read(record).unwrap_or_else(|| self.remember(bare()));
+                Event::Execed { at, process }
             }
             kind::EXITED => {
                 self.watched.remove(&id.pid);
@@ -292,11 +318,14 @@ impl Probes {
         if let Some(process) = self.processes.get(id).filter(is_current) {
             return Arc::clone(process);
         }
-        match process::read_exact(id) {
-            Some(process) => self.remember(process),
-            // Not remembered: it is gone, or there was no descriptor to read it by.
-            None => Arc::new(Process { uid: Some(record.task_uid), ..Process::bare(id, name) }),
-        }
+        // Not remembered where it is gone, or there was no descriptor to read it by.
+        let bare = || Process { uid: Some(record.task_uid), ..Process::bare(id, name) };
+        self.read(record).unwrap_or_else(|| Arc::new(bare()))
+    }
+
+    /// The process behind a record as it is now.
+    fn read(&mut self, record: &Record) -> Option<Arc<Process>> {
+        process::read_exact(record::actor(record)).map(|process| self.remember(process))
     }
 
     fn remember(&mut self, process: Process) -> Arc<Process> {
@@ -305,10 +334,21 @@ impl Probes {
         process
     }
 
+    /// What was read of a process anew.
+    pub(crate) fn learn(&mut self, process: &Arc<Process>) {
+        if self.watched.contains(&process.id.pid) {
+            self.processes.add(Arc::clone(process), &self.watched);
+        }
+    }
+
     /// Follows these processes and no others. Call it before a snapshot is read: whatever others begin to hold meanwhile
-    /// is in the snapshot, and [`Self::follow`] adds them again.
-    pub(crate) fn follow_only(&mut self, holders: &HashSet<u32>) {
-        let gone: Vec<u32> = self.watched.difference(holders).copied().collect();
+    /// is in the snapshot, and [`Self::follow`] adds them again. After a loss the kernel is asked whom it follows, too: of
+    /// some it may have told only in what was lost, and one that ends while it is followed anew stays.
+    pub(crate) fn follow_only(&mut self, holders: &HashSet<u32>, after_loss: bool) {
+        let mut gone: HashSet<u32> = self.watched.difference(holders).copied().collect();
+        if after_loss {
+            gone.extend(self.holders.keys().filter_map(Result::ok).filter(|pid| !holders.contains(pid)));
+        }
         for pid in gone {
             self.unfollow(pid);
         }
@@ -317,24 +357,32 @@ impl Probes {
         }
     }
 
-    /// Makes the kernel report forks, execs and exits of everyone who holds one of these, and the release of the UDP
-    /// sockets among them.
-    pub(crate) fn follow(&mut self, listeners: &[Listener]) {
+    /// Makes the kernel report forks, execs and exits of everyone who holds one of these, which are all that there are, and
+    /// the release of the UDP sockets among them. Says whether it did not for somebody: what that one did since the
+    /// snapshot was read is told by nobody.
+    pub(crate) fn follow(&mut self, listeners: &[Listener], after_loss: bool) -> bool {
         // Once each, not once a socket; even if known: when a process ends, the kernel forgets its number by itself.
         let holders: HashSet<u32> = listeners.iter().flat_map(|l| &l.holders).map(|h| h.process.id.pid).collect();
-        holders.into_iter().for_each(|pid| self.follow_process(pid));
-        for listener in listeners {
-            // One that is closed by now stays in the map until its place is needed.
-            if listener.socket.proto == Protocol::Udp && self.udp.add(listener.socket.id) {
-                let _ = self.udp_bound.insert(listener.socket.id.cookie, listener.socket.id.inode, 0);
+        let news = holders.into_iter().filter(|&pid| self.follow_process(pid)).count();
+        if self.sees_udp {
+            if after_loss {
+                // The end of some may have been lost.
+                self.udp = KnownUdp::default();
+            }
+            for listener in listeners {
+                // One that is closed by now stays in the map until its end is told.
+                if listener.socket.proto == Protocol::Udp && self.udp.add(listener.socket.id) {
+                    let _ = self.udp_bound.insert(listener.socket.id.cookie, listener.socket.id.inode, 0);
+                }
             }
         }
+        news > 0
     }
 
-    /// Should the map be full, the next snapshot will do.
-    fn follow_process(&mut self, pid: u32) {
+    /// Says whether the kernel did not follow it. Should the map be full, the next snapshot will do.
+    fn follow_process(&mut self, pid: u32) -> bool {
         self.watched.insert(pid);
-        let _ = self.holders.insert(pid, 1, 0);
+        self.holders.insert(pid, 1, BPF_NOEXIST).is_ok()
     }
 
     /// After a loss: learns of the bound UDP sockets whose record was lost, and which had no cookie yet to ask for them by.
@@ -362,9 +410,9 @@ impl Probes {
         let _ = self.holders.remove(&pid);
     }
 
-    /// The process, from memory or from /proc.
+    /// The process, from memory, if its execs are told, or from /proc.
     pub(crate) fn details(&mut self, id: ProcessId) -> Arc<Process> {
-        if let Some(process) = self.processes.get(id) {
+        if let Some(process) = self.processes.get(id).filter(|_| self.watched.contains(&id.pid)) {
             return Arc::clone(process);
         }
         match process::read_exact(id) {
@@ -390,11 +438,12 @@ impl KnownUdp {
         id.cookie != 0 && self.inode_of.insert(id.cookie, id.inode).is_none()
     }
 
-    fn remove(&mut self, id: SocketId) {
+    /// Whether it was known by its cookie.
+    fn remove(&mut self, id: SocketId) -> bool {
         self.inodes.remove(&id.inode);
-        if let Some(inode) = self.inode_of.remove(&id.cookie) {
-            self.inodes.remove(&inode);
-        }
+        let Some(inode) = self.inode_of.remove(&id.cookie) else { return false };
+        self.inodes.remove(&inode);
+        true
     }
 
     fn contains(&self, id: SocketId) -> bool {

@@ -40,12 +40,6 @@ impl Processes {
             }
         }
     }
-
-    pub(super) fn forget(&mut self, id: ProcessId) {
-        if self.known.remove(&id).is_some() {
-            self.order.retain(|&known| known != id);
-        }
-    }
 }
 
 #[cfg(test)]
@@ -88,7 +82,5 @@ mod tests {
         assert_eq!(processes.order.len(), 1);
         let id = ProcessId { pid: 1, start: 7 };
         assert_eq!(processes.get(id).map(|process| process.name.as_str()), Some("999"));
-        processes.forget(id);
-        assert!(processes.get(id).is_none() && processes.order.is_empty());
     }
 }

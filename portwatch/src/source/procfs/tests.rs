@@ -5,8 +5,11 @@ use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::unistd::{ForkResult, fork};
-use rustix::process::{Pid, Signal, WaitOptions, kill_process, set_parent_process_death_signal, waitpid};
+use rustix::process::{
+    Pid, Resource, Rlimit, Signal, WaitOptions, kill_process, set_parent_process_death_signal, setrlimit, waitpid,
+};
 
 use super::*;
 use crate::model::Protocol;
@@ -189,4 +192,87 @@ fn every_holder_is_found_among_many_processes() {
     drop(listener);
     drop(children);
     assert!(!holders(inode).contains(&own));
+}
+
+/// A child that listens in a network namespace of its own, and its port; `None` where there can be none.
+fn far() -> Option<(Child, NetnsId, u16)> {
+    let (output, mut input) = std::io::pipe().unwrap();
+    let child = Child::new(|| {
+        let told = match unshare(CloneFlags::CLONE_NEWNET) {
+            Ok(()) => {
+                // The loopback device is down in there: only the unspecified address can be bound.
+                let listener = TcpListener::bind("0.0.0.0:0").unwrap();
+                let port = listener.local_addr().unwrap().port();
+                std::mem::forget(listener);
+                port.to_string()
+            }
+            Err(errno) => errno.to_string(),
+        };
+        writeln!(input, "{told}").unwrap();
+    });
+    let mut line = String::new();
+    std::io::BufReader::new(output).read_line(&mut line).unwrap();
+    let Ok(port) = line.trim().parse() else {
+        eprintln!("NOT TESTED: cannot make a network namespace: {line}");
+        return None;
+    };
+    let id = netns::of_pid(child.pid()).unwrap();
+    Some((child, id, port))
+}
+
+#[test]
+fn more_namespaces_than_descriptors_are_read_and_opened() {
+    /// Descriptors that the reader has, three and a pipe among them.
+    const LIMIT: u16 = 24;
+    let Some(all) = (0..LIMIT).map(|_| far()).collect::<Option<Vec<_>>>() else { return };
+    let (mut output, mut input) = std::io::pipe().unwrap();
+    let reader = Child::new(|| {
+        let (limit, pipe) = (i32::from(LIMIT), input.as_raw_fd());
+        for fd in (3..limit).filter(|&fd| fd != pipe) {
+            // SAFETY: this child has copies of the descriptors of others and uses none but the pipe.
+            unsafe { libc::close(fd) };
+        }
+        let _ = setrlimit(Resource::Nofile, Rlimit { current: Some(LIMIT.into()), maximum: Some(LIMIT.into()) });
+        let is_opened = |id| netns::open(id).and_then(|namespace| netns::enter(&namespace, || Ok(netns::own()?)));
+        let opened = all.iter().filter(|(_, id, _)| is_opened(*id).is_ok_and(|own| own == *id)).count();
+        let dumped = Namespaces::look(4).and_then(|others| dump_all(&others, &|_| true, diag::dump));
+        let read = dumped.map(|dumped| {
+            let is_read = |id, port| dumped.sockets.iter().any(|s| (s.netns, s.port) == (id, port));
+            all.iter().filter(|&&(_, id, port)| dumped.complete.contains(&id) && is_read(id, port)).count()
+        });
+        let _ = writeln!(input, "{opened} opened, {} read", read.unwrap_or(0));
+    });
+    let mut line = String::new();
+    std::io::BufReader::new(&mut output).read_line(&mut line).unwrap();
+    assert_eq!(line.trim(), format!("{LIMIT} opened, {LIMIT} read"));
+    drop(reader);
+}
+
+#[test]
+fn a_namespace_is_found_by_whoever_is_left_in_it() {
+    let Some((first, id, port)) = far() else { return };
+    let (mut output, mut input) = std::io::pipe().unwrap();
+    let second = Child::new(|| {
+        let namespace = std::fs::File::open(format!("/proc/{}/ns/net", first.pid())).unwrap();
+        let entered = setns(&namespace, CloneFlags::CLONE_NEWNET);
+        drop(namespace);
+        writeln!(input, "{entered:?}").unwrap();
+    });
+    let mut line = String::new();
+    std::io::BufReader::new(&mut output).read_line(&mut line).unwrap();
+    assert_eq!(line.trim(), "Ok(())");
+    let (held, others) = (Namespaces::look(usize::MAX).unwrap(), Namespaces::look(0).unwrap());
+    let read = |namespaces: &Namespaces| {
+        let Dumped { sockets, complete, .. } = dump_all(namespaces, &|s| s.netns == id, diag::dump).unwrap();
+        (complete.contains(&id), sockets.iter().map(|s| s.port).collect::<Vec<_>>())
+    };
+    assert_eq!(read(&others), (true, vec![port]));
+    drop(first);
+    // Nobody listens there any more.
+    assert_eq!(read(&others), (true, vec![]));
+    drop(second);
+    // What cannot be read is not said to be empty; but what was kept alive is known to be.
+    assert_eq!(read(&others), (false, vec![]));
+    assert_eq!(read(&held), (true, vec![]));
+    assert!(netns::open(id).is_err());
 }

@@ -151,7 +151,7 @@ fn hostile() -> [Listener; 2] {
     let mut hostile = server(9000, 5, 1, "x");
     let process = Arc::get_mut(&mut hostile.holders[0].process).unwrap();
     process.name = HOSTILE.to_owned();
-    process.command = vec![HOSTILE.to_owned(), "\u{9b}31m\u{200b}\u{7f}é".to_owned()];
+    process.command = [HOSTILE.to_owned(), "\u{9b}31m\u{200b}\u{7f}é".to_owned()].into();
     process.cwd = Some(format!("/tmp/{HOSTILE}"));
     [hostile, server(9001, 5, 1, "日本語サーバー --名前")]
 }

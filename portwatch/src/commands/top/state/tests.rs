@@ -25,7 +25,7 @@ pub(in super::super) fn view(seconds: u64) -> View<'static> {
 pub(in super::super) fn server(port: u16, age: u64, uid: u32, command: &str) -> Listener {
     let command: Vec<String> = command.split(' ').map(str::to_owned).collect();
     let id = ProcessId { pid: u32::from(port) * 2, start: NOW - age * SECOND };
-    let process = Process { uid: Some(uid), command: command.clone(), ..Process::bare(id, &command[0]) };
+    let process = Process { uid: Some(uid), command: command.clone().into(), ..Process::bare(id, &command[0]) };
     let socket = Socket {
         id: SocketId { inode: port.into(), cookie: 0 },
         proto: Protocol::Tcp,
