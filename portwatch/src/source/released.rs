@@ -243,11 +243,17 @@ mod tests {
         seen
     }
 
+    /// Nobody else is given this port meanwhile; with a port each, another test's listener may have the number of one in
+    /// another family, and is told as well.
+    fn on_one_port() -> std::io::Result<(TcpListener, TcpListener, UdpSocket)> {
+        let tcp = TcpListener::bind("127.0.0.1:0")?;
+        let port = tcp.local_addr()?.port();
+        Ok((tcp, TcpListener::bind((Ipv6Addr::LOCALHOST, port))?, UdpSocket::bind(("127.0.0.1", port))?))
+    }
+
     #[test]
     fn ends_are_told_and_only_those_asked_for() {
-        let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
-        let tcp6 = TcpListener::bind("[::1]:0").unwrap();
-        let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let (tcp, tcp6, udp) = std::iter::repeat_with(on_one_port).flatten().next().unwrap();
         let other = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut all = vec![
             (Protocol::Tcp, tcp.local_addr().unwrap()),
