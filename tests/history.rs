@@ -24,7 +24,7 @@ use portwatch::tracker::Tracker;
 use serde_json::{Value, json};
 
 use crate::puppet::{PATIENCE, Stage};
-use crate::subject::{Run, binary, command, finish, plain_command, skip};
+use crate::subject::{Run, binary, command, finish, plain_command, portwatch, skip};
 use crate::{Test, test};
 
 /// Names the database that this program is to write to until it is killed.
@@ -314,6 +314,22 @@ pub fn trials() -> Vec<Test> {
             assert_eq!(run.text().lines().count(), 3, "{}", run.text());
             let run = history(&state, &["--netns", "all", "--limit", "0", "--command", "server"]).expect(0);
             assert_eq!((run.errors().as_str(), run.text().lines().count()), ("", 6));
+        }),
+        test("history::what_it_refuses_is_not_offered", || {
+            let refused = ["--env", "--descendant-of", "--orphans"];
+            let page = |words: &[&str]| portwatch(words).expect(0).text();
+            for option in refused {
+                assert!(page(&["list", "--help"]).contains(option), "{option}");
+                for words in [&["history", "--help"][..], &["history", "-h"], &["help", "history"]] {
+                    assert!(!page(words).contains(option), "{option} in {words:?}");
+                }
+            }
+            assert!(page(&["history", "--help"]).contains("--older-than"));
+            // Who tries it is told why it cannot be.
+            for arguments in [&["--orphans"][..], &["--env", "JOB"], &["--descendant-of", "1"]] {
+                let run = portwatch(&[&["history"], arguments].concat()).expect(2);
+                assert!(run.errors().contains("ask processes that run; history knows --command,"), "{}", run.errors());
+            }
         }),
         test("history::hostile_names_cannot_write_to_the_terminal", || {
             let stage = Stage::new();

@@ -36,6 +36,12 @@ How it ended:
 An empty answer is exit code 0; without any history it is 1.
 
 {TARGETS}"))]
+// Parsed, so that whoever tries one is told why it cannot be; not offered.
+#[command(
+    mut_arg("variables", |arg| arg.hide(true)),
+    mut_arg("descendants_of", |arg| arg.hide(true)),
+    mut_arg("orphans", |arg| arg.hide(true))
+)]
 pub(crate) struct HistoryArgs {
     /// Ports to tell of; all without
     #[arg(value_name = "TARGET")]
