@@ -107,6 +107,14 @@ fn only_own(stage: &Stage) {
     );
     assert_eq!(status["troubles"], json!([want]));
     agent.portwatch(&["status"]).expect(1);
+    configure("[acces]\nlist = \"all\"\n");
+    agent.signal(Signal::HUP);
+    agent.until("misspelt", |status| {
+        status["troubles"][0].as_str().is_some_and(|trouble| {
+            trouble.starts_with("the configuration stays as it was: ")
+                && trouble.contains(":1: there is no table [acces];")
+        })
+    });
     let new = root.serve();
     assert!(!ports(&asked(&["list", "--json"])).contains(&u64::from(new.port())));
     // One that cannot be read for want of a descriptor is read as soon as there is one.
@@ -214,6 +222,17 @@ fn a_bad_configuration(stage: &Stage) {
         refused("[access]\n", 0o666),
         format!("{begin}: everybody may write it, so the agent does not read it; run `chmod go-w` on it\n")
     );
+    for (text, want) in [
+        ("[acces]\nlist = \"own\"\n", ":1: there is no table [acces]; "),
+        ("[access]\n[[rules]]\nname = \"x\"\n", ":2: there is no table [[rules]]; "),
+        ("list = \"own\"\n", ":1: 'list' is in no table; "),
+    ] {
+        assert_eq!(
+            refused(text, 0o644),
+            format!("{begin}{want}a configuration has [sets], [access] and [[rule]]\n"),
+            "{text}"
+        );
+    }
     let missing = ["agent", "--config", "/nonexistent/config.toml"];
     let run = finish(with_socket(&missing, &stage.path("agent.sock")).spawn().expect("portwatch")).expect(4);
     let want = "portwatch: error: cannot read the configuration /nonexistent/config.toml: there is no such file; name \

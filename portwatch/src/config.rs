@@ -9,10 +9,11 @@
 //! list = "own"
 //! kill = "wheel"
 //! ```
-//! Tables that this version does not know are passed over. Owns which files are read, whether they may be trusted, and
-//! what they mean. Sets are asked for only where a target names one, so that a broken file never keeps a port from being
-//! freed by number. `[access]` is for the [agent](crate::agent) alone, which reads one file: the host's, or the one that
-//! it is told, and nobody's own; so are the `[[rule]]`s. [`sets_in`], [`access_in`] and [`rules_in`] are pure.
+//! Owns which files are read, whether they may be trusted, and what they mean. Sets are asked for only where a target
+//! names one, so that a broken file never keeps a port from being freed by number; other tables are passed over then.
+//! `[access]` is for the [agent](crate::agent) alone, which reads one file: the host's, or the one that it is told, and
+//! nobody's own; so are the `[[rule]]`s. It refuses a file with a table that it does not know: of a misspelt `[access]`,
+//! all would be told to all. [`sets_in`], [`access_in`] and [`rules_in`] are pure.
 
 mod access;
 mod rules;
@@ -225,6 +226,22 @@ fn parse(text: &str) -> Result<Spanned<DeTable<'_>>, Bad> {
         let what = error.message().lines().next().unwrap_or("not understood").to_owned();
         Bad::new(text, &error.span().unwrap_or(0..0), format!("{}; see https://toml.io", escape(&what)))
     })
+}
+
+/// Refuses what is in no table of the configuration, where that would pass for what was not written.
+fn known(text: &str, document: &Spanned<DeTable<'_>>) -> Result<(), Bad> {
+    let entries = document.get_ref().iter();
+    let unknown = entries.filter(|(name, _)| !["sets", "access", "rule"].contains(&&**name.get_ref()));
+    let Some((name, value)) = unknown.min_by_key(|(name, _)| name.span().start) else { return Ok(()) };
+    let shown = name.get_ref().escape_debug();
+    let what = match value.get_ref() {
+        DeValue::Table(_) => format!("there is no table [{shown}]"),
+        DeValue::Array(items) if items.iter().any(|item| matches!(item.get_ref(), DeValue::Table(_))) => {
+            format!("there is no table [[{shown}]]")
+        }
+        _ => format!("'{shown}' is in no table"),
+    };
+    Err(Bad::new(text, &name.span(), format!("{what}; a configuration has [sets], [access] and [[rule]]")))
 }
 
 /// The entries of a table, if there is one of that name.

@@ -11,7 +11,7 @@ use std::ops::Range;
 
 use toml::de::DeValue;
 
-use super::{Bad, parse, table};
+use super::{Bad, known, parse, table};
 
 /// What the agent tells and does for whom. Root is never narrowed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -72,9 +72,11 @@ impl Access {
 /// What the text of a configuration says of access; `gid_of` looks up a group by its name.
 ///
 /// # Errors
-/// Where the text is not TOML, or `[access]` has what it cannot have. Other tables are not looked at.
+/// Where the text is not TOML, has a table that no configuration has, or `[access]` has what it cannot have. What the other
+/// tables say is not looked at.
 pub fn access_in(text: &str, gid_of: &dyn Fn(&str) -> Option<u32>) -> Result<Access, Bad> {
     let document = parse(text)?;
+    known(text, &document)?;
     let mut access = Access::default();
     let Some(entries) = table(text, &document, "access")? else { return Ok(access) };
     for (key, value) in entries {
@@ -143,7 +145,26 @@ mod tests {
             ("[access]\nkill = [10]", 2, "kill is neither \"all\" nor a group"),
             ("[access]\nlist = \"own\"\nkil = \"wheel\"", 3, "[access] has no 'kil'; it has list and kill"),
             ("[access]\n\"a\\nb\" = 1", 2, "[access] has no 'a\\nb'; it has list and kill"),
-            ("x = 1\naccess = 1", 2, "'access' is not a table; write [access] on a line of its own"),
+            ("\naccess = 1", 2, "'access' is not a table; write [access] on a line of its own"),
+            ("[[access]]\nlist = \"own\"", 1, "'access' is not a table; write [access] on a line of its own"),
+            (
+                "[sets]\na = 1\n[acces]\nlist = \"own\"",
+                3,
+                "there is no table [acces]; a configuration has [sets], [access] and [[rule]]",
+            ),
+            (
+                "Access.list = \"own\"",
+                1,
+                "there is no table [Access]; a configuration has [sets], [access] and [[rule]]",
+            ),
+            (
+                "\n[[rules]]\nname = \"x\"",
+                2,
+                "there is no table [[rules]]; a configuration has [sets], [access] and [[rule]]",
+            ),
+            ("list = \"own\"", 1, "'list' is in no table; a configuration has [sets], [access] and [[rule]]"),
+            ("zeta = []\nalpha = 1", 1, "'zeta' is in no table; a configuration has [sets], [access] and [[rule]]"),
+            ("[\"a\\u001b\"]", 1, "there is no table [a\\u{1b}]; a configuration has [sets], [access] and [[rule]]"),
         ] {
             assert_eq!(read(text), Err(Bad { line, what: want.to_owned() }), "{text}");
         }

@@ -22,7 +22,7 @@ use globset::GlobMatcher;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::{Bad, duration, parse, sets_in, targets_of};
+use super::{Bad, duration, known, parse, sets_in, targets_of};
 use crate::model::{NetnsId, Protocol};
 use crate::rules::{Action, Rule};
 use crate::select::{Filters, Selector, Sets, Target, builtin_sets, cgroup_path, glob, parse_targets, unit_glob};
@@ -52,10 +52,11 @@ const GRACE: Duration = Duration::from_secs(5);
 /// The rules that the text of a configuration defines, in their order.
 ///
 /// # Errors
-/// Where the text is not TOML, or a rule says what no rule can, or names nothing in particular. Other tables are not
-/// looked at, but sets that rules name.
+/// Where the text is not TOML, has a table that no configuration has, or a rule says what no rule can, or names nothing in
+/// particular. What the other tables say is not looked at, but sets that rules name.
 pub fn rules_in(text: &str, look_up: &LookUp<'_>) -> Result<Vec<Rule>, Bad> {
     let document = parse(text)?;
+    known(text, &document)?;
     let Some(value) = document.get_ref().get("rule") else { return Ok(Vec::new()) };
     let bad = |what: &str| Bad::new(text, &value.span(), what.to_owned());
     let DeValue::Array(entries) = value.get_ref() else {
@@ -280,6 +281,12 @@ mod tests {
     #[test]
     fn what_is_wrong_is_told_with_its_line() {
         for (text, line, want) in [
+            (
+                "[[Rule]]\nname = 'x'",
+                1,
+                "there is no table [[Rule]]; a configuration has [sets], [access] and [[rule]]",
+            ),
+            ("[rule]\nname = 'x'", 1, "'rule' is not a list; write [[rule]] on a line of its own"),
             ("rule = 1", 1, "'rule' is not a list; write [[rule]] on a line of its own"),
             ("rule = [1]", 1, "'rule' is not a list of tables; write [[rule]] on a line of its own"),
             ("\n[[rule]]\nports = 1", 2, "the rule has no name; give it one"),
