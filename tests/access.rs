@@ -234,7 +234,7 @@ fn a_bad_configuration(stage: &Stage) {
         );
     }
     let missing = ["agent", "--config", "/nonexistent/config.toml"];
-    let run = finish(with_socket(&missing, &stage.path("agent.sock")).spawn().expect("portwatch")).expect(4);
+    let run = finish(with_socket(&missing, &stage.path("agent.sock")).spawn().expect("portwatch")).expect(2);
     let want = "portwatch: error: cannot read the configuration /nonexistent/config.toml: there is no such file; name \
                 another, or leave out --config\n";
     assert_eq!(run.errors(), want);

@@ -297,6 +297,8 @@ fn bad_marks() {
     for (name, code, want) in [
         ("nobody", 2, "no mark is called nobody"),
         ("./nobody", 2, "cannot read the mark"),
+        ("/dev/null/x", 2, "cannot read the mark"),
+        (&"x".repeat(300), 2, "cannot read the mark"),
         ("/dev/null", 4, "is no regular file"),
     ] {
         let run = yard.portwatch(&["kill", "--since", name, "--yes"]).expect(code);

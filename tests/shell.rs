@@ -313,7 +313,12 @@ fn a_configuration_that_others_may_write() {
     std::os::unix::fs::chown(&path, Some(65534), None).expect("chown");
     assert_eq!(list().expect(2).errors(), says("belongs to uid 65534, so root does not read it; chown it to root"));
     fs::remove_file(&path).expect("rm");
-    assert!(list().expect(4).errors().contains("No such file or directory"));
+    let want = format!(
+        "portwatch: error: cannot read the configuration {}: there is no such file; set PORTWATCH_CONFIG to another, or \
+         unset it\n",
+        path.display()
+    );
+    assert_eq!(list().expect(2).errors(), want);
 }
 
 pub fn trials() -> Vec<Test> {

@@ -52,6 +52,8 @@ const MAX_BYTES: u64 = 1 << 20;
 pub enum ConfigError {
     /// The file means nothing, or may not be trusted: its author has to do something.
     Broken(String),
+    /// The file that somebody named is not there.
+    Missing(PathBuf),
     Unreadable(PathBuf, io::Error),
 }
 
@@ -59,6 +61,9 @@ impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             ConfigError::Broken(what) => f.write_str(what),
+            ConfigError::Missing(path) => {
+                write!(f, "cannot read the configuration {}: there is no such file", shown(path))
+            }
             // The error itself is the source, which whoever prints this prints too.
             ConfigError::Unreadable(path, _) => {
                 write!(f, "cannot read the configuration {}; set {VARIABLE} to another file", shown(path))
@@ -70,7 +75,7 @@ impl fmt::Display for ConfigError {
 impl std::error::Error for ConfigError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
-            ConfigError::Broken(_) => None,
+            ConfigError::Broken(_) | ConfigError::Missing(_) => None,
             ConfigError::Unreadable(_, error) => Some(error),
         }
     }
@@ -87,7 +92,7 @@ pub fn sets(variable: &dyn Fn(&str) -> Option<OsString>, euid: u32) -> Result<Se
     let mut sets = builtin_sets();
     for path in paths {
         let text = match read(&path, reader) {
-            Err(ConfigError::Unreadable(_, error)) if is_absent(&error) && !is_required => continue,
+            Err(ConfigError::Missing(_)) if !is_required => continue,
             other => other?,
         };
         sets.extend(sets_in(&text).map_err(|bad| bad.at(&path))?);
@@ -103,7 +108,7 @@ pub fn sets(variable: &dyn Fn(&str) -> Option<OsString>, euid: u32) -> Result<Se
 pub fn access(file: Option<&Path>, euid: u32, gid_of: &dyn Fn(&str) -> Option<u32>) -> Result<Access, ConfigError> {
     let path = file.unwrap_or(Path::new(SYSTEM));
     match read(path, Some(Reader { name: "the agent", trusts: euid })) {
-        Err(ConfigError::Unreadable(_, error)) if is_absent(&error) && file.is_none() => Ok(Access::default()),
+        Err(ConfigError::Missing(_)) if file.is_none() => Ok(Access::default()),
         text => access_in(&text?, gid_of).map_err(|bad| bad.at(path)),
     }
 }
@@ -115,7 +120,7 @@ pub fn access(file: Option<&Path>, euid: u32, gid_of: &dyn Fn(&str) -> Option<u3
 pub fn rules(file: Option<&Path>, euid: u32, look_up: &LookUp<'_>) -> Result<Vec<Rule>, ConfigError> {
     let path = file.unwrap_or(Path::new(SYSTEM));
     match read(path, Some(Reader { name: "the agent", trusts: euid })) {
-        Err(ConfigError::Unreadable(_, error)) if is_absent(&error) && file.is_none() => Ok(Vec::new()),
+        Err(ConfigError::Missing(_)) if file.is_none() => Ok(Vec::new()),
         text => rules_in(&text?, look_up).map_err(|bad| bad.at(path)),
     }
 }
@@ -135,8 +140,9 @@ pub fn duration(text: &str) -> Result<Duration, String> {
         .ok_or_else(|| "use a duration such as 250ms, 90s or 24h".to_owned())
 }
 
-fn is_absent(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
+/// Whether there is no such file: not there, below what is no directory, or by a name that none can have.
+pub fn is_absent(kind: io::ErrorKind) -> bool {
+    matches!(kind, io::ErrorKind::NotFound | io::ErrorKind::NotADirectory | io::ErrorKind::InvalidFilename)
 }
 
 fn shown(path: &Path) -> String {
@@ -167,7 +173,10 @@ struct Reader {
 
 /// `reader` is `None` where it does not matter who wrote the file.
 fn read(path: &Path, reader: Option<Reader>) -> Result<String, ConfigError> {
-    let unreadable = |error| ConfigError::Unreadable(path.to_owned(), error);
+    let unreadable = |error: io::Error| match is_absent(error.kind()) {
+        true => ConfigError::Missing(path.to_owned()),
+        false => ConfigError::Unreadable(path.to_owned(), error),
+    };
     let broken = |what: &str| ConfigError::Broken(format!("{}: {what}", shown(path)));
     // A fifo or a device must neither block nor be read: opened, looked at, refused.
     let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path);
@@ -441,8 +450,7 @@ mod tests {
         let only = |name: &str| (name == VARIABLE).then(|| path.clone().into_os_string());
         let read = || sets(&only, 1000).map_err(|error| error.to_string().replace(path.to_str().unwrap(), "FILE"));
 
-        let missing = sets(&only, 1000).unwrap_err();
-        assert!(matches!(missing, ConfigError::Unreadable(..)), "{missing}");
+        assert_eq!(read(), Err("cannot read the configuration FILE: there is no such file".to_owned()));
         fs::write(&path, "[sets]\nmine = 1\n").unwrap();
         assert_eq!(read().map(|sets| super::tests::shown(&sets)), Ok("dev=3000 8000 8080; mine=1".to_owned()));
         fs::write(&path, "[sets]\ndev = 1\n").unwrap();
@@ -481,8 +489,10 @@ mod tests {
         let path = directory.path().join("c.toml");
         let euid = directory.path().metadata().unwrap().uid();
         let read = || access(Some(&path), euid, &|_| None).map_err(|error| error.to_string());
-        let missing = access(Some(&path), euid, &|_| None).unwrap_err();
-        assert!(matches!(missing, ConfigError::Unreadable(..)), "{missing}");
+        for path in [&path, &path.join("x"), &directory.path().join("x".repeat(300))] {
+            let missing = access(Some(path), euid, &|_| None).unwrap_err();
+            assert!(matches!(missing, ConfigError::Missing(_)), "{missing}");
+        }
         // What is no business of the agent's is not looked at.
         fs::write(&path, "[sets]\nweb = \"nonsense\"\n[access]\nlist = \"own\"\n").unwrap();
         assert_eq!(read(), Ok(Access { told: Told::Own, killers: Killers::All }));

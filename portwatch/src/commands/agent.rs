@@ -1,12 +1,11 @@
 //! `portwatch agent`: the daemon.
 
-use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use clap::Args;
 use nix::unistd::{Group, Uid, User};
 use portwatch::agent::{self, AlreadyRunning, Config};
@@ -135,9 +134,8 @@ pub(super) fn rules(file: Option<&Path>) -> anyhow::Result<Vec<Rule>> {
 fn told<T>(read: Result<T, ConfigError>) -> anyhow::Result<T> {
     match read {
         Err(ConfigError::Broken(what)) => Err(Usage(what).into()),
-        Err(ConfigError::Unreadable(path, error)) if error.kind() == io::ErrorKind::NotFound => {
-            let path = path.display();
-            bail!("cannot read the configuration {path}: there is no such file; name another, or leave out --config")
+        Err(missing @ ConfigError::Missing(_)) => {
+            Err(Usage(format!("{missing}; name another, or leave out --config")).into())
         }
         Err(ConfigError::Unreadable(path, error)) => {
             Err(error).with_context(|| format!("cannot read the configuration {}", path.display()))

@@ -17,6 +17,7 @@ use anyhow::{Context as _, bail};
 use clap::Args;
 use jiff::tz::TimeZone;
 use nix::unistd::{Gid, Uid};
+use portwatch::config::is_absent;
 use portwatch::mark::store::Store;
 use portwatch::mark::{Mark, file, is_name};
 use portwatch::model::{BootNs, ProcessId};
@@ -124,7 +125,7 @@ pub(crate) fn find(word: &str, globals: &Globals) -> anyhow::Result<Mark> {
     if !is_name(word) {
         let read = file::read(Path::new(word), euid, egid);
         return read.map_err(|error| match error.downcast_ref::<io::Error>().map(io::Error::kind) {
-            Some(io::ErrorKind::NotFound) => Usage(format!("{error:#}")).into(),
+            Some(kind) if is_absent(kind) => Usage(format!("{error:#}")).into(),
             _ => error,
         });
     }

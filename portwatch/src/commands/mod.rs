@@ -117,6 +117,9 @@ fn sets_for(targets: &[String]) -> anyhow::Result<Sets> {
     }
     match config::sets(&|name| std::env::var_os(name), Uid::effective().as_raw()) {
         Err(ConfigError::Broken(what)) => Err(Usage(what).into()),
+        Err(missing @ ConfigError::Missing(_)) => {
+            Err(Usage(format!("{missing}; set PORTWATCH_CONFIG to another, or unset it")).into())
+        }
         sets => Ok(sets?),
     }
 }
