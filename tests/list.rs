@@ -1,13 +1,89 @@
 //! `list` equals the truth of /proc after every way in which a socket begins, changes hands or ends.
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::os::unix::process::CommandExt;
-use std::process::Stdio;
+use std::path::Path;
+use std::process::{Command, Stdio};
 
+use crate::agent::Agent;
 use crate::oracle::truth;
 use crate::puppet::Stage;
-use crate::subject::{self, check_list, command, finish, portwatch, rows, skip};
+use crate::subject::{self, binary, check_list, command, finish, portwatch, rows, skip};
 use crate::{Test, test};
+
+/// However the directory of a server is written, and from where.
+fn directories() {
+    let stage = Stage::new();
+    let base = fs::canonicalize(stage.path("")).expect("the stage");
+    let work = base.join("work[1]");
+    for directory in ["web_1", "web_2/deep", "work[1]/x"] {
+        fs::create_dir_all(base.join(directory)).expect("a directory");
+    }
+    let places = ["web_1", "web_2", "web_2/deep", "work[1]", "work[1]/x"];
+    let servers: Vec<_> = places
+        .iter()
+        .map(|place| {
+            let puppet = stage.puppet();
+            puppet.change_directory(&base.join(place));
+            let sock = puppet.serve();
+            (puppet, sock.port(), *place)
+        })
+        .collect();
+    let agent = Agent::start(&stage);
+    let found = |from: &Path, glob: &str, with_agent: bool| -> BTreeSet<&str> {
+        let mut list = command(&["list", "--json", "--cwd", glob]);
+        if with_agent {
+            list.arg("--agent").env("PORTWATCH_SOCKET", &agent.socket);
+        }
+        let told = finish(list.current_dir(from).spawn().expect("portwatch")).expect(0).json();
+        let ports: Vec<u64> =
+            told.as_array().expect("rows").iter().map(|row| row["port"].as_u64().expect("a port")).collect();
+        let is_found = |port: u16| ports.contains(&u64::from(port));
+        servers.iter().filter(|(_, port, _)| is_found(*port)).map(|(_, _, place)| *place).collect()
+    };
+    let absolute = |rest: &str| format!("{}/{rest}", base.display());
+    for (from, glob, want) in [
+        (&base, "web_1", &["web_1"][..]),
+        (&base, "./web_1/", &["web_1"]),
+        (&base, "web_*", &["web_1", "web_2", "web_2/deep"]),
+        (&base, "./web_?", &["web_1", "web_2"]),
+        (&base, "{web_1,web_2/deep}/", &[]),
+        (&base, "./{web_1,web_2/deep}/", &["web_1", "web_2/deep"]),
+        (&base, "*/web_1/", &["web_1"]),
+        (&work, ".", &["work[1]"]),
+        (&work, "./", &["work[1]"]),
+        (&work, "./*", &["work[1]/x"]),
+        (&work, "x", &["work[1]/x"]),
+        (&work, "../web_2", &["web_2"]),
+        (&work, "../web_2/../web_1", &["web_1"]),
+        (&work, &absolute("web_1/"), &["web_1"]),
+        (&work, &absolute("./web_1//"), &["web_1"]),
+        (&work, &absolute("web_1/../web_2"), &["web_2"]),
+        (&work, "web_1", &[]),
+    ] {
+        for with_agent in [false, true] {
+            let told = found(from, glob, with_agent);
+            assert_eq!(told, want.iter().copied().collect(), "{glob} in {} ({with_agent})", from.display());
+        }
+    }
+    let run = finish(command(&["list", "--cwd", "/tmp/*/.."]).spawn().expect("portwatch")).expect(2);
+    assert!(run.errors().contains("'..' after a glob leads to no one directory"), "{}", run.errors());
+    // Where one is may be nowhere, which matters to those alone who name it.
+    let gone = base.join("gone");
+    fs::create_dir(&gone).expect("a directory");
+    let nowhere = |glob: &str| {
+        let script = "cd \"$1\" && rmdir \"$1\" && exec \"$0\" list --no-agent --cwd \"$2\"";
+        let mut shell = Command::new("sh");
+        shell.args(["-c", script]).arg(binary()).arg(&gone).arg(glob);
+        let run = finish(shell.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("sh"));
+        fs::create_dir(&gone).expect("the directory");
+        run
+    };
+    nowhere("/nowhere/at/all").expect(0);
+    let run = nowhere("x").expect(2);
+    assert!(run.errors().contains("this directory is not known ("), "{}", run.errors());
+}
 
 pub fn trials() -> Vec<Test> {
     vec![
@@ -268,6 +344,7 @@ pub fn trials() -> Vec<Test> {
             let lines = run.text().lines().filter(|line| line.contains(&sock.port().to_string())).count();
             assert_eq!(lines, 1, "{}", run.text());
         }),
+        test("list::a_directory_is_found_however_its_path_is_written", directories),
         test("list::bad_usage_is_exit_two", || {
             for arguments in [&["list", "99999"][..], &["list", "http"], &["list", "9-3"], &["list", "--frobnicate"]] {
                 let run = subject::portwatch(arguments).expect(2);

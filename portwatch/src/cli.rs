@@ -9,7 +9,7 @@ use clap::{Args, Command, CommandFactory as _, Parser, Subcommand, ValueHint};
 use globset::GlobMatcher;
 use portwatch::client::SOCKET;
 use portwatch::model::NetnsId;
-use portwatch::select::{Variable, cgroup_path, glob, unit_glob};
+use portwatch::select::{Variable, cgroup_path, cwd_glob, glob, unit_glob};
 use portwatch::source::Probe;
 
 use crate::commands::agent::AgentArgs;
@@ -213,8 +213,9 @@ pub(crate) struct Selectors {
     /// Process name, or whole command line, matches; * matches / too
     #[arg(long = "command", value_name = "GLOB", value_parser = glob, help_heading = OF_HOLDERS)]
     pub(crate) commands: Vec<GlobMatcher>,
-    /// Working directory matches; * matches / too
-    #[arg(long = "cwd", value_name = "GLOB", value_parser = glob, help_heading = OF_HOLDERS)]
+    /// Working directory matches; * matches / too. A relative path begins in this directory; one that begins with *, ?, [
+    /// or { may match anywhere
+    #[arg(long = "cwd", value_name = "GLOB", value_parser = cwd, help_heading = OF_HOLDERS)]
     pub(crate) cwds: Vec<GlobMatcher>,
     /// Held by a process of this running container, or published for it; by name, id or the beginning of an id. The
     /// container's own listeners are in its network namespace: see --netns
@@ -260,6 +261,13 @@ pub(crate) fn address(text: &str) -> Result<IpAddr, String> {
         None => text.parse().ok(),
     };
     address.ok_or_else(|| "use an IP address such as 127.0.0.1 or ::1".to_owned())
+}
+
+fn cwd(text: &str) -> Result<GlobMatcher, String> {
+    // As processes show theirs.
+    let shown = |path: PathBuf| path.to_string_lossy().into_owned();
+    let here = || std::env::current_dir().map(shown);
+    cwd_glob(text, &|| here().map_err(|error| format!("this directory is not known ({error}); begin it with /")))
 }
 
 fn pid() -> impl TypedValueParser<Value = u32> {

@@ -25,7 +25,9 @@ use toml::de::{DeTable, DeValue};
 use super::{Bad, duration, known, parse, sets_in, targets_of};
 use crate::model::{NetnsId, Protocol};
 use crate::rules::{Action, Rule};
-use crate::select::{Filters, Selector, Sets, Target, builtin_sets, cgroup_path, glob, parse_targets, unit_glob};
+use crate::select::{
+    Filters, Selector, Sets, Target, builtin_sets, cgroup_path, cwd_glob, glob, parse_targets, unit_glob,
+};
 use crate::sweep::directory_glob;
 
 /// What the host knows and a text does not.
@@ -108,7 +110,7 @@ fn rule(
             "cgroup" => each(value, &|item| cgroup_path(word(item)?)).map(|found| filters.cgroups = found),
             "orphans" => truth(value).map(|found| filters.orphans = found),
             "command" => globs(value, glob).map(|found| filters.commands = found),
-            "cwd" => globs(value, glob).map(|found| filters.cwds = found),
+            "cwd" => globs(value, cwd).map(|found| filters.cwds = found),
             "unit" => globs(value, unit_glob).map(|found| filters.units = found),
             "user" => each(value, &|item| user(item, look_up)).map(|found| filters.uids = found),
             "netns" => netns(value, look_up.netns).map(|found| filters.netns = found),
@@ -167,6 +169,11 @@ fn globs(
     compile: fn(&str) -> Result<GlobMatcher, String>,
 ) -> Result<Vec<GlobMatcher>, String> {
     each(value, &|item| compile(word(item)?))
+}
+
+/// The agent is in no directory that a path could begin in.
+fn cwd(text: &str) -> Result<GlobMatcher, String> {
+    cwd_glob(text, &|| Err("a directory begins with / or with a glob, such as /tmp/web_*".to_owned()))
 }
 
 fn address(value: &Spanned<DeValue<'_>>) -> Result<IpAddr, String> {
@@ -241,7 +248,7 @@ mod tests {
             name = "web"
             ports = ["8080-8090", "@web"]
             command = "python*"
-            cwd = ["/tmp/web_*", "/tmp/x"]
+            cwd = ["/tmp/web_*", "/srv/../tmp/x/"]
             user = ["al", 5]
             unit = "my.service"
             except = [8085, "@dev"]
@@ -310,6 +317,11 @@ mod tests {
             ("[[rule]]\nname = 'x'\nports = 0", 3, "rule 'x': ports: '0' is out of range; ports go from 1 to 65535"),
             ("[[rule]]\nname = 'x'\nports = []", 3, "rule 'x': ports: the list is empty; leave it out, or fill it"),
             ("[[rule]]\nname = 'x'\nports = '@no'", 3, "rule 'x': ports: no set of ports is named '@no'; known: @dev"),
+            (
+                "[[rule]]\nname = 'x'\ncwd = './web'",
+                3,
+                "rule 'x': cwd: a directory begins with / or with a glob, such as /tmp/web_*",
+            ),
             ("[[rule]]\nname = 'x'\ncwd = 5", 3, "rule 'x': cwd: a value of type integer is no text in quotes"),
             (
                 "[[rule]]\nname = 'x'\nuser = 'eve'",

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use globset::GlobMatcher;
 
-pub use self::glob::{glob, unit_glob};
+pub use self::glob::{cwd_glob, glob, unit_glob};
 pub use self::origin::{Facts, Family, Relative, Since, Variable, cgroup_path, started_after};
 pub use self::shown::Shown;
 pub use self::target::{BadTarget, Sets, Target, builtin_sets, parse_targets, without};
