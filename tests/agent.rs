@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
@@ -189,6 +190,52 @@ fn timeless(mut listeners: Value) -> Value {
         }
     }
     listeners
+}
+
+fn status_without_an_agent() {
+    let stage = Stage::new();
+    let socket = stage.path("s.sock");
+    let shown = socket.display().to_string();
+    let check = |command: &dyn Fn(&[&str]) -> Command, arguments: &[&str], why: &str, want: &str| {
+        let told = |format: &[&str]| {
+            let words = [&["status"], arguments, format].concat();
+            finish(command(&words).spawn().expect("portwatch")).expect(1)
+        };
+        let text = told(&[]).text();
+        let line = text.lines().find_map(|line| line.strip_prefix("agent:     "));
+        assert_eq!(line, Some(want), "{text}");
+        let status = told(&["--json"]).json();
+        let expected = (&Value::Null, &json!({"why": why, "message": want}));
+        assert_eq!((&status["agent"], &status["no_agent"]), expected, "{status}");
+    };
+    let own = |words: &[&str]| with_socket(words, &socket);
+    check(&own, &[], "not_running", &format!("not running: there is no {shown}"));
+    let listener = UnixListener::bind(&socket).expect("a socket");
+    check(&own, &["--no-agent"], "not_asked", "not asked, because of --no-agent");
+    check(&own, &["--probe", "poll"], "not_asked", "not asked, because of --probe");
+    if rustix::process::geteuid().is_root() {
+        let copy = stage.path("portwatch");
+        std::fs::copy(crate::subject::binary(), &copy).expect("copying the binary");
+        let chmod = |path: &Path, mode| {
+            std::fs::set_permissions(path, PermissionsExt::from_mode(mode)).expect("chmod");
+        };
+        chmod(&copy, 0o755);
+        chmod(&socket, 0o600);
+        let other = |words: &[&str]| {
+            let mut command = crate::subject::plain_command(&copy, words);
+            command.env("PORTWATCH_SOCKET", &socket).uid(NOBODY).gid(NOBODY).current_dir("/");
+            command
+        };
+        let denied = format!("not known: {shown} may not be reached: cannot connect: Permission denied (os error 13)");
+        check(&other, &[], "not_permitted", &denied);
+    } else {
+        skip("root", "only root can become somebody else");
+    }
+    let hangs_up = thread::spawn(move || listener.incoming().take(2).for_each(drop));
+    check(&own, &[], "of_no_use", &format!("of no use at {shown}: it ended during its answer"));
+    hangs_up.join().expect("the one that hangs up");
+    let left = format!("not running: nobody listens at {shown}, which one left behind");
+    check(&own, &[], "not_running", &left);
 }
 
 pub fn trials() -> Vec<Test> {
@@ -409,6 +456,7 @@ pub fn trials() -> Vec<Test> {
             let run = finish(with_socket(&["list", "--agent"], &agent.socket).spawn().expect("portwatch")).expect(4);
             assert!(run.errors().contains("no agent answers"), "{}", run.errors());
         }),
+        test("agent::status_says_what_is_there_instead_of_an_agent", status_without_an_agent),
         test("agent::history_tells_of_what_came_and_went_and_how", || {
             let stage = Stage::new();
             let stays = stage.puppet();

@@ -165,39 +165,58 @@ fn own_netns() -> anyhow::Result<NetnsId> {
 /// once.
 static IS_ALONE: AtomicBool = AtomicBool::new(false);
 
+/// Why the work is done without the agent.
+#[derive(Debug)]
+pub(crate) enum Alone {
+    /// It was not to be asked, or was of no use before.
+    Unasked,
+    /// There is no socket, or nobody listens at it.
+    Nobody,
+    /// Beneath [`OfNoUse`] in the chain is why.
+    OfNoUse(anyhow::Error),
+}
+
 /// What the agent says to `ask`, where it is to be asked and answers. `None`: the work is done without. An agent that is of
 /// no use may show that at any word of its answer, so `ask` goes on to the last one that is needed.
 async fn through_agent<T>(
     globals: &Globals,
     ask: impl Future<Output = anyhow::Result<Option<T>>>,
 ) -> anyhow::Result<Option<T>> {
+    Ok(agent_or_why(globals, ask).await?.ok())
+}
+
+/// The same, and why the work is done without.
+async fn agent_or_why<T>(
+    globals: &Globals,
+    ask: impl Future<Output = anyhow::Result<Option<T>>>,
+) -> anyhow::Result<Result<T, Alone>> {
     // Who chooses a probe wants to see what that one sees.
     if globals.no_agent || globals.probe != Probe::Auto || IS_ALONE.load(Ordering::Relaxed) {
-        return Ok(None);
+        return Ok(Err(Alone::Unasked));
     }
     let why = match ask.await {
-        Ok(Some(answer)) => return Ok(Some(answer)),
+        Ok(Some(answer)) => return Ok(Ok(answer)),
         Ok(None) if globals.agent => {
             let socket = globals.socket.display();
             anyhow::bail!("no agent answers at {socket}; start one: portwatch agent")
         }
-        Ok(None) => None,
+        Ok(None) => Alone::Nobody,
         Err(error) if globals.agent || !error.is::<OfNoUse>() => return Err(error),
-        Err(error) => Some(error),
+        Err(error) => Alone::OfNoUse(error),
     };
     IS_ALONE.store(true, Ordering::Relaxed);
-    match why {
-        Some(error) => note(&render::escape(&format!("{error:#}; working alone"))),
-        None if globals.socket.exists() => {
+    match &why {
+        Alone::OfNoUse(error) => note(&render::escape(&format!("{error:#}; working alone"))),
+        _ if globals.socket.exists() => {
             let socket = globals.socket.display().to_string();
             note(&format!(
                 "no agent answers at {}, though its socket is there; working alone",
                 render::escape(&socket)
             ));
         }
-        None => explain(globals, &format!("no agent at {}: working alone", globals.socket.display())),
+        _ => explain(globals, &format!("no agent at {}: working alone", globals.socket.display())),
     }
-    Ok(None)
+    Ok(Err(why))
 }
 
 /// The agent, for what is more than a question. Once it is reached, it is the caller's to see whether it is of use.
@@ -211,12 +230,7 @@ pub(crate) async fn ask_agent(
     limit: Option<Duration>,
     globals: &Globals,
 ) -> anyhow::Result<Option<Answer>> {
-    let ask = async {
-        match Client::connect_asking(&globals.socket, request).await? {
-            Some(mut client) => client.gather().await.map(Some),
-            None => Ok(None),
-        }
-    };
+    let ask = asked(request, globals);
     let in_time = async {
         match limit {
             Some(limit) => timeout(limit, ask)
@@ -226,6 +240,18 @@ pub(crate) async fn ask_agent(
         }
     };
     through_agent(globals, in_time).await
+}
+
+/// The agent's health, or why it does not tell.
+pub(crate) async fn agent_status(globals: &Globals) -> anyhow::Result<Result<Answer, Alone>> {
+    agent_or_why(globals, asked(&Request::Status {}, globals)).await
+}
+
+async fn asked(request: &Request, globals: &Globals) -> anyhow::Result<Option<Answer>> {
+    match Client::connect_asking(&globals.socket, request).await? {
+        Some(mut client) => client.gather().await.map(Some),
+        None => Ok(None),
+    }
 }
 
 /// Changes as the agent tells them, once it has told what is there. `None` as in [`through_agent`].

@@ -1,5 +1,6 @@
 //! `portwatch status`: the agent's health, or how listeners would be learnt without it.
 
+use std::io;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -8,10 +9,10 @@ use clap::Args;
 use portwatch::history::State;
 use portwatch::render::{self, json};
 use portwatch::source::{self, Refusal, Tier};
-use portwatch::wire::{self, Request, Response};
+use portwatch::wire::{self, Response};
 use serde::Serialize;
 
-use super::{ask_agent, block_on, print, refused};
+use super::{Alone, agent_status, block_on, print, refused};
 use crate::cli::Globals;
 use crate::exit_codes::NO;
 
@@ -21,6 +22,50 @@ struct Status<'a> {
     reasons: &'a [Refusal],
     holders: &'a str,
     agent: Option<&'a wire::Status>,
+    no_agent: Option<NoAgent>,
+}
+
+/// Why there is no `agent`.
+#[derive(Serialize)]
+struct NoAgent {
+    why: Why,
+    message: String,
+}
+
+#[derive(Clone, Copy, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Why {
+    NotAsked,
+    NotRunning,
+    NotPermitted,
+    /// It hangs, ended during its answer, or is no agent.
+    OfNoUse,
+}
+
+impl NoAgent {
+    fn new(alone: &Alone, globals: &Globals) -> NoAgent {
+        let socket = globals.socket.display();
+        let (why, message) = match alone {
+            Alone::Unasked => {
+                let option = if globals.no_agent { "--no-agent" } else { "--probe" };
+                (Why::NotAsked, format!("not asked, because of {option}"))
+            }
+            Alone::Nobody if globals.socket.exists() => {
+                (Why::NotRunning, format!("not running: nobody listens at {socket}, which one left behind"))
+            }
+            Alone::Nobody => (Why::NotRunning, format!("not running: there is no {socket}")),
+            Alone::OfNoUse(error) => {
+                let reasons: Vec<String> = error.chain().skip(1).map(ToString::to_string).collect();
+                let reason = reasons.join(": ");
+                let kinds = || error.chain().filter_map(|cause| cause.downcast_ref::<io::Error>()).map(io::Error::kind);
+                match kinds().any(|kind| kind == io::ErrorKind::PermissionDenied) {
+                    true => (Why::NotPermitted, format!("not known: {socket} may not be reached: {reason}")),
+                    false => (Why::OfNoUse, format!("of no use at {socket}: {reason}")),
+                }
+            }
+        };
+        NoAgent { why, message }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -39,21 +84,23 @@ pub(crate) struct StatusArgs {
 
 /// Says no where no agent answers, or it cannot keep its history: this is what monitoring asks.
 pub(crate) fn run(args: &StatusArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
-    let agent = match block_on(ask_agent(&Request::Status {}, None, globals))? {
-        Some(mut answer) => match answer.responses.pop() {
-            Some(Response::Status(status)) => Some(status),
+    let (agent, no_agent) = match block_on(agent_status(globals))? {
+        Ok(mut answer) => match answer.responses.pop() {
+            Some(Response::Status(status)) => (Some(status), None),
             _ => bail!("the agent does not tell its status"),
         },
-        None => None,
+        Err(alone) => (None, Some(NoAgent::new(&alone, globals))),
     };
     let found;
     let status = match &agent {
         Some(agent) => {
-            Status { tier: agent.tier, reasons: &agent.reasons, holders: &agent.holders, agent: Some(agent) }
+            let wire::Status { tier, reasons, holders, .. } = agent;
+            Status { tier: *tier, reasons, holders, agent: Some(agent), no_agent }
         }
         None => {
             found = source::availability(globals.probe)?;
-            Status { tier: found.tier, reasons: &found.refusals, holders: &found.holders, agent: None }
+            let source::Availability { tier, refusals, holders } = &found;
+            Status { tier: *tier, reasons: refusals, holders, agent: None, no_agent }
         }
     };
     let text = if args.json { format!("{}\n", json::line(&status)) } else { text(&status) };
@@ -75,7 +122,8 @@ fn text(status: &Status<'_>) -> String {
     }
     out.push_str(&format!("holders:   {}\n", render::escape(status.holders)));
     let Some(agent) = status.agent else {
-        out.push_str("agent:     not running\n");
+        let why = status.no_agent.as_ref().map_or("not known", |no_agent| &no_agent.message);
+        out.push_str(&format!("agent:     {}\n", render::escape(why)));
         return out;
     };
     let uptime = render::span(Duration::from_nanos(agent.uptime_ns));
