@@ -1,7 +1,11 @@
 //! What a person sees and is asked: usage errors, the preview, the question, the list to pick from.
 
-use std::process::{Child, Command};
+use std::io::Read;
+use std::process::{Child, Command, Stdio};
 
+use serde_json::{Value, json};
+
+use crate::agent::Agent;
 use crate::puppet::{Puppet, Sock, Stage};
 use crate::subject::{command, portwatch, skip};
 use crate::terminal::Terminal;
@@ -29,6 +33,44 @@ fn strangers(stage: &Stage) -> [(Puppet, Sock); 2] {
 fn without_age(text: &str) -> Vec<Vec<&str>> {
     let is_age = |word: &&str| word.strip_suffix('s').is_some_and(|number| number.parse::<u32>().is_ok());
     text.lines().map(|line| line.split_whitespace().filter(|word| !is_age(word)).collect()).collect()
+}
+
+/// Runs with standard output in a pipe, and answers what it asks on the terminal; what it printed.
+fn declined(mut kill: Command, prompt: &str, keys: &str) -> Value {
+    let mut terminal = Terminal::new(100);
+    kill.env("NO_COLOR", "1").env("TERM", "xterm").stdin(terminal.stdio()).stderr(terminal.stdio());
+    let mut child = kill.stdout(Stdio::piped()).spawn().expect("portwatch");
+    let mut stdout = child.stdout.take().expect("piped");
+    terminal.answer(prompt, keys);
+    assert_eq!(terminal.end(child), Some(1), "{}", terminal.said);
+    assert!(terminal.said.ends_with("portwatch: nothing was signalled\n"), "{:?}", terminal.said);
+    let mut text = String::new();
+    stdout.read_to_string(&mut text).expect("standard output");
+    serde_json::from_str(&text).unwrap_or_else(|error| panic!("not JSON ({error}): {text:?}"))
+}
+
+fn no_is_json_too() {
+    let stage = Stage::new();
+    let mut pair = strangers(&stage);
+    pair.sort_by_key(|(_, sock)| sock.port());
+    let [(one, first), (other, second)] = &pair;
+    let (targets, pids) = ([target(first), target(second)], [one.pid, other.pid].map(|pid| pid.to_string()));
+    let named = ["kill", "--json", &targets[0], &targets[1]];
+    let since = ["kill", "--json", "--since", "1h", "--pid", &pids[0], "--pid", &pids[1]];
+    // As of a dry run: nothing was done, and this would have been.
+    let planned = |(puppet, sock): &(Puppet, Sock)| {
+        json!({"port": sock.port(), "proto": "tcp", "status": "planned", "killed": [], "forced": [], "failed": [],
+            "ghost": [], "still_listening": true, "remaining_pids": [puppet.pid], "elapsed_ms": 0, "diagnostics": null})
+    };
+    let want = Value::Array(pair.iter().map(planned).collect());
+    let agent = Agent::start(&stage);
+    let prompt = "this would end 2 unrelated processes; go on? [y/N] ";
+    assert_eq!(declined(command(&named), prompt, "n\n"), want);
+    assert_eq!(declined(agent.command(&named), prompt, "n\n"), want);
+    assert_eq!(declined(command(&since), prompt, "n\n"), want);
+    assert_eq!(declined(command(&[&named[..], &["-i"]].concat()), "esc leaves all alone", "\u{1b}"), json!([]));
+    assert_eq!(portwatch(&[&named[..], &["--dry-run"]].concat()).expect(0).json(), want);
+    assert!(one.is_alive() && other.is_alive());
 }
 
 pub(super) fn trials() -> Vec<Test> {
@@ -169,6 +211,7 @@ pub(super) fn trials() -> Vec<Test> {
             one.wait();
             other.wait();
         }),
+        test("confirm::no_is_json_too", no_is_json_too),
         test("confirm::yes_is_not_asked", || {
             let stage = Stage::new();
             let [(one, first), (other, second)] = strangers(&stage);

@@ -145,7 +145,7 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
         None => match Way::alone(args, &selector, globals)? {
             ControlFlow::Continue(way) => way,
             ControlFlow::Break(End::NothingThere) => return nothing_there(args, &selector),
-            ControlFlow::Break(End::NothingPicked) => return nothing_signalled(),
+            ControlFlow::Break(End::NothingPicked) => return nothing_signalled(args, || Ok(Vec::new())),
         },
     };
     if way.plan().groups.is_empty() {
@@ -171,7 +171,7 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
         return report(args, &outcomes);
     }
     if !agreed(way.plan(), &concerns)? {
-        return nothing_signalled();
+        return nothing_signalled(args, || way.declined(args, &selector, globals));
     }
     let mut display = Display::new(args.json || args.quiet);
     let mut outcomes = way.run(args.options(), &mut |progress| display.show(progress))?;
@@ -280,7 +280,14 @@ fn nothing_there(args: &KillArgs, selector: &Selector) -> anyhow::Result<ExitCod
     Ok(ExitCode::SUCCESS)
 }
 
-fn nothing_signalled() -> anyhow::Result<ExitCode> {
+/// `planned` are the outcomes of a dry run, for JSON.
+fn nothing_signalled(
+    args: &KillArgs,
+    planned: impl FnOnce() -> anyhow::Result<Vec<Outcome>>,
+) -> anyhow::Result<ExitCode> {
+    if args.json {
+        print_done(&json::array(&planned()?))?;
+    }
     note("nothing was signalled");
     Ok(ExitCode::from(NO))
 }

@@ -75,7 +75,7 @@ pub(super) fn run(args: &KillArgs, selector: Selector, globals: &Globals) -> any
     let mut ask = |leaks: &mut [Leak]| ask_about(leaks, globals);
     let Some(mut cleaned) = cleanup.run(&mut scanner, &mut agree, &mut ask, &mut |progress| display.show(progress))?
     else {
-        return nothing_signalled();
+        return nothing_signalled(args, || Ok(cleanup.prepare(cleanup.choose(&mut scanner)?)?.planned()));
     };
     take_in_hidden(&cleanup, &mut cleaned, &mut scanner, globals)?;
     display.close();

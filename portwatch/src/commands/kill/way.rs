@@ -8,6 +8,7 @@ use portwatch::kill::{Choice, Concern, Guards, Job, Options, Outcome, Plan, Prog
 use portwatch::render;
 use portwatch::select::Selector;
 use portwatch::source::{Scanner, netns, stat};
+use portwatch::wire::Kill;
 use tokio::runtime::Runtime;
 
 use super::{KillArgs, pick};
@@ -33,9 +34,13 @@ impl Way {
         selector: &Selector,
         globals: &Globals,
     ) -> anyhow::Result<Option<Way>> {
+        Way::asking(args.request(selector), globals)
+    }
+
+    fn asking(request: Kill, globals: &Globals) -> anyhow::Result<Option<Way>> {
         let runtime = runtime()?;
         let Some(client) = runtime.block_on(reach_agent(globals))? else { return Ok(None) };
-        match runtime.block_on(client.plan_kill(args.request(selector))) {
+        match runtime.block_on(client.plan_kill(request)) {
             Ok(kill) => Ok(Some(Way::Agent { kill: Box::new(kill), runtime })),
             // Who works alone sees no more namespaces than the agent.
             Err(error) if globals.agent || error.is::<netns::Unknown>() => Err(error),
@@ -93,6 +98,26 @@ impl Way {
         match self {
             Way::Agent { kill, runtime } => runtime.block_on(kill.carry_out(&mut |_| {})),
             Way::Alone { job, .. } => Ok(job.planned()),
+        }
+    }
+
+    /// The same, of a kill that nobody agreed to.
+    pub(super) fn declined(
+        self,
+        args: &KillArgs,
+        selector: &Selector,
+        globals: &Globals,
+    ) -> anyhow::Result<Vec<Outcome>> {
+        let Way::Agent { kill, runtime } = self else { return self.planned() };
+        // Told of no dry run, it takes what comes next for the word to begin. It ends nobody once it is left.
+        drop((kill, runtime));
+        let told = match Way::asking(Kill { dry_run: true, ..args.request(selector) }, globals)? {
+            Some(way) => ControlFlow::Continue(way),
+            None => Way::alone(args, selector, globals)?,
+        };
+        match told {
+            ControlFlow::Continue(way) => way.planned(),
+            ControlFlow::Break(_) => Ok(Vec::new()),
         }
     }
 
