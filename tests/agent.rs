@@ -515,6 +515,50 @@ pub fn trials() -> Vec<Test> {
             let run = finish(wait).expect(0);
             assert!(run.text().contains("is bound by"), "{}", run.text());
         }),
+        test("agent::a_wait_outlives_its_agent", || {
+            let stage = Stage::new();
+            for (goal, is_forced) in [("--bound", false), ("--free", false), ("--bound", true)] {
+                let mut agent = Agent::start(&stage);
+                let puppet = stage.puppet();
+                let sock = if goal == "--bound" { puppet.bind("127.0.0.1:0", "") } else { puppet.serve() };
+                let target = format!("{}/tcp", sock.port());
+                let mut arguments = vec!["wait", &target, goal, "--verbose"];
+                arguments.extend(is_forced.then_some("--agent"));
+                let mut wait = with_socket(&arguments, &agent.socket).spawn().expect("wait");
+                let mut errors = BufReader::new(wait.stderr.take().expect("piped"));
+                let mut said = String::new();
+                while !said.contains("waiting (agent)") {
+                    assert!(
+                        errors.read_line(&mut said).expect("its stderr") > 0,
+                        "wait does not ask the agent: {said}"
+                    );
+                }
+                agent.end(Signal::TERM);
+                let why = format!("the agent at {} is of no use: it ended during its answer", agent.socket.display());
+                if is_forced {
+                    finish(wait).expect(4);
+                    errors.read_to_string(&mut said).expect("its stderr");
+                    assert!(said.ends_with(&format!("portwatch: error: {why}\n")), "{said}");
+                    continue;
+                }
+                while !said.contains("working alone") {
+                    assert!(errors.read_line(&mut said).expect("its stderr") > 0, "wait ends with its agent: {said}");
+                }
+                assert!(said.ends_with(&format!("portwatch: {why}; working alone\n")), "{said}");
+                match goal {
+                    "--bound" => drop(puppet.listen(sock.fd)),
+                    _ => puppet.close(sock.fd),
+                }
+                finish(wait).expect(0);
+            }
+        }),
+        test("agent::a_watch_is_as_short_as_it_is_asked_to_be", || {
+            let stage = Stage::new();
+            let agent = Agent::start(&stage);
+            for time in ["0s", "1ms"] {
+                agent.portwatch(&["watch", "--for", time]).expect(0);
+            }
+        }),
         test("agent::metrics_are_served_where_asked_for", || {
             let stage = Stage::new();
             let puppet = stage.puppet();

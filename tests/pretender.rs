@@ -129,9 +129,15 @@ fn a_watch_ends_all_the_same() {
         let run = finish(child).expect(0);
         assert_eq!(run.errors(), "");
     }
-    let run = agent.portwatch(&["watch", "--for", "50ms"]).expect(4);
-    assert!(run.errors().contains("nothing was watched: the agent did not begin"), "{}", run.errors());
-    // With more time, it is left aside.
+    // With little time, it is left aside soon.
+    for time in ["0s", "50ms"] {
+        let run = agent.portwatch(&["watch", "--for", time]).expect(0);
+        let want = format!("{}; working alone\n", agent.useless("no answer in time"));
+        assert!(run.errors().contains(&want) && run.errors().contains("watching ("), "{}", run.errors());
+    }
+    let run = agent.portwatch(&["watch", "--for", "0s", "--agent"]).expect(4);
+    assert_eq!(run.errors(), format!("portwatch: error: {}\n", agent.useless("no answer in time")));
+    // With more, it is given that.
     let run = agent.portwatch(&["watch", "--for", "3s"]).expect(0);
     let want = format!("{}; working alone\n", agent.useless("no answer within 2 s"));
     assert!(run.errors().contains(&want) && run.errors().contains("watching ("), "{}", run.errors());

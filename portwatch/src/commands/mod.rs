@@ -194,29 +194,52 @@ async fn agent_or_why<T>(
     if globals.no_agent || globals.probe != Probe::Auto || IS_ALONE.load(Ordering::Relaxed) {
         return Ok(Err(Alone::Unasked));
     }
-    let why = match ask.await {
-        Ok(Some(answer)) => return Ok(Ok(answer)),
-        Ok(None) if globals.agent => {
-            let socket = globals.socket.display();
-            anyhow::bail!("no agent answers at {socket}; start one: portwatch agent")
-        }
-        Ok(None) => Alone::Nobody,
-        Err(error) if globals.agent || !error.is::<OfNoUse>() => return Err(error),
-        Err(error) => Alone::OfNoUse(error),
-    };
-    IS_ALONE.store(true, Ordering::Relaxed);
-    match &why {
-        Alone::OfNoUse(error) => note(&render::escape(&format!("{error:#}; working alone"))),
-        _ if globals.socket.exists() => {
-            let socket = globals.socket.display().to_string();
-            note(&format!(
-                "no agent answers at {}, though its socket is there; working alone",
-                render::escape(&socket)
-            ));
-        }
-        _ => explain(globals, &format!("no agent at {}: working alone", globals.socket.display())),
+    match ask.await {
+        Ok(Some(answer)) => Ok(Ok(answer)),
+        Ok(None) => nobody_answers(globals).map(Err),
+        Err(error) => go_on_alone(error, globals).map(Err),
     }
-    Ok(Err(why))
+}
+
+/// There is nobody to ask: says so where one might think that there is.
+fn nobody_answers(globals: &Globals) -> anyhow::Result<Alone> {
+    let socket = globals.socket.display();
+    if globals.agent {
+        anyhow::bail!("no agent answers at {socket}; start one: portwatch agent");
+    }
+    IS_ALONE.store(true, Ordering::Relaxed);
+    if globals.socket.exists() {
+        note(&render::escape(&format!("no agent answers at {socket}, though its socket is there; working alone")));
+    } else {
+        explain(globals, &format!("no agent at {socket}: working alone"));
+    }
+    Ok(Alone::Nobody)
+}
+
+/// What was asked of the agent failed: says that it is done alone from here on, where that can be.
+///
+/// # Errors
+/// The error itself, where it is not the agent's being [of no use](OfNoUse), or the agent had to be asked.
+pub(crate) fn go_on_alone(error: anyhow::Error, globals: &Globals) -> anyhow::Result<Alone> {
+    if globals.agent || !error.is::<OfNoUse>() {
+        return Err(error);
+    }
+    IS_ALONE.store(true, Ordering::Relaxed);
+    note(&render::escape(&format!("{error:#}; working alone")));
+    Ok(Alone::OfNoUse(error))
+}
+
+/// What the agent is asked; it may take so long at most.
+async fn in_time<T>(
+    limit: Option<Duration>,
+    globals: &Globals,
+    ask: impl Future<Output = anyhow::Result<T>>,
+) -> anyhow::Result<T> {
+    let late = || Err(anyhow!("no answer in time").context(OfNoUse(globals.socket.clone())));
+    match limit {
+        Some(limit) => timeout(limit, ask).await.unwrap_or_else(|_| late()),
+        None => ask.await,
+    }
 }
 
 /// The agent, for what is more than a question. Once it is reached, it is the caller's to see whether it is of use.
@@ -230,16 +253,7 @@ pub(crate) async fn ask_agent(
     limit: Option<Duration>,
     globals: &Globals,
 ) -> anyhow::Result<Option<Answer>> {
-    let ask = asked(request, globals);
-    let in_time = async {
-        match limit {
-            Some(limit) => timeout(limit, ask)
-                .await
-                .unwrap_or_else(|_| Err(anyhow!("no answer in time").context(OfNoUse(globals.socket.clone())))),
-            None => ask.await,
-        }
-    };
-    through_agent(globals, in_time).await
+    through_agent(globals, in_time(limit, globals, asked(request, globals))).await
 }
 
 /// The agent's health, or why it does not tell.
@@ -254,10 +268,12 @@ async fn asked(request: &Request, globals: &Globals) -> anyhow::Result<Option<An
     }
 }
 
-/// Changes as the agent tells them, once it has told what is there. `None` as in [`through_agent`].
+/// Changes as the agent tells them, once it has told what is there; that may take so long at most. `None` as in
+/// [`through_agent`].
 pub(crate) async fn subscribe(
     selector: &Selector,
     since: Option<Utc>,
+    limit: Option<Duration>,
     globals: &Globals,
 ) -> anyhow::Result<Option<Subscription>> {
     let begin = async {
@@ -266,7 +282,7 @@ pub(crate) async fn subscribe(
             None => Ok(None),
         }
     };
-    through_agent(globals, begin).await
+    through_agent(globals, in_time(limit, globals, begin)).await
 }
 
 /// Whether what is said of the agent can be meant.
@@ -377,6 +393,9 @@ pub(crate) fn explain(globals: &Globals, text: &str) {
         note(&render::escape(text));
     }
 }
+
+/// How long the agent may take for its first answer where there is less time than that: one look is due in any case.
+pub(crate) const FIRST_LOOK: Duration = Duration::from_millis(500);
 
 /// What an agent keeps from people that tells them of [their own](Answer::narrowed), for the end of a sentence.
 pub(crate) const OWN_ONLY: &str = "this agent tells users of their own only (try --no-agent, or root)";

@@ -25,7 +25,10 @@ use portwatch::tracker::Tracker;
 use portwatch::waiting::{Condition, Goal, Look, Scope};
 use tokio::task::JoinHandle;
 
-use super::{Found, OWN_ONLY, Users, explain, note, print, read_within, refused, scan, selector, subscribe, view};
+use super::{
+    FIRST_LOOK, Found, OWN_ONLY, Users, explain, go_on_alone, note, print, read_within, refused, scan, selector,
+    subscribe, view,
+};
 use crate::cli::{Globals, Netns, Selectors, TARGETS, duration};
 use crate::exit_codes::{self, NO, Usage};
 use portwatch::feed::Feed;
@@ -76,9 +79,6 @@ const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// The idle time between two looks, as a multiple of what a look took: where that is dear, it is done less often.
 const REST: u32 = 19;
-
-/// How long the agent may take for the first look where there is less time than that: a look is due in any case.
-const FIRST_LOOK: Duration = Duration::from_millis(500);
 
 /// The first and the last interval at which a lingering port is tried, each twice the one before. A close is told
 /// before the kernel lets go of the port, which takes microseconds; a connection may stay for a minute.
@@ -144,7 +144,7 @@ impl Wait<'_> {
         let subscribed = match self.is_alone {
             true => None,
             false => tokio::select! {
-                subscribed = subscribe(&meant, None, self.globals) => subscribed?,
+                subscribed = subscribe(&meant, None, None, self.globals) => subscribed?,
                 // Alone, there is time for one more look.
                 () = sleep(self.left()) => match self.globals.agent {
                     true => return self.report(&self.look(seen)?, false),
@@ -154,7 +154,11 @@ impl Wait<'_> {
         };
         if let Some(subscription) = subscribed {
             explain(self.globals, "waiting (agent)");
-            return self.by_events(Feed::Agent(Box::new(subscription))).await;
+            match self.by_events(Feed::Agent(Box::new(subscription))).await {
+                // An agent that ends, or is started anew, changes nothing of what is waited for.
+                Err(error) => drop(go_on_alone(error, self.globals)?),
+                done => return done,
+            }
         }
         let probe = self.globals.probe;
         // Probes take a tenth of a second to attach: what happens meanwhile is looked for.

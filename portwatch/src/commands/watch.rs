@@ -4,7 +4,7 @@ use std::io::{BufWriter, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use clap::Args;
 use portwatch::client::Past;
 use portwatch::history::{self, Utc};
@@ -15,7 +15,7 @@ use portwatch::source::{Live, POLL_INTERVAL};
 use portwatch::tracker::Tracker;
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::{OWN_ONLY, Users, block_on, clock, explain, note, refused, selector, subscribe, view};
+use super::{FIRST_LOOK, OWN_ONLY, Users, block_on, clock, explain, note, refused, selector, subscribe, view};
 use crate::cli::{Globals, Selectors, Since, TARGETS, duration};
 use crate::exit_codes::Usage;
 use portwatch::feed::Feed;
@@ -57,8 +57,14 @@ pub(crate) fn run(args: &WatchArgs, globals: &Globals) -> anyhow::Result<ExitCod
     block_on(watch(args, globals, &selector, ago))
 }
 
-async fn open(globals: &Globals, selector: &Selector, since: Option<Utc>) -> anyhow::Result<Feed> {
-    if let Some(subscription) = subscribe(selector, since, globals).await? {
+/// The agent may take so long at most to begin.
+async fn open(
+    globals: &Globals,
+    selector: &Selector,
+    since: Option<Utc>,
+    limit: Option<Duration>,
+) -> anyhow::Result<Feed> {
+    if let Some(subscription) = subscribe(selector, since, limit, globals).await? {
         let whose = if subscription.is_narrowed() { format!("; {OWN_ONLY}") } else { String::new() };
         note(&format!("watching (agent){whose}"));
         return Ok(Feed::Agent(Box::new(subscription)));
@@ -86,17 +92,10 @@ async fn watch(
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
     let past = history::clock(view.clock.now_wall, view.clock.tz.clone());
     let since = ago.map(|ago| past.now_boot_ns.saturating_sub(u64::try_from(ago.as_nanos()).unwrap_or(u64::MAX)));
-    // Without --for, no timer: nothing wakes while nothing happens.
-    let end = || async {
-        match args.duration {
-            Some(duration) => tokio::time::sleep(duration).await,
-            None => std::future::pending().await,
-        }
-    };
-    // An agent that is busy may take its time.
+    // An agent that is busy may take its time; where there is less than that, watching begins without it.
+    let limit = args.duration.map(|duration| duration.max(FIRST_LOOK));
     let mut feed = tokio::select! {
-        feed = open(globals, selector, since) => feed?,
-        () = end() => bail!("nothing was watched: the agent did not begin in that time; use a longer --for, or --no-agent"),
+        feed = open(globals, selector, since, limit) => feed?,
         _ = terminate.recv() => return Ok(ExitCode::SUCCESS),
         _ = interrupt.recv() => return Ok(ExitCode::SUCCESS),
     };
@@ -111,7 +110,13 @@ async fn watch(
         view.clock = past;
         show(&mut out, &changes, args.json, &view)?;
     }
-    let end = end();
+    // Without --for, no timer: nothing wakes while nothing happens.
+    let end = async {
+        match args.duration {
+            Some(duration) => tokio::time::sleep(duration).await,
+            None => std::future::pending().await,
+        }
+    };
     tokio::pin!(end);
     let mut shown = Shown::default();
     loop {

@@ -53,7 +53,7 @@ pub(super) async fn bound(
     };
     let target = Target { ports: port..=port, proto: None, address: None };
     let selector = Selector::new(vec![target], Filters { netns: Some(own), ..Filters::default() });
-    let mut feed = match subscribe(&selector, None, globals).await? {
+    let mut feed = match subscribe(&selector, None, None, globals).await? {
         Some(subscription) => Feed::Agent(Box::new(subscription)),
         None => match attach(port, wanted, watcher, globals).await? {
             Attached::Found(listener) => return Ok(*listener),

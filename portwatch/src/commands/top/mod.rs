@@ -306,7 +306,7 @@ fn picks(selector: &Selector, listener: &Listener, at: u64) -> bool {
 }
 
 async fn open(selector: &Selector, globals: &Globals) -> anyhow::Result<(Feed, String)> {
-    match subscribe(selector, None, globals).await? {
+    match subscribe(selector, None, None, globals).await? {
         Some(subscription) => Ok((Feed::Agent(Box::new(subscription)), "agent".to_owned())),
         None => open_own(selector, globals),
     }
