@@ -559,6 +559,32 @@ pub fn trials() -> Vec<Test> {
                 agent.portwatch(&["watch", "--for", time]).expect(0);
             }
         }),
+        test("agent::what_is_more_than_it_takes_is_done_without_it", || {
+            let stage = Stage::new();
+            let agent = Agent::start(&stage);
+            let puppet = stage.puppet();
+            let sock = puppet.serve();
+            let mine = format!("127.0.0.1:{}/tcp", sock.port());
+            let odd: Vec<String> = (0..5000).map(|index| (2 * index + 1).to_string()).collect();
+            let long: Vec<String> = (15_000..18_700).map(|half| format!("{}-{}/tcp", 2 * half, 2 * half + 1)).collect();
+            let placed = vec!["[2001:db8:0:ffff:ffff:ffff:ffff:1]:1/tcp".to_owned(); 513];
+            for (many, why) in [
+                (odd, "5001 targets; a selection may have 4096"),
+                (long, "bytes; it takes 65536"),
+                (placed, "514 targets with an address; a selection may have 512"),
+            ] {
+                let words: Vec<&str> = many.iter().map(String::as_str).chain([mine.as_str()]).collect();
+                for verb in [&["list", "--json"][..], &["wait", "--bound", "--any", "--json", "--timeout", "0"]] {
+                    let arguments = [verb, &words].concat();
+                    let run = finish(with_socket(&arguments, &agent.socket).spawn().expect("portwatch")).expect(0);
+                    let port = format!("\"port\":{}", sock.port());
+                    assert!(run.text().replace(": ", ":").contains(&port), "{verb:?}: {}", run.text());
+                    let said = run.errors();
+                    assert!(said.contains(why) && said.ends_with("; working alone\n"), "{verb:?}: {said}");
+                    assert_eq!(said.lines().count(), 1, "{verb:?}: {said}");
+                }
+            }
+        }),
         test("agent::metrics_are_served_where_asked_for", || {
             let stage = Stage::new();
             let puppet = stage.puppet();

@@ -102,7 +102,8 @@ impl Client {
             let lines = Framed::new(stream, LinesCodec::new_with_max_length(MAX_RESPONSE));
             let mut client = Client { socket: socket.to_owned(), lines, patience: PATIENCE };
             // Who is turned away may find the door shut already, and is told why all the same.
-            let _ = client.send_all(iter::once(&Request::Hello { version: VERSION }).chain(request)).await;
+            let lines = lines_of(iter::once(&Request::Hello { version: VERSION }).chain(request))?;
+            let _ = client.say(lines).await;
             match client.hear().await? {
                 Response::Hello { version: VERSION, .. } => Ok(Some(client)),
                 Response::Hello { version, .. } => {
@@ -118,15 +119,17 @@ impl Client {
         connected.with_context(|| OfNoUse(socket.to_owned()))
     }
 
+    /// # Errors
+    /// [`OfNoUse`], also where it is more than an agent takes.
     pub async fn send(&mut self, request: &Request) -> anyhow::Result<()> {
-        self.send_all(iter::once(request)).await
+        let lines = lines_of(iter::once(request)).map_err(|error| self.of_no_use(error))?;
+        self.say(lines).await
     }
 
-    async fn send_all<'a>(&mut self, requests: impl Iterator<Item = &'a Request>) -> anyhow::Result<()> {
+    async fn say(&mut self, lines: String) -> anyhow::Result<()> {
         self.patience = PATIENCE;
-        let lines = requests.map(serde_json::to_string).collect::<Result<Vec<_>, _>>()?;
         // Its text alone: to those above, a broken pipe is that of standard output.
-        let sent = self.lines.send(lines.join("\n")).await;
+        let sent = self.lines.send(lines).await;
         sent.map_err(|error| self.of_no_use(anyhow!("cannot write to it: {error}")))
     }
 
@@ -210,6 +213,12 @@ impl Client {
             }
         }
     }
+}
+
+/// Requests as they are written, without the last line's end.
+fn lines_of<'a>(requests: impl Iterator<Item = &'a Request>) -> anyhow::Result<String> {
+    let lines = requests.map(Request::line).collect::<Result<Vec<_>, _>>().map_err(anyhow::Error::msg)?;
+    Ok(lines.join("\n"))
 }
 
 fn silent_for(patience: Duration) -> anyhow::Error {

@@ -187,6 +187,27 @@ impl Request {
         line.end()?;
         Ok(request)
     }
+
+    /// The line that says it.
+    ///
+    /// # Errors
+    /// A sentence: it is more than an agent takes.
+    pub fn line(&self) -> Result<String, String> {
+        let selection = match self {
+            Request::List { selection }
+            | Request::Who { selection }
+            | Request::Watch { selection, .. }
+            | Request::History { selection, .. } => Some(selection),
+            Request::Kill(kill) => Some(&kill.selection),
+            _ => None,
+        };
+        selection.map_or(Ok(()), Selection::check_bounds)?;
+        let line = serde_json::to_string(self).map_err(|error| error.to_string())?;
+        if line.len() > MAX_REQUEST {
+            return Err(format!("this would be a request of {} bytes; it takes {MAX_REQUEST}", line.len()));
+        }
+        Ok(line)
+    }
 }
 
 /// An object and nothing else: serde would take an array, too, for the values of an object without their names, and an
@@ -355,6 +376,31 @@ impl Selection {
         }
     }
 
+    /// Whether an agent takes so much.
+    fn check_bounds(&self) -> Result<(), String> {
+        // Only words that are many may be too many: one names one target here.
+        if self.targets.len().max(self.except.len()) > MAX_ADDRESSES {
+            read_targets("targets", &self.targets, MAX_TARGETS)?;
+            read_targets("exceptions", &self.except, MAX_NUMBERS)?;
+        }
+        self.check_lists()
+    }
+
+    /// The same of all but targets and exceptions.
+    fn check_lists(&self) -> Result<(), String> {
+        bounded("addresses", self.addresses.len(), MAX_ADDRESSES)?;
+        bounded("uids", self.uids.len(), MAX_NUMBERS)?;
+        bounded("pids", self.pids.len(), MAX_NUMBERS)?;
+        for globs in [&self.commands, &self.cwds, &self.units] {
+            bounded("globs of one kind", globs.len(), MAX_OF_ONE_KIND)?;
+        }
+        bounded("variables", self.env.len(), MAX_OF_ONE_KIND)?;
+        bounded("ancestors", self.descendants_of.len(), MAX_OF_ONE_KIND)?;
+        bounded("cgroups", self.cgroups.len(), MAX_OF_ONE_KIND)?;
+        bounded("containers", self.containers.len(), MAX_OF_ONE_KIND)?;
+        bounded("ports and addresses of containers", self.containers.iter().map(parts).sum(), MAX_NUMBERS)
+    }
+
     /// What it picks; `own` is the network namespace of the peer, where that is known. It knows no [`crate::select::Facts`].
     ///
     /// # Errors
@@ -362,14 +408,7 @@ impl Selection {
     pub fn selector(&self, own: Option<NetnsId>) -> Result<Selector, String> {
         let targets = read_targets("targets", &self.targets, MAX_TARGETS)?;
         let except = read_targets("exceptions", &self.except, MAX_NUMBERS)?;
-        bounded("addresses", self.addresses.len(), MAX_ADDRESSES)?;
-        bounded("uids", self.uids.len(), MAX_NUMBERS)?;
-        bounded("pids", self.pids.len(), MAX_NUMBERS)?;
-        bounded("variables", self.env.len(), MAX_OF_ONE_KIND)?;
-        bounded("ancestors", self.descendants_of.len(), MAX_OF_ONE_KIND)?;
-        bounded("cgroups", self.cgroups.len(), MAX_OF_ONE_KIND)?;
-        bounded("containers", self.containers.len(), MAX_OF_ONE_KIND)?;
-        bounded("ports and addresses of containers", self.containers.iter().map(parts).sum(), MAX_NUMBERS)?;
+        self.check_lists()?;
         let netns = match self.netns {
             Scope::Own => Some(own.ok_or("your network namespace cannot be read; name one by its number, or all")?),
             Scope::All => None,
@@ -446,7 +485,6 @@ fn parts(wanted: &Wanted) -> usize {
 const SHOWN_GLOB: usize = 80;
 
 fn globs(texts: &[String], compile: fn(&str) -> Result<GlobMatcher, String>) -> Result<Vec<GlobMatcher>, String> {
-    bounded("globs of one kind", texts.len(), MAX_OF_ONE_KIND)?;
     let bad = |text: &str, why| {
         let shown: String = text.chars().take(SHOWN_GLOB).collect();
         format!("bad glob '{}': {why}", shown.escape_debug())
@@ -537,6 +575,20 @@ mod tests {
         assert!(error(commands(vec!["{".repeat(30_000) + &"}".repeat(30_000)])).contains("is too long"));
         assert!(error(commands(vec!["{a,".repeat(100) + &"}".repeat(100)])).contains("is too deep"));
         assert!(error(commands(vec!["*".to_owned(); 100])).contains("100 globs"));
+    }
+
+    #[test]
+    fn a_request_that_no_agent_takes_is_not_made() {
+        let list = |targets: Vec<String>| Request::List { selection: Selection { targets, ..Selection::default() } };
+        let ports = |count: u16| (1..=count).map(|port| port.to_string()).collect::<Vec<_>>();
+        assert!(list(ports(4096)).line().is_ok());
+        assert_eq!(list(ports(4097)).line().unwrap_err(), "4097 targets; a selection may have 4096");
+        let pids = Selection { pids: vec![1; 2000], ..Selection::default() };
+        assert_eq!(Request::Who { selection: pids }.line().unwrap_err(), "2000 pids; a selection may have 1024");
+        let long = Request::Mark { name: "x".repeat(MAX_REQUEST) }.line().unwrap_err();
+        assert!(long.ends_with("bytes; it takes 65536"), "{long}");
+        let fits = Request::Mark { name: "x".repeat(MAX_REQUEST - r#"{"request":"mark","name":""}"#.len()) };
+        assert_eq!(fits.line().map(|line| line.len()), Ok(MAX_REQUEST));
     }
 
     #[test]
