@@ -2,10 +2,12 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
+use std::net::UdpSocket;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStderr, Command};
 use std::time::{Duration, Instant};
 
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
@@ -173,6 +175,38 @@ fn lingering(probe: &'static str) {
     server.close(accepted);
     waiting.finish().expect(0);
     server.tcp(&sock.address.to_string(), "");
+}
+
+/// A client of UDP has the port, which is no listener.
+fn lingering_udp(probe: &'static str) {
+    let stage = Stage::new();
+    let server = stage.puppet();
+    let peer = server.udp("127.0.0.1:0", "");
+    // It never binds: the kernel gives it a port when it connects.
+    let client = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None).expect("a socket");
+    rustix::net::connect(&client, &peer.address).expect("a peer");
+    let client = UdpSocket::from(client);
+    let target = format!("{}/udp", client.local_addr().expect("its address").port());
+    let run = portwatch(&["--probe", probe, "wait", &target, "--free", "--timeout", "300ms"]).expect(1);
+    let want = format!(
+        "portwatch: nothing listens on {target} any more, but it cannot be bound yet after TIME: connections or a bound \
+         socket remain; see `portwatch diagnose {target}`\n"
+    );
+    assert_eq!(timeless(&run.errors()), want);
+    let waiting = Waiting::start(probe, &[&target, "--free"]);
+    drop(client);
+    let run = waiting.finish().expect(0);
+    assert_eq!(timeless(&run.text()), format!("{target} is free after TIME\n"));
+}
+
+fn anothers_port() {
+    let stage = Stage::new();
+    let puppet = stage.puppet();
+    let port = puppet.serve().port().to_string();
+    let me = std::process::id().to_string();
+    let run = portwatch(&["wait", &port, "--free", "--pid", &me]).expect(0);
+    assert_eq!(run.text(), format!("nothing that matches the selectors listens on {port}\n"));
+    portwatch(&["wait", &port, "--free", "--pid", &puppet.pid.to_string(), "--timeout", "0"]).expect(1);
 }
 
 fn selectors(probe: &'static str) {
@@ -403,6 +437,7 @@ pub fn trials() -> Vec<Test> {
         test("wait::a_time_out_tells_what_was_missing", time_out),
         test("wait::json_is_one_whole_object", whole_json),
         test("wait::an_ordinary_user_waits_by_polling", ordinary_user),
+        test("wait::a_port_that_others_have_is_not_called_free", anothers_port),
         test("wait::any_free_port_of_a_wide_range_is_told", any_port_of_a_wide_range),
         test("wait::an_agent_of_no_use_is_told_of_once", an_agent_of_no_use),
         test("wait::a_listener_becomes_old_enough_without_an_event", an_age),
@@ -414,6 +449,7 @@ pub fn trials() -> Vec<Test> {
     tests.extend(test_each_probe("wait::free_when_the_holder_is_killed", free_when_killed));
     tests.extend(test_each_probe("wait::all_or_any_of_several_targets", several_targets));
     tests.extend(test_each_probe("wait::a_port_that_cannot_be_bound_is_not_free", lingering));
+    tests.extend(test_each_probe("wait::a_udp_port_that_cannot_be_bound_is_not_free", lingering_udp));
     tests.extend(test_each_probe("wait::selectors_pick_what_is_waited_for", selectors));
     tests.extend(test_each_probe("wait::another_network_namespace_is_waited_for", another_namespace));
     tests.extend(test_each_tier("wait::nothing_runs_while_nothing_happens", nothing_runs));

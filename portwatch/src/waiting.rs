@@ -38,8 +38,8 @@ pub struct Condition {
     is_narrowed: bool,
 }
 
-/// Tells whether binding a TCP socket there fails because the address is in use.
-pub type InUse<'a> = dyn FnMut(IpAddr, u16) -> bool + 'a;
+/// Tells whether binding a socket there fails because the address is in use.
+pub type InUse<'a> = dyn FnMut(Protocol, IpAddr, u16) -> bool + 'a;
 
 impl Condition {
     /// `in_own_netns`: whether the selector means the caller's network namespace alone, the only one to try a bind in.
@@ -106,13 +106,19 @@ impl Condition {
         unspecified.into_iter().filter(wanted).collect()
     }
 
-    /// Whether a new TCP server on this target is worth a trial. Of a wide range, nobody wants to bind each port.
-    fn is_tried(&self, target: &Target) -> bool {
+    /// The protocol of a new server on this target, where that is worth a trial: TCP unless UDP alone is meant. Of a wide
+    /// range, nobody wants to bind each port.
+    fn trial(&self, target: &Target) -> Option<Protocol> {
         let filters = self.selector.filters();
-        self.tries_bind
-            && target.proto != Some(Protocol::Udp)
-            && (filters.tcp || !filters.udp)
-            && target.ports.len() <= Selector::NAMED_RANGE_MAX
+        let is_meant = |proto: &Protocol| target.proto.is_none_or(|wanted| wanted == *proto) && filters.allow(*proto);
+        let proto = [Protocol::Tcp, Protocol::Udp].into_iter().find(is_meant);
+        proto.filter(|_| self.tries_bind && target.ports.len() <= Selector::NAMED_RANGE_MAX)
+    }
+
+    /// Where such a server would be kept from binding this port.
+    fn lingers(&self, target: &Target, port: u16, in_use: &mut InUse<'_>) -> Option<(u16, Protocol)> {
+        let proto = self.trial(target)?;
+        self.addresses(target).into_iter().any(|address| in_use(proto, address, port)).then_some((port, proto))
     }
 }
 
@@ -123,7 +129,7 @@ pub struct Look<'a> {
     /// Sorted by port.
     matched: Vec<&'a Listener>,
     /// Ports without listener that cannot be bound.
-    lingering: BTreeSet<u16>,
+    lingering: BTreeSet<(u16, Protocol)>,
     /// Where any free port will do: the first that is, as its target means it.
     free: Option<Target>,
     is_true: bool,
@@ -164,23 +170,18 @@ impl<'a> Look<'a> {
                 if !self.matched.is_empty() {
                     return false;
                 }
-                let tried = targets.iter().filter(|target| self.condition.is_tried(target));
+                let tried = targets.iter().filter(|target| self.condition.trial(target).is_some());
                 let spots = tried.flat_map(|target| target.ports.clone().map(move |port| (target, port)));
-                let mut lingers =
-                    |target, port| self.condition.addresses(target).into_iter().any(|address| in_use(address, port));
-                self.lingering = spots.filter(|(target, port)| lingers(target, *port)).map(|(_, port)| port).collect();
+                self.lingering =
+                    spots.filter_map(|(target, port)| self.condition.lingers(target, port, in_use)).collect();
                 self.lingering.is_empty()
             }
             (Goal::Free, Scope::Any) => {
                 let mut lingering = BTreeSet::new();
                 let mut is_free = |target: &Target, port| {
-                    let addresses =
-                        if self.condition.is_tried(target) { self.condition.addresses(target) } else { Vec::new() };
-                    let lingers = addresses.into_iter().any(|address| in_use(address, port));
-                    if lingers {
-                        lingering.insert(port);
-                    }
-                    !lingers
+                    let found = self.condition.lingers(target, port, in_use);
+                    lingering.extend(found);
+                    found.is_none()
                 };
                 let found = targets.iter().find_map(|target| {
                     let port =
@@ -203,6 +204,10 @@ impl<'a> Look<'a> {
         self.at(target, port).next().is_some()
     }
 
+    fn is_left(&self, target: &Target, port: u16) -> bool {
+        self.condition.trial(target).is_some_and(|proto| self.lingering.contains(&(port, proto)))
+    }
+
     /// Every port that a target names (of a range longer than [`Selector::NAMED_RANGE_MAX`]: that is bound, or that was to
     /// be free and is), once for each protocol; without targets, every one that a matching listener is at.
     pub fn spots(&self) -> Vec<Spot<'a>> {
@@ -223,7 +228,7 @@ impl<'a> Look<'a> {
                     proto,
                     address: target.address,
                     listeners,
-                    is_lingering: self.lingering.contains(&port),
+                    is_lingering: self.is_left(target, port),
                 };
                 if found.is_empty() && named {
                     spots.push(spot(target.proto, Vec::new()));
@@ -262,13 +267,21 @@ impl<'a> Look<'a> {
                     Scope::Any => self.free.clone().into_iter().collect(),
                 };
                 match free.as_slice() {
+                    // Others may have the port, and nothing was bound.
+                    many if self.condition.selector.has_process_filters() => {
+                        format!("nothing{selectors} listens{}{after}", on(many))
+                    }
                     [] => format!("nothing{selectors} listens{after}"),
                     [one] if one.ports.len() == 1 => format!("{one} is free{after}"),
                     many => format!("{} are free{after}", listed(many)),
                 }
             }
             (Goal::Free, false) if self.is_lingering() => {
-                let ports: Vec<String> = self.lingering.iter().map(u16::to_string).collect();
+                let name = |(port, proto): &(u16, Protocol)| match proto {
+                    Protocol::Tcp => port.to_string(),
+                    Protocol::Udp => format!("{port}/udp"),
+                };
+                let ports: Vec<String> = self.lingering.iter().map(name).collect();
                 let (it, ports) = (if ports.len() == 1 { "it" } else { "they" }, listed(&ports));
                 format!(
                     "nothing listens on {ports} any more, but {it} cannot be bound yet{after}: connections or a bound \
@@ -304,7 +317,7 @@ impl<'a> Look<'a> {
         for target in self.condition.selector.targets() {
             let mut is_first = true;
             for port in target.ports.clone() {
-                if self.is_bound(target, port) || self.lingering.contains(&port) {
+                if self.is_bound(target, port) || self.is_left(target, port) {
                     continue;
                 }
                 match found.last_mut() {

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use clap::{ArgGroup, Args};
 use nix::unistd::Uid;
-use portwatch::model::{Listener, Socket};
+use portwatch::model::{Listener, Protocol, Socket};
 use portwatch::render::{self, json};
 use portwatch::select::{Filters, Selector};
 use portwatch::source::process;
@@ -43,7 +43,8 @@ Examples:
   portwatch wait 3000-3005 --bound --any --json
   portwatch wait --command '*gunicorn*' --bound
 
-A port is free when nothing that matches listens on it and a bind would succeed. Exit code 1: time ran out.
+A port is free when nothing that matches listens on it and a bind would succeed: one of UDP for PORT/udp and --udp, else of
+TCP. With --pid, --command and the like, whoever else has it does not matter. Exit code 1: time ran out.
 {TARGETS}"))]
 pub(crate) struct WaitArgs {
     /// Ports to wait for
@@ -244,8 +245,11 @@ impl Wait<'_> {
     }
 
     fn look<'l>(&'l self, listeners: impl IntoIterator<Item = &'l Listener>) -> anyhow::Result<Look<'l>> {
-        // IPv6 alone, else `::` would ask about IPv4 as well.
-        let mut in_use = |address, port| Bind::server(SocketAddr::new(address, port), Some(true)).is_in_use(None);
+        let mut in_use = |proto, address, port| {
+            // IPv6 alone, else `::` would ask about IPv4 as well.
+            let server = Bind::server(SocketAddr::new(address, port), Some(true));
+            Bind { proto, reuseaddr: proto == Protocol::Tcp, ..server }.is_in_use(None)
+        };
         Ok(self.condition.look(listeners, process::boot_ns_now(), &mut in_use))
     }
 

@@ -350,7 +350,8 @@ impl Filters {
                 && cgroups.is_empty())
     }
 
-    fn allow(&self, proto: Protocol) -> bool {
+    /// Whether sockets of this protocol are meant.
+    pub(crate) fn allow(&self, proto: Protocol) -> bool {
         match proto {
             Protocol::Tcp => self.tcp || !self.udp,
             Protocol::Udp => self.udp || !self.tcp,

@@ -36,7 +36,7 @@ fn condition(words: &str, filters: Filters, goal: Goal, scope: Scope) -> Conditi
 /// Whether it is true, and the sentence, where the ports in `used` cannot be bound.
 fn judge(condition: &Condition, listeners: &[&str], used: &[u16]) -> (bool, String) {
     let listeners: Vec<Listener> = listeners.iter().map(|text| listener(text)).collect();
-    let look = condition.look(&listeners, 100 * SECOND, &mut |_, port| used.contains(&port));
+    let look = condition.look(&listeners, 100 * SECOND, &mut |_, _, port| used.contains(&port));
     (look.is_true(), look.sentence(" after 30s", 0))
 }
 
@@ -88,7 +88,10 @@ fn free_is_when_nothing_matches_and_a_bind_would_succeed() {
         ("8000", All, &[py], &[8000], false, "8000/tcp is still held by python3 (7) after 30s".to_owned()),
         ("8000", All, &[], &[8000], false, lingers("8000", "it")),
         ("8000 8080", All, &[], &[8000, 8080], false, lingers("8000, 8080", "they")),
-        ("8000/udp", All, &[], &[8000], true, "8000/udp is free after 30s".to_owned()),
+        ("8000/udp", All, &[], &[], true, "8000/udp is free after 30s".to_owned()),
+        ("8000/udp", All, &[], &[8000], false, lingers("8000/udp", "it")),
+        ("8000/udp 8000/tcp", All, &[], &[8000], false, lingers("8000, 8000/udp", "they")),
+        ("8000/udp 8001/udp", Any, &[], &[8000], true, "8001/udp is free after 30s".to_owned()),
         ("8000 8080/tcp", All, &[], &[], true, "8000, 8080/tcp are free after 30s".to_owned()),
         ("8000 8080", All, &[py], &[], false, "8000/tcp is still held by python3 (7) after 30s".to_owned()),
         ("8000 8080", Any, &[py], &[], true, "8080 is free after 30s".to_owned()),
@@ -121,18 +124,18 @@ fn selectors_narrow_what_is_waited_for() {
             "nothing that matches the selectors listens on 8000 after 30s",
         ),
         // The port is somebody else's, and that is what was asked for.
-        ("8000", filter(8), Goal::Free, &[py], &[8000], true, "8000 is free after 30s"),
-        ("", filter(8), Goal::Free, &[py], &[], true, "nothing that matches the selectors listens after 30s"),
-        ("", filter(7), Goal::Free, &[py], &[], false, "8000/tcp is still held by python3 (7) after 30s"),
         (
             "8000",
-            Filters { udp: true, ..Filters::default() },
+            filter(8),
             Goal::Free,
             &[py],
             &[8000],
             true,
-            "8000 is free after 30s",
+            "nothing that matches the selectors listens on 8000 after 30s",
         ),
+        ("", filter(8), Goal::Free, &[py], &[], true, "nothing that matches the selectors listens after 30s"),
+        ("", filter(7), Goal::Free, &[py], &[], false, "8000/tcp is still held by python3 (7) after 30s"),
+        ("8000", Filters { udp: true, ..Filters::default() }, Goal::Free, &[py], &[], true, "8000 is free after 30s"),
     ] {
         let condition = condition(words, filters, goal, Scope::All);
         assert_eq!(judge(&condition, listeners, used), (want, sentence.to_owned()), "{words} {goal:?}");
@@ -144,17 +147,19 @@ fn the_bind_is_tried_as_a_new_server_would() {
     let v6 = Filters { ipv6: true, ..Filters::default() };
     let one = Filters { addresses: vec!["127.0.0.3".parse().unwrap()], ..Filters::default() };
     for (words, filters, want) in [
-        ("80", Filters::default(), &["0.0.0.0:80", "[::]:80"][..]),
-        ("80", v6, &["[::]:80"]),
-        ("80", one, &["127.0.0.3:80"]),
-        ("127.0.0.1:80 81/udp", Filters::default(), &["127.0.0.1:80"]),
-        ("80-81/tcp", Filters { ipv4: true, ..Filters::default() }, &["0.0.0.0:80", "0.0.0.0:81"]),
+        ("80", Filters::default(), &["tcp 0.0.0.0:80", "tcp [::]:80"][..]),
+        ("80", v6, &["tcp [::]:80"]),
+        ("80", one, &["tcp 127.0.0.3:80"]),
+        ("127.0.0.1:80 127.0.0.1:81/udp", Filters::default(), &["tcp 127.0.0.1:80", "udp 127.0.0.1:81"]),
+        ("127.0.0.1:80", Filters { udp: true, ..Filters::default() }, &["udp 127.0.0.1:80"]),
+        ("127.0.0.1:80/tcp", Filters { udp: true, ..Filters::default() }, &[]),
+        ("80-81/tcp", Filters { ipv4: true, ..Filters::default() }, &["tcp 0.0.0.0:80", "tcp 0.0.0.0:81"]),
         ("80-96", Filters::default(), &[]),
     ] {
         let condition = condition(words, filters, Goal::Free, Scope::All);
         let mut tried = Vec::new();
-        condition.look(&[], 0, &mut |address, port| {
-            tried.push(std::net::SocketAddr::new(address, port).to_string());
+        condition.look(&[], 0, &mut |proto, address, port| {
+            tried.push(format!("{proto} {}", std::net::SocketAddr::new(address, port)));
             false
         });
         assert_eq!(tried, want, "{words}");
@@ -165,7 +170,7 @@ fn the_bind_is_tried_as_a_new_server_would() {
         Scope::All,
         false,
     );
-    assert!(elsewhere.look(&[], 0, &mut |_, _| true).is_true());
+    assert!(elsewhere.look(&[], 0, &mut |_, _, _| true).is_true());
 }
 
 #[test]
@@ -190,7 +195,7 @@ fn spots_are_told_one_by_one() {
     let listeners: Vec<Listener> = ["8000 a:1", "8000/udp b:2", "8002 c:3", "9500 d:4"].map(listener).to_vec();
     let shown = |words: &str| {
         let condition = condition(words, Filters::default(), Goal::Bound, Scope::Any);
-        let look = condition.look(&listeners, 100 * SECOND, &mut |_, _| false);
+        let look = condition.look(&listeners, 100 * SECOND, &mut |_, _, _| false);
         let shown = look.spots().into_iter().map(|spot| {
             let proto = spot.proto.map_or("?".to_owned(), |proto| proto.to_string());
             let address = spot.address.map_or(String::new(), |address| format!("{address}:"));
