@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::agent::Agent;
 use crate::puppet::{Puppet, Sock, Stage};
-use crate::subject::{command, portwatch, skip};
+use crate::subject::{binary, command, finish, portwatch, skip};
 use crate::terminal::Terminal;
 use crate::{Test, test};
 
@@ -212,6 +212,40 @@ pub(super) fn trials() -> Vec<Test> {
             other.wait();
         }),
         test("confirm::no_is_json_too", no_is_json_too),
+        test("confirm::it_is_asked_also_where_errors_go_elsewhere", || {
+            let stage = Stage::new();
+            let [(one, first), (other, second)] = strangers(&stage);
+            let log = stage.path("log");
+            for (is_controlled, keys, code) in [(false, "", 4), (true, "n\n", 1), (true, "y\n", 0)] {
+                let mut terminal = Terminal::new(100);
+                let mut shell = Command::new("sh");
+                shell.args(["-c", "exec \"$@\" 2>\"$LOG\"", "sh"]).arg(binary()).env("LOG", &log);
+                shell.args(["kill", &target(&first), &target(&second)]);
+                shell.env("PORTWATCH_SOCKET", stage.path("no-agent"));
+                let child = match is_controlled {
+                    true => terminal.lead(&mut shell),
+                    false => terminal.spawn_apart(&mut shell),
+                };
+                if is_controlled {
+                    terminal.until(&one.pid.to_string());
+                    terminal.answer("\nthis would end 2 unrelated processes; go on? [y/N] ", keys);
+                }
+                let code_seen = match is_controlled {
+                    true => finish(child).code,
+                    false => terminal.end(child),
+                };
+                let said = std::fs::read_to_string(&log).expect("the log");
+                assert_eq!(code_seen, Some(code), "{said}");
+                if code == 4 {
+                    assert!(said.contains("/dev/tty") && said.contains("--yes"), "{said}");
+                }
+                if code != 0 {
+                    assert!(one.is_alive() && other.is_alive(), "{said}");
+                }
+            }
+            one.wait();
+            other.wait();
+        }),
         test("confirm::yes_is_not_asked", || {
             let stage = Stage::new();
             let [(one, first), (other, second)] = strangers(&stage);

@@ -5,6 +5,7 @@ pub(crate) mod leaks;
 mod pick;
 mod way;
 
+use std::fs::File;
 use std::io::{self, IsTerminal as _, Write as _};
 use std::ops::ControlFlow;
 use std::process::ExitCode;
@@ -127,7 +128,7 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
         return Err(Usage(message).into());
     }
     let selector = selector(&args.targets, &args.selectors, globals)?;
-    if args.interactive && !is_conversation() {
+    if args.interactive && !(io::stdin().is_terminal() && io::stderr().is_terminal()) {
         return Err(Usage(
             "--interactive needs a terminal to show the list on; name the port instead: portwatch kill PORT".to_owned(),
         )
@@ -308,9 +309,9 @@ fn preview(plan: &Plan) -> anyhow::Result<()> {
     stderr.lock().write_all(text.as_bytes()).context("cannot write to standard error")
 }
 
-/// Whether there is somebody to ask.
+/// Whether there is somebody to ask: who types on a terminal and reads one, whatever standard error is.
 fn is_conversation() -> bool {
-    io::stdin().is_terminal() && io::stderr().is_terminal()
+    io::stdin().is_terminal() && (io::stderr().is_terminal() || io::stdout().is_terminal())
 }
 
 /// Whether nobody has to be asked, or somebody said yes.
@@ -320,14 +321,27 @@ fn agreed(plan: &Plan, concerns: &[Concern]) -> anyhow::Result<bool> {
     }
     let users = Users::default();
     let name = |uid| users.name(uid);
-    let mut stderr = io::stderr();
-    let question = preview::question(plan, concerns, &view_on(&stderr, &name));
-    write!(stderr, "{question} [y/N] ").and_then(|()| stderr.flush()).context("cannot write to standard error")?;
+    let stderr = io::stderr();
+    let (mut asked, question): (Box<dyn io::Write>, String) = match stderr.is_terminal() {
+        true => {
+            let question = preview::question(plan, concerns, &view_on(&stderr, &name));
+            (Box::new(stderr), question)
+        }
+        // The plan went where nobody sees it now.
+        false => {
+            let terminal = File::options().write(true).open("/dev/tty");
+            let terminal = terminal.context("nobody can be asked on /dev/tty; to go on without, add --yes")?;
+            let view = view_on(&terminal, &name);
+            let question = summary(plan, &view) + &preview::question(plan, concerns, &view);
+            (Box::new(terminal), question)
+        }
+    };
+    write!(asked, "{question} [y/N] ").and_then(|()| asked.flush()).context("cannot write to the terminal")?;
     let mut answer = String::new();
     io::stdin().read_line(&mut answer).context("cannot read the answer")?;
     if !answer.ends_with('\n') {
         // The end of input leaves the cursor behind the question.
-        let _ = writeln!(stderr);
+        let _ = writeln!(asked);
     }
     Ok(matches!(answer.trim(), "y" | "Y" | "yes" | "Yes"))
 }
