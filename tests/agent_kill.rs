@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, Stdio};
 
 use nix::libc;
@@ -11,8 +11,8 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::agent::{Agent, Client, with_socket};
-use crate::puppet::{Puppet, Sock, Stage};
-use crate::subject::{Run, binary, finish, plain_command, skip};
+use crate::puppet::{Puppet, Sock, Stage, wait_readable};
+use crate::subject::{Run, binary, finish, pidfd, plain_command, skip};
 use crate::{Test, test};
 
 /// Two ordinary users, nobody else's.
@@ -341,6 +341,54 @@ fn a_kill_that_was_agreed_to_goes_on_without_its_client() {
     assert_eq!(server.wait(), Some(libc::SIGKILL));
 }
 
+/// Who says so stops it, at the agent as in the program.
+fn a_kill_stops_where_it_is_told_to() {
+    let Some(scene) = Scene::new() else { return };
+    let (server, sock) = scene.server(0);
+    server.ignore_term();
+    let mut client = scene.agent.connect().hello();
+    client.say(r#"{"request":"stop"}"#).hear_error("usage");
+    client.say(&request(&sock, json!({"grace_ms": 3_600_000})));
+    while client.hear()["step"] != "sent" {}
+    client.say(r#"{"request":"stop"}"#);
+    let outcome = outcome(&mut client);
+    assert_eq!((&outcome["status"], &outcome["still_listening"]), (&json!("partial"), &json!(true)), "{outcome}");
+    let reason = "SIGTERM sent; the kill was called off while it was waited for";
+    assert_eq!(outcome["failed"], json!([{"pid": server.pid, "reason": reason}]), "{outcome}");
+    // The connection goes on, and what is said during a kill is answered after it.
+    client.say(&request(&sock, json!({"grace_ms": 100, "force": false})));
+    client.say(r#"{"request":"status"}"#);
+    while client.hear()["response"] != "outcome" {}
+    assert_eq!(client.hear(), json!({"response": "end", "count": 1}));
+    assert_eq!(client.hear()["response"], "status");
+    assert!(server.is_alive());
+}
+
+fn a_signal_stops_a_kill_through_the_agent() {
+    let Some(scene) = Scene::new() else { return };
+    for signal in [Signal::INT, Signal::TERM] {
+        let (server, sock) = scene.server(0);
+        server.ignore_term();
+        let mut kill = scene.command(0, &["kill", &target(&sock), "--grace", "1s"]).spawn().expect("portwatch");
+        let mut errors = BufReader::new(kill.stderr.take().expect("piped"));
+        let mut line = String::new();
+        while !line.contains("SIGTERM sent") {
+            line.clear();
+            assert!(errors.read_line(&mut line).expect("its stderr") > 0, "no signal was sent");
+        }
+        rustix::process::pidfd_send_signal(pidfd(&kill), signal).expect("signal");
+        assert!(wait_readable(pidfd(&kill)), "portwatch goes on after {signal:?}");
+        assert_eq!(kill.wait().expect("portwatch").signal(), Some(signal.as_raw()), "as alone");
+        let mut said = String::new();
+        std::io::Read::read_to_string(&mut kill.stdout.take().expect("piped"), &mut said).expect("its stdout");
+        assert!(said.contains("the kill was called off"), "{said}");
+        // Later than SIGKILL would have come: another kill of the same agent's takes its grace.
+        let run = scene.agent.portwatch(&["kill", &target(&sock), "--grace", "1500ms", "--no-force"]);
+        assert_eq!(run.code, Some(1), "{}", run.text());
+        assert!(server.is_alive());
+    }
+}
+
 fn two_kills_of_one_port_both_see_it_free() {
     let Some(scene) = Scene::new() else { return };
     let (server, sock) = scene.server(0);
@@ -491,6 +539,8 @@ pub fn trials() -> Vec<Test> {
         test("agent_kill::one_that_was_agreed_to_goes_on_without_its_client", || {
             a_kill_that_was_agreed_to_goes_on_without_its_client();
         }),
+        test("agent_kill::one_that_is_told_to_stop_signals_nobody_any_more", a_kill_stops_where_it_is_told_to),
+        test("agent_kill::a_signal_to_its_client_stops_it", a_signal_stops_a_kill_through_the_agent),
         test("agent_kill::two_of_one_port_both_see_it_free", two_kills_of_one_port_both_see_it_free),
         test("agent_kill::the_shell_of_the_client_is_spared", the_shell_of_the_client_is_spared),
         test("agent_kill::the_agent_never_ends_itself", the_agent_never_ends_itself),

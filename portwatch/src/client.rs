@@ -5,13 +5,14 @@ use std::fmt;
 use std::io;
 use std::iter;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
 use futures_util::{SinkExt as _, StreamExt as _};
 use tokio::net::UnixStream;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::codec::{Framed, LinesCodec, LinesCodecError};
 
 use crate::history::Utc;
@@ -39,6 +40,10 @@ const PLANNING: Duration = Duration::from_secs(20);
 /// How long the agent may say nothing during a kill. It speaks each second while it waits for a process, but not while one
 /// that got SIGKILL is torn down (a minute at most).
 const KILLING: Duration = Duration::from_secs(120);
+
+/// How long the agent may take to end a kill that is to stop: it looks every few milliseconds, and tells then what became
+/// of the ports.
+const STOPPING: Duration = Duration::from_secs(2);
 
 /// The longest line from the agent in bytes: a listener with thousands of holders.
 const MAX_RESPONSE: usize = 256 << 20;
@@ -267,22 +272,44 @@ impl Client {
 
 impl PlannedKill {
     /// Has it done, and waits for what became of each port; of a dry run, what would. `progress` is told of each process.
+    /// Once `stop` is over, nobody more is to be signalled: what became of the ports by then is told.
     ///
     /// # Errors
-    /// The agent failed or is lost: who was signalled by then is not known.
-    pub async fn carry_out(mut self, progress: &mut dyn FnMut(&Progress<'_>)) -> anyhow::Result<Vec<Outcome>> {
+    /// The agent failed or is lost: who was signalled by then is not known. Or it does not stop.
+    pub async fn carry_out(
+        mut self,
+        progress: &mut dyn FnMut(&Progress<'_>),
+        stop: impl Future<Output = ()>,
+    ) -> anyhow::Result<Vec<Outcome>> {
         if !self.is_dry_run {
             self.client.send(&Request::Confirm {}).await.context("nothing was signalled; try again")?;
         }
         let port = self.plan.groups.first().map_or(0, |group| group.port);
-        let told = self.outcomes(progress).await;
+        let told = self.outcomes(progress, stop).await;
         told.with_context(|| format!("it is not known what became of the kill; see: portwatch who {port}"))
     }
 
-    async fn outcomes(&mut self, progress: &mut dyn FnMut(&Progress<'_>)) -> anyhow::Result<Vec<Outcome>> {
+    async fn outcomes(
+        &mut self,
+        progress: &mut dyn FnMut(&Progress<'_>),
+        stop: impl Future<Output = ()>,
+    ) -> anyhow::Result<Vec<Outcome>> {
         let mut outcomes = Vec::new();
+        let mut stop = pin!(stop);
+        let mut stopping = None;
         loop {
-            let response = timeout(KILLING, self.client.read()).await;
+            let response = tokio::select! {
+                biased;
+                () = &mut stop, if stopping.is_none() => {
+                    self.client.send(&Request::Stop {}).await?;
+                    stopping = Some(Instant::now() + STOPPING);
+                    continue;
+                }
+                response = timeout(KILLING, self.client.read()) => response,
+                () = sleep_until(stopping.unwrap_or_else(Instant::now)), if stopping.is_some() => {
+                    bail!("the agent does not stop the kill: it may go on, to SIGKILL where that follows");
+                }
+            };
             match response.map_err(|_| anyhow!("the agent says nothing any more"))?? {
                 Response::Progress { pid, name, step } => {
                     let process = Process::bare(ProcessId { pid, start: 0 }, name);

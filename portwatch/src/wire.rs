@@ -9,8 +9,8 @@
 //!                                    ◄──  {"response":"end","count":2}
 //! ```
 //! A request is answered before the next one is read. Every answer ends with `end` or `error`; that of `watch` ends
-//! with the connection, and that of `kill` may wait for a `confirm` in between. Requests are bounded to [`MAX_REQUEST`]
-//! bytes; no answer's line is longer than a listener, or the plan of a kill.
+//! with the connection, and that of `kill` may wait for a `confirm` in between and be cut short by `stop`. Requests are
+//! bounded to [`MAX_REQUEST`] bytes; no answer's line is longer than a listener, or the plan of a kill.
 //! Times are nanoseconds since boot of the host that both share.
 
 mod kill;
@@ -85,6 +85,8 @@ pub enum Request {
     Kill(Box<Kill>),
     /// Carry out the plan that was just told.
     Confirm {},
+    /// Signal nobody any more in the kill that is under way, and tell what became of its ports by now.
+    Stop {},
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

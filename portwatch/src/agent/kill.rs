@@ -4,16 +4,19 @@
 //!  Peer ── begin ──► thread: scan ─► plan ──────────► wait ─► run ─► Ask::Killed ──► Core: history, metrics
 //!   │ ◄── told: plan ───────────────┘                  ▲        │
 //!   │ ─── go (confirmed, or nobody is to be asked) ────┘        │
+//!   │ ─── stop (nobody is signalled any more) ──────────────────┤
 //!   │ ◄── told: progress, outcomes, end ────────────────────────┘
 //! ```
 //! The plan is made here from a scan of this moment and stays here: a peer agrees to it, and can neither make nor change
-//! one. A peer that is gone before it agreed has asked for nothing; afterwards the kill goes on without it.
+//! one. A peer that is gone before it agreed has asked for nothing; afterwards the kill goes on without it, unless it said
+//! that it is to stop.
 //!
 //! Who may be ended is decided twice, by [`Identity::guards`]: for the plan, and of the very process right before each
 //! signal to it.
 
 use std::collections::{HashMap, HashSet};
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc as std_mpsc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -112,6 +115,7 @@ pub(super) struct Begun {
     /// What there is to tell, the last of it `end` or `error`. Ends without one where the thread failed.
     pub(super) told: mpsc::Receiver<Response>,
     go: std_mpsc::Sender<()>,
+    called_off: Arc<AtomicBool>,
 }
 
 impl Begun {
@@ -119,6 +123,15 @@ impl Begun {
     pub(super) fn go(&self) {
         // Nobody waits for it where there is nothing to do.
         let _ = self.go.send(());
+    }
+
+    pub(super) fn is_stopped(&self) -> bool {
+        self.called_off.load(Ordering::Relaxed)
+    }
+
+    /// Has nobody signalled any more. What became of the ports is told all the same.
+    pub(super) fn stop(&self) {
+        self.called_off.store(true, Ordering::Relaxed);
     }
 }
 
@@ -168,6 +181,7 @@ pub(super) fn begin(
     let place = kills.enter(identity.uid).ok_or_else(busy)?;
     let (teller, told) = mpsc::channel(QUEUE);
     let (go, gate) = std_mpsc::channel();
+    let called_off = Arc::new(AtomicBool::new(false));
     let name = stat::read(identity.pid()).map_or_else(|_| "?".to_owned(), |stat| stat.name);
     let work = Work {
         by: Requester { uid: identity.uid, pid: identity.pid(), name },
@@ -179,13 +193,14 @@ pub(super) fn begin(
         guards,
         teller,
         gate,
+        called_off: Arc::clone(&called_off),
         asks: asks.clone(),
         place,
         planned: HashSet::new(),
     };
     let spawned = thread::Builder::new().name("kill".to_owned()).spawn(move || work.done());
     spawned.map_err(|error| (ErrorKind::Failed, format!("cannot start a thread for the kill: {error}")))?;
-    Ok(Begun { told, go })
+    Ok(Begun { told, go, called_off })
 }
 
 /// As much of what a kill names as the log and history have of it: with 64 KiB for each port, anybody could fill them. In
@@ -222,6 +237,7 @@ struct Work {
     guards: Guards,
     teller: mpsc::Sender<Response>,
     gate: std_mpsc::Receiver<()>,
+    called_off: Arc<AtomicBool>,
     asks: mpsc::Sender<Ask>,
     place: Place,
     /// Pids that the plan has told.
@@ -250,6 +266,7 @@ impl Work {
         let kills = self.place.kills.clone();
         let choice = kills.with_scanner(|scanner| Choice::read(scanner, &self.selector))?;
         let job = Job::prepare(choice, &self.request.terms(), self.guards.clone())?;
+        let job = job.until(Arc::clone(&self.called_off));
         let (victims, refused) = (&job.plan().victims, &job.plan().refused);
         let planned =
             victims.iter().map(|victim| &victim.process).chain(refused.iter().map(|refused| &refused.process));

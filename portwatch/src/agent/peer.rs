@@ -165,8 +165,13 @@ pub(super) async fn accept(mut socket: Socket, shared: Shared) -> anyhow::Result
 
 struct Peer {
     lines: Framed<UnixStream, LinesCodec>,
+    /// What was read during a kill and is no word about it: the next request, or the end.
+    early: Option<Line>,
     shared: Shared,
 }
+
+/// What reading a line gives.
+type Line = Option<Result<String, LinesCodecError>>;
 
 /// Why a connection ends.
 #[derive(Debug)]
@@ -193,7 +198,7 @@ impl Peer {
     fn new(stream: UnixStream, shared: Shared) -> Peer {
         let mut lines = Framed::new(stream, LinesCodec::new_with_max_length(MAX_REQUEST));
         lines.set_backpressure_boundary(BUFFER);
-        Peer { lines, shared }
+        Peer { lines, early: None, shared }
     }
 
     async fn serve(&mut self, identity: Identity, place: &Place) -> Result<(), End> {
@@ -230,6 +235,7 @@ impl Peer {
                 Request::Marked { name } => self.marked(name, identity, place).await?,
                 Request::Kill(kill) => self.kill(*kill, identity, place).await?,
                 Request::Confirm {} => self.refuse(ErrorKind::Usage, "there is no plan to confirm").await?,
+                Request::Stop {} => self.refuse(ErrorKind::Usage, "there is no kill to stop").await?,
                 Request::Rules {} => self.rules(identity, place).await?,
                 Request::Watch { selection, since } => return self.watch(selection, identity, place, since).await,
                 Request::Status {} => {
@@ -244,7 +250,13 @@ impl Peer {
 
     /// The next request; `None` for one that means nothing, of which the peer was told.
     async fn read(&mut self, patience: Duration, place: &Place) -> Result<Option<Request>, End> {
-        let line = match timeout(patience, self.lines.next()).await {
+        let next = async {
+            match self.early.take() {
+                Some(line) => line,
+                None => self.lines.next().await,
+            }
+        };
+        let line = match timeout(patience, next).await {
             Ok(Some(Ok(line))) => line,
             Ok(Some(Err(LinesCodecError::MaxLineLengthExceeded))) => {
                 let message = format!("a request may have {MAX_REQUEST} bytes");
@@ -487,9 +499,29 @@ impl Peer {
                     None => return Ok(()),
                 }
             }
-            told = begun.told.recv().await;
+            told = self.hear_of(&mut begun).await;
         }
         self.refuse(ErrorKind::Failed, "the kill ended before its time; see: portwatch who").await
+    }
+
+    /// What a kill tells next. The peer may say meanwhile that it is to stop; of all else that it says, one line is kept
+    /// for later. One that is gone, or has nothing more to say, has not said that.
+    async fn hear_of(&mut self, begun: &mut Begun) -> Option<Response> {
+        loop {
+            if self.early.is_some() {
+                return begun.told.recv().await;
+            }
+            tokio::select! {
+                biased;
+                told = begun.told.recv() => return told,
+                line = self.lines.next() => match line {
+                    Some(Ok(line)) if !begun.is_stopped() && matches!(Request::read(&line), Ok(Request::Stop {})) => {
+                        begun.stop();
+                    }
+                    line => self.early = Some(line),
+                },
+            }
+        }
     }
 
     async fn rules(&mut self, identity: Identity, place: &Place) -> Result<(), End> {

@@ -1,6 +1,7 @@
 //! `portwatch kill`: frees ports by ending the processes that hold them.
 
 mod destination;
+mod interrupt;
 pub(crate) mod leaks;
 mod pick;
 mod way;
@@ -175,10 +176,12 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
         return nothing_signalled(args, || way.declined(args, &selector, globals));
     }
     let mut display = Display::new(args.json || args.quiet);
-    let mut outcomes = way.run(args.options(), &mut |progress| display.show(progress))?;
+    let run = way.run_until_signalled(args.options(), &mut |progress| display.show(progress));
     display.close();
+    let (mut outcomes, signalled) = run?;
     outcomes.iter_mut().for_each(|outcome| outcome.addresses = selector.spelt_out_addresses(outcome.port));
-    report(args, &outcomes)
+    let code = report(args, &outcomes)?;
+    Ok(signalled.map_or(code, interrupt::end_by))
 }
 
 /// Frees a port for a server that is to start there, as `portwatch kill PORT/PROTO` does, and tells of it on stderr alone.

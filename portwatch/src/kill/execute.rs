@@ -13,6 +13,7 @@ use std::collections::{HashMap, HashSet};
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -93,6 +94,14 @@ pub struct World<'a> {
     pub addresses: &'a dyn Fn(u16) -> Vec<IpAddr>,
     /// Told what happens to each process.
     pub progress: &'a mut dyn FnMut(&Progress<'_>),
+    /// Set once nobody is to be signalled any more: it ends as it stands then.
+    pub called_off: &'a AtomicBool,
+}
+
+impl World<'_> {
+    fn is_called_off(&self) -> bool {
+        self.called_off.load(Ordering::Relaxed)
+    }
 }
 
 impl std::fmt::Debug for World<'_> {
@@ -120,12 +129,15 @@ pub fn execute(plan: Plan, options: Options, world: &mut World<'_>) -> anyhow::R
         run.open_all(world);
         run.stop_wholes(world)?;
         run.soft(world)?;
-        if options.force && !run.is_done() {
+        if options.force && !run.is_done() && !world.is_called_off() {
             run.forced(world)?;
         }
         run.linger(world);
-        run.settle(world)?;
+        if !world.is_called_off() {
+            run.settle(world)?;
+        }
     }
+    run.is_called_off = world.is_called_off();
     run.prove(world)?;
     Ok(report::outcomes(&run))
 }
@@ -154,6 +166,8 @@ pub(super) struct Run {
     spare: usize,
     /// Whether anybody was signalled.
     pub(super) began: bool,
+    /// Whether it was ended before its time.
+    pub(super) is_called_off: bool,
     /// Whether something happened since the last scan that may have changed who holds what.
     stale: bool,
     /// Whether a socket was seen that the last scan did not know.
@@ -186,6 +200,7 @@ impl Run {
             group_of,
             spare: 0,
             began: false,
+            is_called_off: false,
             stale: false,
             stranger: false,
             strangers: HashSet::new(),
@@ -246,6 +261,9 @@ impl Run {
         let mut limit = deadline;
         loop {
             self.pause(limit.saturating_duration_since(Instant::now()), world);
+            if world.is_called_off() {
+                return Ok(());
+            }
             if !self.is_done() && self.wants_scan(stage) {
                 self.look(world)?;
             }
@@ -352,6 +370,9 @@ impl Run {
 
     fn signal(&mut self, indices: &[usize], signal: Signal, stage: Stage, world: &mut World<'_>) -> anyhow::Result<()> {
         for &index in indices {
+            if world.is_called_off() {
+                return Ok(());
+            }
             let began = self.began;
             let life = &mut self.lives[index];
             if !life.is_held() {

@@ -9,6 +9,8 @@
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -71,6 +73,7 @@ pub struct Job {
     selector: Selector,
     /// Which working directories of those who are ended are removed.
     remove_cwd: Option<GlobMatcher>,
+    called_off: Arc<AtomicBool>,
 }
 
 impl Choice {
@@ -114,7 +117,8 @@ impl Job {
         if terms.close_sockets {
             let guards = Guards::open();
             let plan = Plan::new(selected, &others, &named, &guards, &life::stat_of).closing();
-            return Ok(Job { plan, guards, engine: None, left_out, named, selector, remove_cwd: None });
+            let called_off = Arc::default();
+            return Ok(Job { plan, guards, engine: None, left_out, named, selector, remove_cwd: None, called_off });
         }
         let units = Units::ask(&selected, terms.stop_units);
         let mut guards = guards.with_units(units).with_named(&selector.filters().pids);
@@ -135,13 +139,18 @@ impl Job {
             let all = stat::all().context("cannot read the processes in /proc")?;
             plan.reach_out(terms.reach, &all, seen, &process::read_exact, &guards, &life::stat_of);
         }
-        Ok(Job { plan, guards, engine, left_out, named, selector, remove_cwd: None })
+        Ok(Job { plan, guards, engine, left_out, named, selector, remove_cwd: None, called_off: Arc::default() })
     }
 
     /// Removes the working directories of those who are ended as well, where they match the glob and
     /// [may be](crate::sweep) removed.
     pub fn removing(self, directories: Option<GlobMatcher>) -> Job {
         Job { remove_cwd: directories, ..self }
+    }
+
+    /// Once this is set, [`Self::run`] signals nobody any more, and ends with what it has done by then.
+    pub fn until(self, called_off: Arc<AtomicBool>) -> Job {
+        Job { called_off, ..self }
     }
 
     /// Ends as well what started the holders, as far as it is part of the same job.
@@ -182,7 +191,7 @@ impl Job {
         if !self.plan.closes {
             ask_managers(&mut self.plan);
         }
-        let Job { plan, guards, engine, left_out, named, selector, remove_cwd } = self;
+        let Job { plan, guards, engine, left_out, named, selector, remove_cwd, called_off } = self;
         // While they are there: afterwards nothing tells where they were.
         let held = remove_cwd.filter(|_| !plan.closes).map(|glob| (Held::of(&plan), glob));
         let ports: BTreeSet<(u16, Protocol)> = plan.groups.iter().map(|group| (group.port, group.proto)).collect();
@@ -205,6 +214,7 @@ impl Job {
                 stop: &mut |wholes, grace| stop(engine.as_ref(), wholes, grace),
                 addresses: &|port| addresses(&selector, port),
                 progress,
+                called_off: &called_off,
             },
         )?;
         let others = Others { selector: &selector, named: &named };

@@ -159,7 +159,7 @@ impl<'a> End<'a> {
             Status::Partial
         } else if self.is_denied(run) {
             Status::Denied
-        } else if left.any(|l| l.stage == Stage::Forced) {
+        } else if !run.is_called_off && left.any(|l| l.stage == Stage::Forced) {
             Status::Stuck
         } else {
             Status::Partial
@@ -215,8 +215,14 @@ impl<'a> End<'a> {
         };
         let reason = |life: &Life| match (&life.failure, life.stage) {
             (Some(failed), _) => failed.reason.clone(),
+            // It may be about to end.
+            (None, stage) if run.is_called_off && stage != Stage::Unsignalled => {
+                let signal = if stage == Stage::Forced { Signal::KILL } else { run.options.signal };
+                format!("{} sent; the kill was called off while it was waited for", SignalName(signal))
+            }
             (None, Stage::Forced) => outlived(life, Signal::KILL, "it cannot be interrupted inside the kernel"),
             (None, Stage::Soft) => outlived(life, run.options.signal, ""),
+            (None, Stage::Unsignalled) if run.is_called_off => "not signalled: the kill was called off".to_owned(),
             (None, Stage::Unsignalled) => "not signalled: it could not be proved to hold the port".to_owned(),
         };
         let left = self.lives.iter().filter(|l| self.still_holds(l) || l.is_kin_left());
@@ -327,6 +333,7 @@ impl<'a> End<'a> {
             Status::Partial | Status::Stuck if self.triggers(run).next().is_some() => {
                 self.triggers(run).collect::<Vec<_>>().join("; ")
             }
+            Status::Partial if run.is_called_off => "the kill was called off: nobody is signalled any more".to_owned(),
             Status::Partial if run.options.signal != Signal::KILL && !run.options.force => {
                 format!("--no-force left those that outlived {}", SignalName(run.options.signal))
             }

@@ -47,7 +47,7 @@ use anyhow::Context as _;
 
 pub use control::{Cause, Over, Start, Status};
 pub use keeper::Supervised;
-pub use signals::{Signals, Told};
+pub use signals::{Signals, Told, is_ignored};
 
 /// Exit code where the lifetime was over, as timeout(1) has it.
 pub const LIFETIME_OVER: u8 = 124;

@@ -103,7 +103,8 @@ pub(super) fn expect_children() {
     let _ = unsafe { signal(Signal::SIGCHLD, SigHandler::SigDfl) };
 }
 
-fn is_ignored(signal: Signal) -> bool {
+/// Whether this process was started to ignore the signal, or does so now.
+pub fn is_ignored(signal: Signal) -> bool {
     // SAFETY: all-zero bytes are a valid sigaction, and a null pointer changes nothing.
     let (result, action) = unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();

@@ -1,7 +1,9 @@
 //! The two ways of a kill, which look the same: through the agent where one answers, else alone.
 
+use std::future::pending;
 use std::ops::ControlFlow;
 
+use nix::sys::signal::Signal;
 use nix::unistd::Uid;
 use portwatch::client::PlannedKill;
 use portwatch::kill::{Choice, Concern, Guards, Job, Options, Outcome, Plan, Progress, concern};
@@ -11,6 +13,7 @@ use portwatch::source::{Scanner, netns, stat};
 use portwatch::wire::Kill;
 use tokio::runtime::Runtime;
 
+use super::interrupt::Interrupts;
 use super::{KillArgs, pick};
 use crate::cli::Globals;
 use crate::commands::{explain, note, reach_agent, runtime};
@@ -96,7 +99,7 @@ impl Way {
     /// The outcomes of a dry run.
     pub(super) fn planned(self) -> anyhow::Result<Vec<Outcome>> {
         match self {
-            Way::Agent { kill, runtime } => runtime.block_on(kill.carry_out(&mut |_| {})),
+            Way::Agent { kill, runtime } => runtime.block_on(kill.carry_out(&mut |_| {}, pending())),
             Way::Alone { job, .. } => Ok(job.planned()),
         }
     }
@@ -124,9 +127,26 @@ impl Way {
     pub(crate) fn run(self, options: Options, progress: &mut dyn FnMut(&Progress<'_>)) -> anyhow::Result<Vec<Outcome>> {
         match self {
             // It was told the options with the request.
-            Way::Agent { kill, runtime } => runtime.block_on(kill.carry_out(progress)),
+            Way::Agent { kill, runtime } => runtime.block_on(kill.carry_out(progress, pending())),
             Way::Alone { job, mut scanner } => job.run(&mut scanner, options, progress),
         }
+    }
+
+    /// The same for who ends by SIGINT and SIGTERM: the one that came, which has stopped the kill. Alone, such a signal ends
+    /// this process, and so the kill.
+    pub(super) fn run_until_signalled(
+        self,
+        options: Options,
+        progress: &mut dyn FnMut(&Progress<'_>),
+    ) -> anyhow::Result<(Vec<Outcome>, Option<Signal>)> {
+        let Way::Agent { kill, runtime } = self else { return Ok((self.run(options, progress)?, None)) };
+        runtime.block_on(async {
+            let mut interrupts = Interrupts::open()?;
+            let mut by = None;
+            let stop = async { by = Some(interrupts.next().await) };
+            let outcomes = kill.carry_out(progress, stop).await?;
+            Ok((outcomes, by))
+        })
     }
 }
 

@@ -30,6 +30,7 @@ fn run_with(plan: Plan, port: u16, options: Options, holds: &dyn Fn(u32, u64) ->
         stop: &mut nothing,
         addresses: &|_| Vec::new(),
         progress: &mut |_| {},
+        called_off: &AtomicBool::new(false),
     };
     let mut outcomes = execute(plan, options, &mut world).unwrap();
     assert_eq!(outcomes.len(), 1, "{outcomes:?}");
@@ -70,6 +71,7 @@ fn permission_that_was_lost_since_the_plan_is_denied() {
             stop: &mut nothing,
             addresses: &|_| Vec::new(),
             progress: &mut |progress| assert!(!matches!(progress.step, Step::Sent { .. }), "{progress:?}"),
+            called_off: &AtomicBool::new(false),
         },
     );
     let outcome = outcome.unwrap().remove(0);
@@ -100,6 +102,33 @@ fn no_force_leaves_a_survivor() {
     assert_eq!((outcome.status, &outcome.remaining_pids[..]), (Status::Partial, &[server.pid()][..]), "{outcome:?}");
     assert_eq!(outcome.failed[0].reason, "still there after SIGTERM: it ignores SIGTERM");
     assert!(outcome.still_listening && server.is_alive());
+}
+
+#[test]
+fn what_is_called_off_ends_as_it_stands() {
+    let (mut server, port) = serve(DEAF);
+    let (guards, called_off) = (Guards::current(false), AtomicBool::new(false));
+    let run = |called_off: &AtomicBool| {
+        let mut world = World {
+            rescan: &mut || Ok(scan(port.port)),
+            holds: &holds,
+            guards: &guards,
+            stop: &mut nothing,
+            addresses: &|_| Vec::new(),
+            progress: &mut |progress| called_off.store(matches!(progress.step, Step::Sent { .. }), Ordering::Relaxed),
+            called_off,
+        };
+        execute(plan(&port), Options { grace: Duration::from_secs(600), ..quick() }, &mut world).unwrap().remove(0)
+    };
+    for sent in
+        ["SIGTERM sent; the kill was called off while it was waited for", "not signalled: the kill was called off"]
+    {
+        // The second time it is called off before it begins.
+        let outcome = run(&called_off);
+        assert_eq!((outcome.status, &outcome.failed[0].reason[..]), (Status::Partial, sent), "{outcome:?}");
+        assert_eq!((outcome.failed[0].pid, outcome.still_listening), (server.pid(), true));
+    }
+    assert!(server.is_alive());
 }
 
 #[test]
@@ -152,6 +181,7 @@ fn no_worker_is_signalled_while_its_master_shuts_down() {
         guards: &guards,
         stop: &mut nothing,
         addresses: &|_| Vec::new(),
+        called_off: &AtomicBool::new(false),
         progress: &mut |progress| match progress.step {
             Step::Sent { .. } => signalled.push(progress.process.id.pid),
             // A second later, the master ends its worker in its own way: the worker's parent, it keeps the PID in use.
@@ -197,6 +227,7 @@ fn where_sockets_cannot_be_watched_full_scans_serve() {
             stop: &mut nothing,
             addresses: &|_| Vec::new(),
             progress: &mut |_| {},
+            called_off: &AtomicBool::new(false),
         };
         let outcome =
             execute(plan, Options { grace: Duration::from_secs(60), ..quick() }, &mut world).unwrap().remove(0);
@@ -217,6 +248,7 @@ fn what_happens_is_told_in_order() {
         guards: &guards,
         stop: &mut nothing,
         addresses: &|_| Vec::new(),
+        called_off: &AtomicBool::new(false),
         progress: &mut |progress| {
             assert_eq!(progress.process.id.pid, server.pid());
             told.push(progress.step.clone());
@@ -271,6 +303,7 @@ fn a_new_owner_is_reported_with_who_started_it() {
         guards: &guards,
         stop: &mut nothing,
         addresses: &|_| Vec::new(),
+        called_off: &AtomicBool::new(false),
         progress: &mut |progress| {
             // The test process, parent of the server, is the supervisor: it starts another once the port is free.
             if matches!(progress.step, Step::Ended { .. }) {
@@ -335,6 +368,7 @@ fn run_stopping(port: &Port, stop: &mut crate::kill::Stopper<'_>) -> Outcome {
         stop: &mut |wholes, grace| stop(wholes, grace),
         addresses: &|_| Vec::new(),
         progress: &mut |_| {},
+        called_off: &AtomicBool::new(false),
     };
     execute(plan, quick(), &mut world).unwrap().remove(0)
 }
@@ -405,6 +439,7 @@ fn anothers_process_is_denied_and_lives() {
                 stop: &mut nothing,
                 addresses: &|_| Vec::new(),
                 progress: &mut |_| {},
+                called_off: &AtomicBool::new(false),
             };
             execute(plan, quick(), &mut world).unwrap().remove(0)
         }) else {
