@@ -136,6 +136,23 @@ pub fn trials() -> Vec<Test> {
             let outcome = scene.portwatch(&of_nobody).expect(1).json()[0].clone();
             assert_eq!(outcome["status"], "partial", "{outcome}");
         }),
+        test("user::nothing_is_said_with_what_may_match_and_is_hidden", || {
+            let Some(scene) = Scene::new() else { return };
+            let (puppet, sock) = &scene.root;
+            let (port, pid) = (sock.port().to_string(), puppet.pid.to_string());
+            let nothing = format!("portwatch: nothing that matches the selectors is listening on {port}");
+            let may = "a listener of another user may match: try sudo";
+            for (verb, code) in [("list", 0), ("who", 1)] {
+                let run = scene.portwatch(&[verb, &port, "--pid", &pid]).expect(code);
+                assert_eq!(run.errors(), format!("{nothing} that is visible to you; {may}\n"));
+                // What is known of it is that it is not meant.
+                let run = scene.portwatch(&[verb, &port, "--pid", &pid, "--user", "65534"]).expect(code);
+                assert_eq!(run.errors(), format!("{nothing}\n"));
+            }
+            let run = scene.portwatch(&["kill", "--pid", &pid]).expect(0);
+            assert!(run.errors().contains("of other users may match: try sudo") || run.errors().contains(may));
+            assert!(run.errors().ends_with("; nothing to free\n"), "{}", run.errors());
+        }),
         test("user::an_own_port_is_freed", || {
             let Some(scene) = Scene::new() else { return };
             let (puppet, sock) = &scene.own;

@@ -146,12 +146,12 @@ pub(crate) fn run(args: &KillArgs, globals: &Globals) -> anyhow::Result<ExitCode
         Some(way) => way,
         None => match Way::alone(args, &selector, globals)? {
             ControlFlow::Continue(way) => way,
-            ControlFlow::Break(End::NothingThere) => return nothing_there(args, &selector),
+            ControlFlow::Break(End::NothingThere(hidden)) => return nothing_there(args, &selector, hidden),
             ControlFlow::Break(End::NothingPicked) => return nothing_signalled(args, || Ok(Vec::new())),
         },
     };
     if way.plan().groups.is_empty() {
-        return nothing_there(args, &selector);
+        return nothing_there(args, &selector, 0);
     }
     let concerns = match is_conversation() && !args.yes && !args.dry_run {
         true => way.concerns(args.interactive),
@@ -275,11 +275,11 @@ fn name_a_port(selector: &Selector, globals: &Globals) -> anyhow::Result<ExitCod
     Ok(ExitCode::from(USAGE))
 }
 
-fn nothing_there(args: &KillArgs, selector: &Selector) -> anyhow::Result<ExitCode> {
+fn nothing_there(args: &KillArgs, selector: &Selector, hidden: usize) -> anyhow::Result<ExitCode> {
     if args.json {
         print("[]\n")?;
     } else if !args.quiet {
-        note(&format!("{}; nothing to free", nothing(&args.targets, selector, "")));
+        note(&format!("{}; nothing to free", nothing(&args.targets, selector, "", hidden)));
     }
     Ok(ExitCode::SUCCESS)
 }

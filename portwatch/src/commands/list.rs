@@ -34,7 +34,7 @@ pub(crate) struct ListArgs {
 
 pub(crate) fn run(args: &ListArgs, globals: &Globals) -> anyhow::Result<ExitCode> {
     let selector = selector(&args.targets, &args.selectors, globals)?;
-    let Found { listeners, narrowed, .. } = read(&selector, globals, false)?;
+    let Found { listeners, narrowed, hidden, .. } = read(&selector, globals, false)?;
     let users = Users::default();
     let name = |uid| users.name(uid);
     let mut view = view(&name);
@@ -44,7 +44,7 @@ pub(crate) fn run(args: &ListArgs, globals: &Globals) -> anyhow::Result<ExitCode
         return Ok(ExitCode::SUCCESS);
     }
     if listeners.is_empty() {
-        note(&nothing_listens(&args.targets, &selector, narrowed));
+        note(&nothing_listens(&args.targets, &selector, narrowed, hidden));
         return Ok(ExitCode::SUCCESS);
     }
     let detail = if args.wide {

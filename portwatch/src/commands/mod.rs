@@ -321,6 +321,8 @@ struct Found {
     ancestors: Ancestors,
     /// As in [`Answer::narrowed`].
     narrowed: bool,
+    /// As [`hidden`] counts them.
+    hidden: usize,
 }
 
 /// What the selector picks, with the ancestors of each holder if wanted.
@@ -340,9 +342,9 @@ fn read_within(
     let mut found = match block_on(ask_agent(&request, limit, globals))? {
         Some(answer) => sorted_out(answer),
         None => {
-            let listeners = scan(selector, globals)?;
+            let (listeners, hidden) = scan(selector, globals)?;
             let ancestors = if with_ancestors { ancestors_of(&listeners) } else { Ancestors::default() };
-            Found { listeners, ancestors, narrowed: false }
+            Found { listeners, ancestors, narrowed: false, hidden }
         }
     };
     found.listeners.sort_by_key(|Listener { socket, .. }| {
@@ -361,11 +363,11 @@ fn sorted_out(answer: Answer) -> Found {
             listeners.push(listener);
         }
     }
-    Found { listeners, ancestors: all, narrowed: answer.narrowed }
+    Found { listeners, ancestors: all, narrowed: answer.narrowed, hidden: 0 }
 }
 
-/// The same without an agent.
-fn scan(selector: &Selector, globals: &Globals) -> anyhow::Result<Vec<Listener>> {
+/// What the selector picks, without an agent, and how many may be meant that are [`hidden`].
+fn scan(selector: &Selector, globals: &Globals) -> anyhow::Result<(Vec<Listener>, usize)> {
     let mut scanner = Scanner::open(globals.probe);
     if let Some(reason) = scanner.refusal() {
         explain(globals, &format!("holders are read from {}: {reason}", scanner.method()));
@@ -374,9 +376,14 @@ fn scan(selector: &Selector, globals: &Globals) -> anyhow::Result<Vec<Listener>>
     for text in scanner.notes() {
         explain(globals, text);
     }
-    let mut listeners = snapshot.listeners;
-    listeners.retain(|listener| selector.matches(listener, snapshot.at));
-    Ok(listeners)
+    let (listeners, left_out): (Vec<_>, Vec<_>) =
+        snapshot.listeners.into_iter().partition(|listener| selector.matches(listener, snapshot.at));
+    Ok((listeners, hidden(selector, &left_out)))
+}
+
+/// How many of those that were left out may be meant all the same: others hold them, whose processes are not visible.
+fn hidden(selector: &Selector, left_out: &[Listener]) -> usize {
+    left_out.iter().filter(|listener| selector.may_mean(listener) && process::hidden_owner(listener).is_some()).count()
 }
 
 /// The ancestors of every holder, nearest first, as far as /proc shows them.
@@ -401,15 +408,20 @@ pub(crate) const FIRST_LOOK: Duration = Duration::from_millis(500);
 pub(crate) const OWN_ONLY: &str = "this agent tells users of their own only (try --no-agent, or root)";
 
 /// The sentence that there is nothing.
-fn nothing_listens(targets: &[String], selector: &Selector, narrowed: bool) -> String {
-    let nothing = nothing(targets, selector, if narrowed { " of yours" } else { "" });
+fn nothing_listens(targets: &[String], selector: &Selector, narrowed: bool, hidden: usize) -> String {
+    let nothing = nothing(targets, selector, if narrowed { " of yours" } else { "" }, hidden);
     if narrowed { format!("{nothing}; {OWN_ONLY}") } else { nothing }
 }
 
 /// The same of what is `of_yours`.
-pub(crate) fn nothing(targets: &[String], selector: &Selector, of_yours: &str) -> String {
+pub(crate) fn nothing(targets: &[String], selector: &Selector, of_yours: &str, hidden: usize) -> String {
     let (filters, targets) = selection(targets, selector);
-    format!("nothing{of_yours}{filters} is listening{targets}")
+    let nothing = format!("nothing{of_yours}{filters} is listening{targets}");
+    match hidden {
+        0 => nothing,
+        1 => format!("{nothing} that is visible to you; a listener of another user may match: try sudo"),
+        _ => format!("{nothing} that is visible to you; {hidden} listeners of other users may match: try sudo"),
+    }
 }
 
 /// What the selection was, for such sentences: something may well listen on a port of which a filter wants nothing.

@@ -105,7 +105,7 @@ pub(crate) fn run(args: &WaitArgs, globals: &Globals) -> anyhow::Result<ExitCode
         // A port is taken whoever holds it, and that anybody may see.
         (true, false) => {
             wait.is_alone = true;
-            listeners = scan(wait.condition.selector(), globals)?;
+            (listeners, _) = scan(wait.condition.selector(), globals)?;
         }
         (true, true) if args.free => {
             return Err(Usage(format!("wait --free needs to know of all listeners, and {OWN_ONLY}")).into());

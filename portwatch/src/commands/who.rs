@@ -35,7 +35,7 @@ pub(crate) fn run(args: &WhoArgs, globals: &Globals) -> anyhow::Result<ExitCode>
     if selector.is_empty() {
         return Err(Usage("who is missing a port; try: portwatch who 8000".to_owned()).into());
     }
-    let Found { listeners, ancestors, narrowed } = read(&selector, globals, true)?;
+    let Found { listeners, ancestors, narrowed, hidden } = read(&selector, globals, true)?;
     let users = Users::default();
     let name = |uid| users.name(uid);
     let view = view(&name);
@@ -44,7 +44,7 @@ pub(crate) fn run(args: &WhoArgs, globals: &Globals) -> anyhow::Result<ExitCode>
             listeners.iter().map(|listener| json::listener_with_ancestors(listener, &view, &ancestors)).collect();
         print(&json::array(&rows))?;
     } else if listeners.is_empty() {
-        note(&nothing_listens(&args.targets, &selector, narrowed));
+        note(&nothing_listens(&args.targets, &selector, narrowed, hidden));
     } else {
         // The names are worth a question only where there is somebody to name.
         let containers = if engine::is_involved_in(&listeners) { engine::ask().1 } else { Roster::default() };

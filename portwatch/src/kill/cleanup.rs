@@ -36,7 +36,7 @@ use super::job::{Choice, Job, Terms};
 use super::outcome::Outcome;
 use super::plan::{Plan, Spared, push_new, same_socket};
 use super::progress::Progress;
-use super::report::{not_permitted, sees_all};
+use super::report::not_permitted;
 use super::starters::{Own, Rule};
 use crate::engine::{self, Engine, Roster};
 use crate::model::{Ancestor, BootNs, Listener, Process, Protocol, Socket, SocketId};
@@ -155,7 +155,7 @@ impl Cleanup {
         let mut choice = Choice::read(scanner, &self.selector)?;
         // Nobody asked for a port.
         choice.named.clear();
-        let trusts_engine = self.terms.stop_containers && !sees_all();
+        let trusts_engine = self.terms.stop_containers && !process::sees_all();
         if trusts_engine {
             // What is published for containers may be held by somebody who is not visible: the engine tells its age.
             let may_publish = |it: &Listener| it.is_ghost() && self.selector.matches_socket(&it.socket);
@@ -267,7 +267,7 @@ impl Cleanup {
     /// When the host's sockets cannot be read.
     pub fn hidden(&self, scanner: &mut Scanner) -> anyhow::Result<Vec<Listener>> {
         let own = Uid::effective().as_raw();
-        if !self.means_others_than(own) || sees_all() {
+        if !self.means_others_than(own) || process::sees_all() {
             return Ok(Vec::new());
         }
         let mut hidden = Choice::read(scanner, &self.selector)?.left_out;

@@ -23,10 +23,9 @@ use super::kin::Reach;
 use super::outcome::{Outcome, Status};
 use super::plan::{Plan, same_socket};
 use super::progress::Progress;
-use super::report::sees_all;
 use super::starters::Rule;
 use super::stop::{StopError, Stopping, Whole};
-use super::{aftermath, life, report};
+use super::{aftermath, life};
 use crate::cgroup::Manager;
 use crate::engine::{self, Container, Engine};
 use crate::model::{Listener, NetnsId, Protocol, Socket};
@@ -124,7 +123,7 @@ impl Job {
         let mut guards = guards.with_units(units).with_named(&selector.filters().pids);
         let mut engine = None;
         // A plain port costs no question.
-        let may_publish = terms.stop_containers && !sees_all() && selected.iter().any(Listener::is_ghost);
+        let may_publish = terms.stop_containers && !process::sees_all() && selected.iter().any(Listener::is_ghost);
         if may_publish {
             guards = guards.trusting_engine();
         }
@@ -249,7 +248,7 @@ impl Others<'_> {
         for outcome in outcomes.iter_mut().filter(|outcome| self.is_named(outcome) && outcome.is_done()) {
             let (hindering, aside) = self.on_port(outcome, left_out);
             let is_unknown =
-                |listener: &&&Listener| report::hidden_owner(listener).is_some() && self.selector.may_mean(listener);
+                |listener: &&&Listener| process::hidden_owner(listener).is_some() && self.selector.may_mean(listener);
             let unknown: Vec<&Listener> = hindering.iter().filter(is_unknown).copied().collect();
             match unknown.len() == hindering.len() {
                 true => outcome.correct(&unknown, Status::Denied),

@@ -6,10 +6,11 @@ use std::time::Duration;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::directories::Directories;
-use super::report::{hidden, hidden_owner, user};
+use super::report::{hidden, user};
 use super::stop::Whole;
 use crate::diagnose::Finding;
 use crate::model::{Listener, NetnsId, Protocol};
+use crate::source::process::hidden_owner;
 use crate::supervisor::Supervisor;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

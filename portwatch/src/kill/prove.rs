@@ -5,10 +5,10 @@ use std::net::SocketAddr;
 
 use super::outcome::Owner;
 use super::plan::push_new;
-use super::report::sees_all;
 use super::sight::Sight;
 use crate::model::{NetnsId, SocketId};
 use crate::source::diag::{PortSocket, State};
+use crate::source::process::sees_all;
 use crate::source::{procfs, stat};
 
 /// What keeps bind() from succeeding on a port where nobody listens.

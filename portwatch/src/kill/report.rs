@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use nix::unistd::{Uid, User};
 use rustix::process::Signal;
-use rustix::thread::{CapabilitySet, capabilities};
 
 use super::close::{STAYS_BOUND, Unclosed};
 use super::directories::Directories;
@@ -17,6 +16,7 @@ use super::signal::SignalName;
 use super::stop::{StopError, Stopping};
 use super::why;
 use crate::model::{Listener, Process};
+use crate::source::process::hidden_owner;
 use crate::source::stat;
 use crate::supervisor::Supervisor;
 
@@ -47,18 +47,6 @@ pub(super) fn planned(run: &Run) -> Vec<Outcome> {
         end.outcome(run, status, Duration::ZERO, end.refused(run), diagnostics)
     });
     each.collect()
-}
-
-/// The other user whose processes must hold what has no visible holder: an ordinary user does not see them. The agent
-/// does, root or not.
-pub(super) fn hidden_owner(listener: &Listener) -> Option<u32> {
-    let uid = listener.socket.uid;
-    (listener.is_ghost() && uid != Uid::effective().as_raw() && !sees_all()).then_some(uid)
-}
-
-/// Whether no process is hidden from this one for want of permission.
-pub(super) fn sees_all() -> bool {
-    Uid::effective().is_root() || capabilities(None).is_ok_and(|own| own.effective.contains(CapabilitySet::SYS_PTRACE))
 }
 
 /// What is said of it.

@@ -10,12 +10,14 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use nix::time::{ClockId, clock_gettime};
+use nix::unistd::Uid;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
+use rustix::thread::{CapabilitySet, capabilities};
 
 use super::stat::{self, Stat};
-use crate::model::{BootNs, Process, ProcessId};
+use crate::model::{BootNs, Listener, Process, ProcessId};
 use crate::render::Clock;
 
 /// More of a command line than this many bytes is cut off: far more than people give to a server, and so little that the
@@ -44,6 +46,18 @@ pub fn boot_ns_now() -> BootNs {
 
 /// Looks at both clocks, of which the one that took least counts: a process may wait between two of its steps.
 const LOOKS: usize = 3;
+
+/// Whether no process is hidden from this one for want of permission.
+pub fn sees_all() -> bool {
+    Uid::effective().is_root() || capabilities(None).is_ok_and(|own| own.effective.contains(CapabilitySet::SYS_PTRACE))
+}
+
+/// The other user whose processes must hold what has no visible holder: an ordinary user does not see them. The agent
+/// does, root or not.
+pub fn hidden_owner(listener: &Listener) -> Option<u32> {
+    let uid = listener.socket.uid;
+    (listener.is_ghost() && uid != Uid::effective().as_raw() && !sees_all()).then_some(uid)
+}
 
 /// This moment, on both clocks; local times are those of `tz`.
 pub fn clock(tz: TimeZone) -> Clock {

@@ -16,6 +16,7 @@ use tokio::runtime::Runtime;
 use super::interrupt::Interrupts;
 use super::{KillArgs, pick};
 use crate::cli::Globals;
+use crate::commands::hidden;
 use crate::commands::{explain, note, reach_agent, runtime};
 
 /// A kill that is planned, and by whom it is carried out.
@@ -26,7 +27,8 @@ pub(crate) enum Way {
 
 /// Why there is no plan.
 pub(super) enum End {
-    NothingThere,
+    /// So many listeners may be meant that are [`hidden`].
+    NothingThere(usize),
     NothingPicked,
 }
 
@@ -62,7 +64,7 @@ impl Way {
         let mut scanner = open_scanner(globals)?;
         let mut choice = Choice::read(&mut scanner, selector)?;
         if choice.selected.is_empty() && (args.interactive || choice.is_empty()) {
-            return Ok(ControlFlow::Break(End::NothingThere));
+            return Ok(ControlFlow::Break(End::NothingThere(hidden(selector, &choice.left_out))));
         }
         if args.interactive {
             let Some(picked) = pick::pick(choice.selected)? else {
