@@ -1,6 +1,7 @@
 //! Processes that do not end, end late, or let go of a port without ending; and ports that are not free although
 //! nobody listens. Whatever happens, exit code 0 means that bind() succeeds now.
 
+mod blocked;
 mod frozen;
 mod fuse;
 
@@ -88,7 +89,7 @@ fn check_status(outcome: &Value, status: &str, killed: &[&Puppet], forced: &[&Pu
 pub fn trials() -> Vec<Test> {
     let mut tests = resisting();
     tests.extend(releasing());
-    tests.extend(in_the_way());
+    tests.extend(blocked::trials());
     tests.extend(many());
     tests
 }
@@ -319,131 +320,6 @@ fn releasing() -> Vec<Test> {
             let run = portwatch(&arguments).expect(0);
             check_status(&run.json()[0], "cleaned", &[], &[]);
             server.tcp(&sock.address.to_string(), "");
-        }),
-    ]
-}
-
-/// Ports on which nobody listens and bind() fails, and those that are not to be taken for that.
-fn in_the_way() -> Vec<Test> {
-    vec![
-        test("stubborn::connections_without_reuseaddr_keep_the_port_and_are_told", || {
-            let stage = Stage::new();
-            let (server, client) = (stage.puppet(), stage.puppet());
-            let sock = server.serve();
-            client.connect(sock.address);
-            server.accept(sock.fd);
-            let (out, err) = kill_text(sock.address, &[], 1, &[(&server, "NAME")]);
-            let sudo = if rustix::process::geteuid().is_root() { "" } else { "sudo " };
-            assert_eq!(
-                out,
-                format!(
-                    "PORT/tcp cannot be bound yet: terminated NAME; nobody listens, but bind() fails with EADDRINUSE: \
-                     1 connection in FIN_WAIT2 of the old server, made without SO_REUSEADDR: the kernel ends it within \
-                     two minutes\n  → {sudo}ss -Kt 'sport = :PORT'\n"
-                )
-            );
-            assert_eq!(err, "NAME: SIGTERM sent\nNAME: ended in TIME\n");
-            // The client closes second: the server's end has to wait.
-            client.exit();
-            let outcome = kill(sock.address, &[], 1);
-            check_status(&outcome, "stuck", &[], &[]);
-            assert_eq!(outcome["diagnostics"]["findings"][0]["kind"], "time_wait", "{outcome}");
-            assert_eq!(outcome["still_listening"], false, "{outcome}");
-            assert_eq!(
-                message(&outcome),
-                "nobody listens, but bind() fails with EADDRINUSE: 1 connection in TIME_WAIT made without \
-                 SO_REUSEADDR: the kernel ends it within 60 s"
-            );
-        }),
-        test("stubborn::connections_with_reuseaddr_are_in_nobodys_way", || {
-            let stage = Stage::new();
-            let (server, client) = (stage.puppet(), stage.puppet());
-            let sock = server.tcp("127.0.0.1:0", "reuseaddr");
-            client.connect(sock.address);
-            server.accept(sock.fd);
-            check_status(&kill(sock.address, &[], 0), "cleaned", &[&server], &[]);
-            assert!(client.is_alive());
-        }),
-        test("stubborn::a_connection_that_its_worker_keeps_is_named", || {
-            let stage = Stage::new();
-            let (server, client) = (stage.puppet(), stage.puppet());
-            let sock = server.serve();
-            client.connect(sock.address);
-            server.accept(sock.fd);
-            server.release_on_term(sock.fd);
-            let outcome = kill(sock.address, &[], 1);
-            check_status(&outcome, "stuck", &[], &[]);
-            assert_eq!(outcome["remaining_pids"], json!([server.pid]), "{outcome}");
-            let message = message(&outcome);
-            let expected = format!("({}) made without SO_REUSEADDR", server.pid);
-            assert!(message.contains("1 connection in ESTABLISHED of ") && message.ends_with(&expected), "{message}");
-        }),
-        test("stubborn::a_socket_that_is_bound_and_does_not_listen_is_in_the_way", || {
-            let stage = Stage::new();
-            let squatter = stage.puppet();
-            let sock = squatter.bind("127.0.0.1:0", "");
-            let outcome = kill(sock.address, &[], 1);
-            check_status(&outcome, "stuck", &[], &[]);
-            let message = message(&outcome);
-            // Kernels before 6.8 show no such socket.
-            let named = format!("({}) has it bound and does not listen", squatter.pid);
-            assert!(
-                message.ends_with(&named) || message.ends_with("some socket has it bound and does not listen"),
-                "{message}"
-            );
-            assert!(squatter.is_alive());
-        }),
-        test("stubborn::of_two_addresses_only_the_one_meant_is_freed", || {
-            let stage = Stage::new();
-            let (meant, other) = (stage.puppet(), stage.puppet());
-            let sock = meant.serve();
-            let twin = SocketAddr::from(([127, 0, 0, 2], sock.port()));
-            other.tcp(&twin.to_string(), "");
-            let run = portwatch(&["kill", &format!("{}/tcp", sock.address), "--json", "--settle", "0"]).expect(0);
-            check_status(&run.json()[0], "cleaned", &[&meant], &[]);
-            check_promise(0, &[sock.address]);
-            assert!(other.is_alive());
-        }),
-        test(
-            "stubborn::beside_a_listener_on_all_addresses_only_the_one_meant_is_ended_and_the_address_is_not_free",
-            || {
-                let stage = Stage::new();
-                let (meant, other) = (stage.puppet(), stage.puppet());
-                let sock = meant.tcp("127.0.0.1:0", "reuseport");
-                other.tcp(&SocketAddr::from(([0, 0, 0, 0], sock.port())).to_string(), "reuseport");
-                let arguments =
-                    ["kill", &format!("{}/tcp", sock.port()), "--addr", "127.0.0.1", "--json", "--settle", "0"];
-                for killed in [&[&meant][..], &[]] {
-                    let run = portwatch(&arguments).expect(1);
-                    let outcome = run.json()[0].take();
-                    check_status(&outcome, "partial", killed, &[]);
-                    assert_eq!(outcome["remaining_pids"], json!([other.pid]), "{outcome}");
-                }
-                assert!(other.is_alive());
-            },
-        ),
-        test("stubborn::tcp_and_udp_of_one_port_have_an_outcome_each", || {
-            let stage = Stage::new();
-            let (tcp, udp) = (stage.puppet(), stage.puppet());
-            let sock = tcp.serve();
-            udp.udp(&sock.address.to_string(), "");
-            let run = portwatch(&["kill", &sock.port().to_string(), "--json", "--settle", "0", "--yes"]).expect(0);
-            let outcomes = run.json();
-            let protos: Vec<&Value> = outcomes.as_array().expect("an array").iter().map(|o| &o["proto"]).collect();
-            assert_eq!(protos, ["tcp", "udp"]);
-            check_status(&outcomes[0], "cleaned", &[&tcp], &[]);
-            check_status(&outcomes[1], "cleaned", &[&udp], &[]);
-            check_promise(0, &[sock.address]);
-        }),
-        test("stubborn::a_whole_reuseport_group_is_freed", || {
-            let stage = Stage::new();
-            let group: Vec<Puppet> = (0..4).map(|_| stage.puppet()).collect();
-            let sock = group[0].tcp("127.0.0.1:0", "reuseport");
-            for twin in &group[1..] {
-                twin.tcp(&sock.address.to_string(), "reuseport");
-            }
-            let outcome = kill(sock.address, &["--yes"], 0);
-            check_status(&outcome, "cleaned", &group.iter().collect::<Vec<_>>(), &[]);
         }),
     ]
 }

@@ -76,6 +76,7 @@ impl Actor {
             ["udp", address, ref flags @ ..] => udp(parse(address)?, flags),
             ["listen", fd] => sys::listen(parse(fd)?).and_then(|()| describe(parse(fd)?)),
             ["connect", address] => connect(parse(address)?),
+            ["peer", fd, address] => sys::connect(parse(fd)?, parse(address)?).map(done),
             ["accept", fd] => sys::accept(parse(fd)?).map(|fd| fd.to_string()),
             ["close", fd] => sys::close(parse(fd)?).map(done),
             ["dup", fd] => sys::dup(parse(fd)?).map(|fd| fd.to_string()),

@@ -288,6 +288,11 @@ impl Puppet {
         self.describe(&format!("udp {address} {flags}"))
     }
 
+    /// Gives a UDP socket a peer: it hears nobody else from then on.
+    pub fn peer(&self, fd: i32, address: &str) {
+        self.tell(&format!("peer {fd} {address}"));
+    }
+
     /// A TCP connection; not remembered as a socket that could ever be listed.
     pub fn connect(&self, address: SocketAddr) -> Sock {
         self.describe(&format!("connect {address}"))

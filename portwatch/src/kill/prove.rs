@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use super::outcome::Owner;
 use super::plan::push_new;
 use super::sight::Sight;
-use crate::model::{NetnsId, SocketId};
+use crate::model::{NetnsId, Protocol, SocketId};
 use crate::source::diag::{PortSocket, State};
 use crate::source::process::sees_all;
 use crate::source::{procfs, stat};
@@ -24,6 +24,8 @@ pub(super) struct Blocked {
     pub(super) held: BTreeMap<State, usize>,
     /// Sockets that are bound and whose holder is not visible.
     pub(super) hidden: usize,
+    /// Whether it is about UDP, whose sockets are bound and have a peer.
+    pub(super) is_udp: bool,
 }
 
 /// Where a server would bind.
@@ -39,11 +41,11 @@ pub(super) enum Proof {
 }
 
 /// Binds at each place.
-pub(super) fn prove(sight: &mut Sight, netns: NetnsId, places: &[Place]) -> Proof {
-    for &(address, v6only) in places {
-        if sight.is_in_use(netns, address, v6only) {
-            return match sight.remnants(netns, address) {
-                Some(Some(remnants)) => Proof::Blocked(Blocked::by(remnants)),
+pub(super) fn prove(sight: &mut Sight, netns: NetnsId, proto: Protocol, places: &[Place]) -> Proof {
+    for &place in places {
+        if sight.is_in_use(netns, proto, place) {
+            return match sight.remnants(netns, proto, place.0) {
+                Some(Some(remnants)) => Proof::Blocked(Blocked::by(remnants, proto == Protocol::Udp)),
                 Some(None) => Proof::Taken,
                 None => Proof::Free,
             };
@@ -53,12 +55,12 @@ pub(super) fn prove(sight: &mut Sight, netns: NetnsId, places: &[Place]) -> Proo
 }
 
 impl Blocked {
-    fn by(remnants: Vec<PortSocket>) -> Blocked {
+    fn by(remnants: Vec<PortSocket>, is_udp: bool) -> Blocked {
         let inodes: HashSet<u64> = remnants.iter().map(|socket| socket.id.inode).filter(|&inode| inode != 0).collect();
         let holders = procfs::held_fds(&inodes).fds;
-        let mut blocked = Blocked::default();
+        let mut blocked = Blocked { is_udp, ..Blocked::default() };
         for PortSocket { id: SocketId { inode, .. }, state, .. } in remnants {
-            let is_bound = state == State::BoundInactive;
+            let is_bound = is_udp || state == State::BoundInactive;
             let mut holders = holders.iter().filter(|fd| inode != 0 && fd.inode == inode).peekable();
             let is_held = holders.peek().is_some();
             for fd in holders {
@@ -91,12 +93,14 @@ impl Blocked {
     /// A sentence. `ours`: whether the port was just freed, so that what is left is of the old server.
     pub(super) fn message(&self, ours: bool) -> String {
         let mut parts = Vec::new();
+        let has_it =
+            if self.is_udp { "has it bound and hears one peer alone" } else { "has it bound and does not listen" };
         if !self.bound.is_empty() {
-            parts.push(format!("{} has it bound and does not listen", names(&self.bound)));
+            parts.push(format!("{} {has_it}", names(&self.bound)));
         }
         if self.hidden > 0 {
             let next = if sees_all() { "" } else { "; try sudo" };
-            parts.push(format!("a process that is not visible has it bound and does not listen{next}"));
+            parts.push(format!("a process that is not visible {has_it}{next}"));
         }
         if !self.held.is_empty() {
             let whose = match &self.connected[..] {
@@ -115,7 +119,7 @@ impl Blocked {
         }
         if parts.is_empty() {
             // Kernels before 6.8 do not show sockets that are bound and nothing else.
-            parts.push("some socket has it bound and does not listen".to_owned());
+            parts.push(format!("some socket {has_it}"));
         }
         format!("nobody listens, but bind() fails with EADDRINUSE: {}", parts.join("; "))
     }
@@ -155,6 +159,8 @@ mod tests {
         let (time_wait, fin_wait) = (State::TimeWait, State::FinWait2);
         check(|_| {}, true, "some socket has it bound and does not listen");
         check(|b| b.bound.push(owner()), true, "nc (7) has it bound and does not listen");
+        let of_udp = |b: &mut Blocked| *b = Blocked { is_udp: true, bound: vec![owner()], ..Blocked::default() };
+        check(of_udp, true, "nc (7) has it bound and hears one peer alone");
         let hidden = "a process that is not visible has it bound and does not listen";
         let next = if sees_all() { "" } else { "; try sudo" };
         check(|b| b.hidden = 1, true, &format!("{hidden}{next}"));

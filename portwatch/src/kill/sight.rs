@@ -13,6 +13,7 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::plan::Plan;
+use super::prove::Place;
 use crate::model::{NetnsId, Process, Protocol, Socket};
 use crate::source::diag::PortSocket;
 use crate::source::netns;
@@ -82,15 +83,21 @@ impl Sight {
     }
 
     /// What [`Watch::is_in_use`] says; nothing is known of a namespace that is not seen.
-    pub(super) fn is_in_use(&self, netns: NetnsId, address: SocketAddr, v6only: Option<bool>) -> bool {
-        self.watches.iter().find(|watch| watch.netns() == netns).is_some_and(|watch| watch.is_in_use(address, v6only))
+    pub(super) fn is_in_use(&self, netns: NetnsId, proto: Protocol, place: Place) -> bool {
+        let watch = self.watches.iter().find(|watch| watch.netns() == netns);
+        watch.is_some_and(|watch| watch.is_in_use(proto, place.0, place.1))
     }
 
     /// What [`Watch::remnants`] says; `None`: the namespace is not seen.
-    pub(super) fn remnants(&mut self, netns: NetnsId, address: SocketAddr) -> Option<Option<Vec<PortSocket>>> {
+    pub(super) fn remnants(
+        &mut self,
+        netns: NetnsId,
+        proto: Protocol,
+        address: SocketAddr,
+    ) -> Option<Option<Vec<PortSocket>>> {
         let watch = self.watches.iter_mut().find(|watch| watch.netns() == netns)?;
         // What cannot be listed is not known, and bind() failed all the same.
-        Some(watch.remnants(address).unwrap_or(Some(Vec::new())))
+        Some(watch.remnants(proto, address).unwrap_or(Some(Vec::new())))
     }
 }
 

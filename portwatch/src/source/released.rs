@@ -66,7 +66,9 @@ impl Watch {
     pub fn open(ports: &BTreeSet<(Protocol, u16)>) -> anyhow::Result<Watch> {
         let netns = netns::own().context("cannot read /proc/thread-self/ns/net; is /proc mounted?")?;
         let mut looks = Vec::new();
-        for (proto, states) in [(Protocol::Tcp, StateFlags::LISTEN), (Protocol::Udp, StateFlags::CLOSE)] {
+        // A UDP socket goes on to have its port once it has a peer.
+        let of_udp = StateFlags::CLOSE | StateFlags::ESTABLISHED;
+        for (proto, states) in [(Protocol::Tcp, StateFlags::LISTEN), (Protocol::Udp, of_udp)] {
             let ranges = ranges(ports.iter().filter(|(p, _)| *p == proto).map(|&(_, port)| port));
             if !ranges.is_empty() {
                 looks.extend(
@@ -109,8 +111,8 @@ impl Watch {
         }
     }
 
-    /// The sockets that listen (or, UDP, are bound) on the ports now, without who holds them. Where the ports are many
-    /// and scattered, others between them as well.
+    /// The sockets that listen (or, UDP, are bound, with a peer or without) on the ports now, without who holds them. Where
+    /// the ports are many and scattered, others between them as well.
     ///
     /// # Errors
     /// What netlink says.
@@ -123,19 +125,22 @@ impl Watch {
         Ok(sockets)
     }
 
-    /// Whether a TCP server would be told that the address is in use: see [`Bind::is_in_use`].
-    pub fn is_in_use(&self, address: SocketAddr, v6only: Option<bool>) -> bool {
-        Bind::server(address, v6only).is_in_use(self.namespace.as_ref())
+    /// Whether a server would be told that the address is in use: see [`Bind::is_in_use`].
+    pub fn is_in_use(&self, proto: Protocol, endpoint: SocketAddr, v6only: Option<bool>) -> bool {
+        let bind = Bind { proto, endpoint, reuseaddr: proto == Protocol::Tcp, v6only };
+        bind.is_in_use(self.namespace.as_ref())
     }
 
-    /// The TCP sockets that could be why a bind to this address fails; `None`: one that listens is among them.
+    /// The sockets that could be why a bind to this address fails; `None`: one that listens (or, UDP, is bound without a
+    /// peer) is among them.
     ///
     /// # Errors
     /// What netlink says.
-    pub fn remnants(&mut self, address: SocketAddr) -> io::Result<Option<Vec<PortSocket>>> {
-        let mut found = self.link.sockets(Protocol::Tcp, address.port()..=address.port())?;
+    pub fn remnants(&mut self, proto: Protocol, address: SocketAddr) -> io::Result<Option<Vec<PortSocket>>> {
+        let mut found = self.link.sockets(proto, address.port()..=address.port())?;
         found.retain(|socket| overlap(socket.local.ip(), address.ip()));
-        Ok((!found.iter().any(|socket| socket.state == State::Listen)).then_some(found))
+        let serves = if proto == Protocol::Tcp { State::Listen } else { State::Close };
+        Ok((!found.iter().any(|socket| socket.state == serves)).then_some(found))
     }
 }
 
@@ -307,15 +312,15 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let mut watch = Watch::open(&ports(&[(Protocol::Tcp, address)])).unwrap();
-        assert!(watch.is_in_use(address, None));
-        assert_eq!(watch.remnants(address).unwrap(), None);
+        assert!(watch.is_in_use(Protocol::Tcp, address, None));
+        assert_eq!(watch.remnants(Protocol::Tcp, address).unwrap(), None);
         let client = TcpStream::connect(address).unwrap();
         // A client's own port is taken: its socket did not set SO_REUSEADDR.
         let own = client.local_addr().unwrap();
-        assert!(watch.is_in_use(own, None));
+        assert!(watch.is_in_use(Protocol::Tcp, own, None));
         // All addresses are in everybody's way, another address is not.
         for (ip, expected) in [(own.ip(), true), ([127, 0, 0, 2].into(), false), (Ipv6Addr::UNSPECIFIED.into(), true)] {
-            let found = watch.remnants(SocketAddr::new(ip, own.port())).unwrap().unwrap();
+            let found = watch.remnants(Protocol::Tcp, SocketAddr::new(ip, own.port())).unwrap().unwrap();
             let is_found = found.iter().any(|socket| (socket.state, socket.local) == (State::Established, own));
             assert_eq!(is_found, expected, "{ip}: {found:?}");
         }

@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 use super::{AFTERMATH, LINGER, Run, SCAN_EVERY, World};
 use crate::kill::life::Life;
 use crate::kill::life::Stage;
-use crate::kill::plan::{Group, push_new};
+use crate::kill::plan::push_new;
 use crate::kill::prove::{self, Place, Proof};
 use crate::kill::sight::Sight;
-use crate::model::{Listener, NetnsId, ProcessId, Protocol};
+use crate::model::{Listener, NetnsId, ProcessId};
 use crate::source::netns;
 use crate::source::stat::has_ended;
 
@@ -85,7 +85,8 @@ impl Run {
                 let places = self.places(group, world.addresses);
                 let netns = self.netns_of(group);
                 let was_blocked = self.blocked[group].is_some();
-                match prove::prove(&mut self.sight, netns, &places) {
+                let proto = self.plan.groups[group].proto;
+                match prove::prove(&mut self.sight, netns, proto, &places) {
                     Proof::Blocked(by) => {
                         self.blocked[group] = Some(by);
                         left.push(group);
@@ -116,13 +117,12 @@ impl Run {
         }
     }
 
-    /// UDP has no state between taken and free. Where others share the port, bind() fails or succeeds for reasons of
-    /// their own.
+    /// Where others share the port, bind() fails or succeeds for reasons of their own.
     fn is_provable(&mut self, group: usize) -> bool {
         let target = &self.plan.groups[group];
         let is_ours = target.sockets.is_empty() || self.freed[group].is_some();
         let is_alone = !self.current.iter().any(|l| target.is_met_by(&l.socket));
-        let provable = target.proto == Protocol::Tcp && is_ours && is_alone;
+        let provable = is_ours && is_alone;
         if !provable {
             self.blocked[group] = None;
         }
@@ -131,15 +131,16 @@ impl Run {
 
     /// Binds to each port that nobody has, though nothing is to be done.
     pub(super) fn foresee(&mut self, addresses: &dyn Fn(u16) -> Vec<IpAddr>) {
-        let is_open = |group: &Group| group.sockets.is_empty() && group.proto == Protocol::Tcp;
-        if !self.plan.groups.iter().any(is_open) {
+        let open: Vec<usize> =
+            (0..self.plan.groups.len()).filter(|&group| self.plan.groups[group].sockets.is_empty()).collect();
+        if open.is_empty() {
             return;
         }
         self.sight = Sight::open(&self.plan);
-        let open: Vec<usize> = (0..self.plan.groups.len()).filter(|&g| is_open(&self.plan.groups[g])).collect();
         for group in open {
             let (places, netns) = (self.places(group, addresses), self.netns_of(group));
-            if let Proof::Blocked(by) = prove::prove(&mut self.sight, netns, &places) {
+            let proto = self.plan.groups[group].proto;
+            if let Proof::Blocked(by) = prove::prove(&mut self.sight, netns, proto, &places) {
                 self.blocked[group] = Some(by);
             }
         }
