@@ -8,7 +8,8 @@ mod image;
 mod kernel;
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -16,6 +17,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
+use nix::sys::prctl;
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use self::image::Binaries;
@@ -26,13 +29,16 @@ use self::kernel::Kernel;
 const ALIKE: &[&str] = &[
     "access::",
     "config::",
+    "confirm::",
     "embed::",
     "faults::who_asks_too_much",
     "history::",
     "hostile::",
+    "list::a_directory",
     "mark::a_report",
     "mark::recipe",
     "metrics::",
+    "pick::",
     "pretender::",
     "replay::",
     "rules::",
@@ -173,20 +179,21 @@ fn boot(
 ) -> Result<(i32, Duration)> {
     let command_line = format!("console=ttyS0 quiet panic=-1 {append}");
     let started = Instant::now();
-    let mut qemu = Machine(
-        Command::new("qemu-system-x86_64")
-            .args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", &PROCESSORS.to_string(), "-m", "1G"])
-            .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-monitor", "none"])
-            .args(["-serial", "stdio", "-append", &command_line])
-            .arg("-kernel")
-            .arg(&kernel.image)
-            .arg("-initrd")
-            .arg(initramfs)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .context("cannot start qemu-system-x86_64")?,
-    );
+    let mut command = Command::new("qemu-system-x86_64");
+    command
+        .args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", &PROCESSORS.to_string(), "-m", "1G"])
+        .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-monitor", "none"])
+        .args(["-serial", "stdio", "-append", &command_line])
+        .arg("-kernel")
+        .arg(&kernel.image)
+        .arg("-initrd")
+        .arg(initramfs)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped());
+    // However this program ends, the machine ends with it.
+    // SAFETY: between fork and exec, prctl(2) is async-signal-safe.
+    unsafe { command.pre_exec(|| prctl::set_pdeathsig(Signal::SIGKILL).map_err(io::Error::from)) };
+    let mut qemu = Machine(command.spawn().context("cannot start qemu-system-x86_64")?);
     let console = qemu.0.stdout.take().context("qemu has no stdout")?;
     let (lines, console_lines) = mpsc::channel();
     thread::spawn(move || {
