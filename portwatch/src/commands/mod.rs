@@ -383,7 +383,7 @@ fn scan(selector: &Selector, globals: &Globals) -> anyhow::Result<(Vec<Listener>
 
 /// How many of those that were left out may be meant all the same: others hold them, whose processes are not visible.
 fn hidden(selector: &Selector, left_out: &[Listener]) -> usize {
-    left_out.iter().filter(|listener| selector.may_mean(listener) && process::hidden_owner(listener).is_some()).count()
+    left_out.iter().filter(|listener| selector.may_mean(listener)).count()
 }
 
 /// The ancestors of every holder, nearest first, as far as /proc shows them.
@@ -406,6 +406,14 @@ pub(crate) const FIRST_LOOK: Duration = Duration::from_millis(500);
 
 /// What an agent keeps from people that tells them of [their own](Answer::narrowed), for the end of a sentence.
 pub(crate) const OWN_ONLY: &str = "this agent tells users of their own only (try --no-agent, or root)";
+
+/// Without a duration, for ever and without a timer: nothing wakes while nothing happens.
+pub(crate) async fn sleep(duration: Option<Duration>) {
+    match duration {
+        Some(duration) => tokio::time::sleep(duration).await,
+        None => std::future::pending().await,
+    }
+}
 
 /// The sentence that there is nothing.
 fn nothing_listens(targets: &[String], selector: &Selector, narrowed: bool, hidden: usize) -> String {

@@ -26,7 +26,7 @@ use portwatch::waiting::{Condition, Goal, Look, Scope};
 use tokio::task::JoinHandle;
 
 use super::{
-    FIRST_LOOK, Found, OWN_ONLY, Users, explain, go_on_alone, note, print, read_within, refused, scan, selector,
+    FIRST_LOOK, Found, OWN_ONLY, Users, explain, go_on_alone, note, print, read_within, refused, scan, selector, sleep,
     subscribe, view,
 };
 use crate::cli::{Globals, Netns, Selectors, TARGETS, duration};
@@ -318,12 +318,4 @@ fn sockets(selector: &Selector) -> anyhow::Result<Vec<Socket>> {
     sockets.retain(|socket| selector.matches_socket(socket));
     sockets.sort_by_key(|socket| socket.id);
     Ok(sockets)
-}
-
-/// Without a duration, for ever and without a timer.
-async fn sleep(duration: Option<Duration>) {
-    match duration {
-        Some(duration) => tokio::time::sleep(duration).await,
-        None => std::future::pending().await,
-    }
 }

@@ -15,7 +15,7 @@ use portwatch::source::{Live, POLL_INTERVAL};
 use portwatch::tracker::Tracker;
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::{FIRST_LOOK, OWN_ONLY, Users, block_on, clock, explain, note, refused, selector, subscribe, view};
+use super::{FIRST_LOOK, OWN_ONLY, Users, block_on, clock, explain, note, refused, selector, sleep, subscribe, view};
 use crate::cli::{Globals, Selectors, Since, TARGETS, duration};
 use crate::exit_codes::Usage;
 use portwatch::feed::Feed;
@@ -110,13 +110,7 @@ async fn watch(
         view.clock = past;
         show(&mut out, &changes, args.json, &view)?;
     }
-    // Without --for, no timer: nothing wakes while nothing happens.
-    let end = async {
-        match args.duration {
-            Some(duration) => tokio::time::sleep(duration).await,
-            None => std::future::pending().await,
-        }
-    };
+    let end = sleep(args.duration);
     tokio::pin!(end);
     let mut shown = Shown::default();
     loop {

@@ -247,9 +247,8 @@ impl Others<'_> {
     fn correct(&self, outcomes: &mut [Outcome], left_out: &[Listener]) {
         for outcome in outcomes.iter_mut().filter(|outcome| self.is_named(outcome) && outcome.is_done()) {
             let (hindering, aside) = self.on_port(outcome, left_out);
-            let is_unknown =
-                |listener: &&&Listener| process::hidden_owner(listener).is_some() && self.selector.may_mean(listener);
-            let unknown: Vec<&Listener> = hindering.iter().filter(is_unknown).copied().collect();
+            let unknown: Vec<&Listener> =
+                hindering.iter().filter(|listener| self.selector.may_mean(listener)).copied().collect();
             match unknown.len() == hindering.len() {
                 true => outcome.correct(&unknown, Status::Denied),
                 false => outcome.correct(&hindering, Status::Partial),

@@ -23,6 +23,7 @@ pub use self::target::{BadTarget, Sets, Target, builtin_sets, parse_targets, wit
 use crate::cgroup;
 use crate::engine::Wanted;
 use crate::model::{BootNs, Listener, NetnsId, Process, ProcessId, Protocol, Socket};
+use crate::source::process::hidden_owner;
 
 /// Everything that narrows a selection but targets. An empty list and `None` let everything pass; several values in
 /// one list mean any of them.
@@ -256,10 +257,12 @@ impl Selector {
         !is_foreign && !self.excepts(socket) && self.named_addresses(socket.port).into_iter().any(is_met)
     }
 
-    /// Whether the listener, which no visible process holds, is left out for what cannot be known of its holder, rather
-    /// than for its address or its user.
-    pub fn may_mean(&self, ghost: &Listener) -> bool {
-        self.matches_socket(&ghost.socket) && any_or_none(&self.filters.uids, |uid| *uid == ghost.socket.uid)
+    /// Whether the listener is left out for what cannot be known of its holder, whose processes are not visible, rather than
+    /// for its address or its user.
+    pub fn may_mean(&self, listener: &Listener) -> bool {
+        self.matches_socket(&listener.socket)
+            && any_or_none(&self.filters.uids, |uid| *uid == listener.socket.uid)
+            && hidden_owner(listener).is_some()
     }
 
     fn matches_ports(&self, socket: &Socket) -> bool {

@@ -44,9 +44,6 @@ pub fn boot_ns_now() -> BootNs {
     seconds * 1_000_000_000 + u64::try_from(now.tv_nsec()).unwrap_or(0)
 }
 
-/// Looks at both clocks, of which the one that took least counts: a process may wait between two of its steps.
-const LOOKS: usize = 3;
-
 /// Whether no process is hidden from this one for want of permission.
 pub fn sees_all() -> bool {
     Uid::effective().is_root() || capabilities(None).is_ok_and(|own| own.effective.contains(CapabilitySet::SYS_PTRACE))
@@ -58,6 +55,9 @@ pub fn hidden_owner(listener: &Listener) -> Option<u32> {
     let uid = listener.socket.uid;
     (listener.is_ghost() && uid != Uid::effective().as_raw() && !sees_all()).then_some(uid)
 }
+
+/// Looks at both clocks, of which the one that took least counts: a process may wait between two of its steps.
+const LOOKS: usize = 3;
 
 /// This moment, on both clocks; local times are those of `tz`.
 pub fn clock(tz: TimeZone) -> Clock {

@@ -16,8 +16,7 @@ use tokio::runtime::Runtime;
 use super::interrupt::Interrupts;
 use super::{KillArgs, pick};
 use crate::cli::Globals;
-use crate::commands::hidden;
-use crate::commands::{explain, note, reach_agent, runtime};
+use crate::commands::{explain, hidden, note, reach_agent, runtime};
 
 /// A kill that is planned, and by whom it is carried out.
 pub(crate) enum Way {

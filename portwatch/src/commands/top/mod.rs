@@ -35,12 +35,12 @@ use rustix::io::Errno;
 use rustix::process::{Signal, kill_current_process_group};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep_until};
 
 use self::errand::{About, Deed, Told};
 use self::row::Sort;
 use self::state::{Action, Planned, State};
-use super::{Users, block_on, clock, selector, subscribe, view};
+use super::{Users, block_on, clock, selector, sleep, subscribe, view};
 use crate::cli::{Globals, Selectors, TARGETS, duration};
 use crate::commands::watch::limits;
 use crate::exit_codes::Usage;
@@ -164,12 +164,7 @@ async fn top(
         log::set_max_level(log::LevelFilter::Off);
     }
     let (mut keys, mut gone) = (keys(), gone());
-    let end = async {
-        match duration {
-            Some(duration) => sleep(duration).await,
-            None => std::future::pending().await,
-        }
-    };
+    let end = sleep(duration);
     tokio::pin!(end);
     let mut next_frame = Instant::now();
     loop {
